@@ -1,0 +1,31 @@
+"""How a sequence is cut into blocks; a frozen value, so that it may be a static argument."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Block sizes of the `chunked` implementation, in tokens. None of them changes what is computed.
+
+    chunk: queries handled together. The residual branch passes its state from chunk to chunk.
+    key_block: most keys that one step of the online softmax reads.
+    group: most chunks computed at the same time; memory grows with it, sequential steps shrink.
+    """
+
+    chunk: int = 64
+    key_block: int = 1024
+    group: int = 4
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"BlockSizes: {name} must be at least 1; got {value}")
+
+
+def default_block_sizes(window: int, t: int) -> BlockSizes:
+    """A chunk of about the window, so that little is computed only to be masked: 32 to 64, or to 128 in long sequences.
+
+    Short chunks are the fastest on CPU; longer ones mean fewer states to keep. Measured: LOG.md, 2026-11-24.
+    """
+    longest = 64 if t <= 4096 else 128
+    return BlockSizes(chunk=min(max(32, 2 ** (max(window, 1) - 1).bit_length()), longest))

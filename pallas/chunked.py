@@ -1,0 +1,270 @@
+"""Portable XLA: linear memory in t for every window, forward and backward. Differentiated by JAX, forward mode too.
+
+Products and sums are in the accumulation dtype (float32, or float64 for float64 inputs), so bfloat16 inputs lose
+nothing but the final rounding; on GPU and TPU the default matmul precision applies. Bodies are rematerialised: the
+backward pass keeps the inputs and the chunk states, never the scores. Notebook 02 derives both loops.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas.arguments import accumulation_dtype
+from pallas.block_sizes import BlockSizes
+from pallas.feature_map import FeatureMap, as_pair
+from pallas.reference import normed_sum, segment_runs
+
+
+def round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def pad(x: Array, before: int, after: int, mode: str) -> Array:
+    """Lengthen the leading axis, with zeros ("zero") or with copies of the outermost entry ("edge").
+
+    The copies take no gradient: whatever reads them is multiplied by 0 or thrown away.
+    """
+
+    def copies(x, count):
+        shape = (count, *x.shape[1:])
+        return jnp.zeros(shape, x.dtype) if mode == "zero" else jax.lax.stop_gradient(jnp.broadcast_to(x, shape))
+
+    parts = [copies(x[:1], before)] * (before > 0) + [x] + [copies(x[-1:], after)] * (after > 0)
+    return x if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def map_chunks(body, chunks, group: int):
+    """`body` of every chunk, `group` of them at a time, its intermediates recomputed in the backward pass."""
+    num_chunks = jax.tree.leaves(chunks)[0].shape[0]
+    body = jax.checkpoint(body)
+    if num_chunks <= group:
+        return jax.vmap(body)(chunks)
+    return jax.lax.map(body, chunks, batch_size=group)
+
+
+def sliding_window_attention(
+    q: Float[Array, "t h d"],
+    k: Float[Array, "s kv d"],
+    v: Float[Array, "s kv dv"],
+    *,
+    window: int,
+    scale: float,
+    segment_ids: Int[Array, "s"] | None,
+    block_sizes: BlockSizes,
+) -> Float[Array, "t h dv"]:
+    """Three loops: spans of about `window` queries, chunks of queries in a span, blocks of the keys a chunk may see."""
+    dtype = accumulation_dtype(q, k, v)
+    (t, h, d), (s, kv, dv) = q.shape, v.shape
+    if window == 0:
+        return jnp.zeros((t, h, dv), dtype)
+    window = min(window, s)
+    if window == 1:  # one key, so its weight is 1 whatever the logit, and q and k get a gradient of exactly 0
+        return jnp.repeat(v[s - t :].astype(dtype), h // kv, axis=1)
+    chunk = min(block_sizes.chunk, t)
+
+    # A chunk of queries sees its own positions and `back` before them, cut into `num_blocks` equal blocks of keys.
+    width = round_up(window - 1, chunk) + chunk
+    num_blocks = -(-width // max(block_sizes.key_block, chunk))
+    width = round_up(width, num_blocks * chunk)
+    back = width - chunk
+    span = min(max(back, chunk), round_up(t, chunk))
+    num_spans = -(-t // span)
+
+    def key_windows(x, mode):  # [s, ...] -> [num_spans, back + span, ...]: the keys that each span may see
+        first = s - t - back
+        x = pad(x[max(first, 0) :], max(-first, 0), num_spans * span - t, mode)
+        if num_spans == 1:
+            return x[None]
+        before = x[: num_spans * span].reshape(num_spans, span, *x.shape[1:])[:, :back]
+        return jnp.concatenate([before, x[back:].reshape(num_spans, span, *x.shape[1:])], axis=1)
+
+    def query_spans(x):  # [t, ...] -> [num_spans, chunks in a span, chunk, ...]
+        return pad(x, 0, num_spans * span - t, "edge").reshape(num_spans, span // chunk, chunk, *x.shape[1:])
+
+    runs = None if segment_ids is None else segment_runs(segment_ids)
+    queries = (query_spans(q.reshape(t, kv, h // kv, d)), None if runs is None else query_spans(runs[s - t :]))
+    keys = (key_windows(k, "zero"), key_windows(v, "zero"), None if runs is None else key_windows(runs, "edge"))
+
+    row, column = jnp.arange(chunk)[:, None], jnp.arange(width)[None, :] - back
+    local = (column <= row) & (column > row - window)  # [chunk, width]; columns count from the chunk's first position
+
+    def one_chunk(first, queries, keys):  # first: the position of the chunk's first query
+        q, query_runs = queries
+        k, v, key_runs = keys
+        q = q.astype(dtype) * scale
+        mask = local & (first + column >= 0)
+        if runs is not None:
+            mask = mask & (query_runs[:, None] == key_runs[None, :])
+        blocks = (
+            jnp.moveaxis(mask.reshape(chunk, num_blocks, -1), 1, 0),
+            *(x.reshape(num_blocks, -1, *x.shape[1:]) for x in (k, v)),
+        )
+
+        def weights_of(maximum, mask, k, v):
+            logits = jnp.einsum("ckgd,bkd->kcgb", q, k.astype(dtype))  # a group's heads are rows of one product
+            logits = jnp.where(mask[:, None, :], logits, -jnp.inf)
+            # The result does not depend on the subtracted maximum, so no derivative passes through it.
+            higher = jax.lax.stop_gradient(jnp.maximum(maximum, logits.max(axis=-1)))
+            weights = jnp.exp(logits - higher[..., None])
+            return higher, weights.sum(axis=-1), jnp.einsum("kcgb,bkv->kcgv", weights, v.astype(dtype))
+
+        if num_blocks > 1:
+            weights_of = jax.checkpoint(weights_of)
+
+        def one_block(carry, block):
+            maximum, total, out = carry
+            higher, more_total, more_out = weights_of(maximum, *block)
+            shrink = jnp.exp(maximum - higher)
+            return (higher, total * shrink + more_total, out * shrink[..., None] + more_out), None
+
+        rows = (kv, chunk, h // kv)
+        lowest = jnp.full(rows, jnp.finfo(dtype).min / 2, dtype)
+        empty = (lowest, jnp.zeros(rows, dtype), jnp.zeros((*rows, dv), dtype))
+        (_, total, out), _ = jax.lax.scan(one_block, empty, blocks)
+        return jnp.moveaxis(out / total[..., None], 0, 1)  # [chunk, kv, h // kv, dv]
+
+    def one_span(span_index, queries, keys):
+        def at(chunk_index, queries):
+            start = chunk_index * chunk
+            seen = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, width), keys)
+            return one_chunk(s - t + span_index * span + start, queries, seen)
+
+        return jax.lax.map(lambda x: jax.checkpoint(at)(*x), (jnp.arange(span // chunk), queries))
+
+    spans = (jnp.arange(num_spans), queries, keys)
+    if num_spans <= block_sizes.group:
+        out = jax.vmap(one_span)(*spans)
+    else:
+        out = jax.lax.map(lambda x: one_span(*x), spans, batch_size=block_sizes.group)
+    return out.reshape(num_spans * span, h, dv)[:t]
+
+
+def residual_linear_attention(
+    q: Float[Array, "t h d"],
+    k: Float[Array, "s kv d"],
+    v: Float[Array, "s kv dv"],
+    *,
+    window: int,
+    feature_map: FeatureMap,
+    initial_state: Float[Array, "kv f dv"] | None,
+    segment_state: Float[Array, "kv f dv"] | None,
+    segment_ids: Int[Array, "s"] | None,
+    block_sizes: BlockSizes,
+    beside: Float[Array, "t h dv"] | None = None,
+    finish: Callable | None = None,
+) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"]]:
+    """Keys are cut into chunks that lie `window` behind the chunks of queries.
+
+    A chunk of queries reads everything older through the state before its key chunk, and that key chunk (the block on
+    the window's edge) through a product whose mask is the lower triangle. Only the residual set takes part: the newest
+    `window` keys are cut off before phi. `finish(out, beside)`, where given, ends each chunk: what it computes is never
+    kept for the whole sequence.
+    """
+    dtype = accumulation_dtype(q, k, v)
+    (t, h, d), (s, kv, dv) = q.shape, v.shape
+    phi_q, phi_k = as_pair(feature_map)
+    chunk = min(block_sizes.chunk, t)
+
+    # Aligned position a holds key a - before. Padding repeats a key, so that phi meets only what the user gave it, and
+    # its v is 0, which removes it (there is no denominator).
+    first = s - t - window  # the newest key that the first query's residual set holds
+    num_older = -(-max(first, 0) // chunk)  # chunks of keys before any query's edge block
+    num_chunks = -(-t // chunk)
+    length = (num_older + num_chunks) * chunk
+    num_residual = max(s - window, 0)
+    before = min(num_older * chunk - first, length - num_residual)
+    after = length - num_residual - before
+
+    def key_chunks(x, mode):
+        x = pad(x[: max(num_residual, 1)] if mode == "edge" else x[:num_residual], before, after, mode)
+        return x[:length].reshape(-1, chunk, *x.shape[1:])
+
+    def query_chunks(x):
+        return pad(x, 0, num_chunks * chunk - t, "edge").reshape(num_chunks, chunk, *x.shape[1:])
+
+    q, k, v = query_chunks(q.reshape(t, kv, h // kv, d)), key_chunks(k, "edge"), key_chunks(v, "zero")
+    state = jnp.zeros((kv, features(phi_k, k, dtype), dv), dtype)
+    fresh = state if segment_state is None else segment_state.astype(dtype)
+    state = state if initial_state is None else initial_state.astype(dtype)
+    query_runs = key_runs = last_run = None
+    if segment_ids is not None:
+        runs = segment_runs(segment_ids)
+        query_runs, key_runs = query_chunks(runs[s - t :]), key_chunks(runs, "edge")
+        # The state after a chunk belongs to the run of its last key, the one before the first chunk to run 0.
+        last_run = jnp.concatenate([jnp.zeros((1,), runs.dtype), key_runs[:, -1]])
+
+    def added(k, v, key_runs, run_after):
+        v = v.astype(dtype)
+        if key_runs is not None:
+            v = jnp.where((key_runs == run_after)[:, None, None], v, 0)
+        return jnp.einsum("bkf,bkv->kfv", phi_k(k.astype(dtype)).astype(dtype), v)
+
+    def advance(state, chunk):
+        sums, run_before, run_after = chunk
+        start = state if run_before is None else jnp.where(run_before == run_after, state, fresh)
+        return start + sums, state
+
+    run_before, run_after = (None, None) if last_run is None else (last_run[:-1], last_run[1:])
+    sums = map_chunks(lambda x: added(*x), (k, v, key_runs, run_after), block_sizes.group)
+    state, states = jax.lax.scan(advance, state, (sums, run_before, run_after))
+    if segment_ids is not None:
+        state = jnp.where(runs[-1] == last_run[-1], state, fresh)
+
+    edge = jnp.tril(jnp.ones((chunk, chunk), bool))
+
+    def one_chunk(q, query_runs, k, v, key_runs, state, run_before):
+        phi_of_q, phi_of_k = phi_q(q.astype(dtype)).astype(dtype), phi_k(k.astype(dtype)).astype(dtype)
+        mask = edge if key_runs is None else edge & (query_runs[:, None] == key_runs[None, :])
+        scores = jnp.where(mask[:, None, :], jnp.einsum("ckgf,bkf->kcgb", phi_of_q, phi_of_k), 0)
+        out = jnp.einsum("kcgb,bkv->ckgv", scores, v.astype(dtype))
+        if query_runs is None:
+            return out + jnp.einsum("ckgf,kfv->ckgv", phi_of_q, state)
+        older = (query_runs == run_before)[:, None, None, None]
+        out = out + jnp.einsum("ckgf,kfv->ckgv", jnp.where(older, phi_of_q, 0), state)
+        if segment_state is None:
+            return out
+        return out + jnp.einsum("ckgf,kfv->ckgv", jnp.where(older, 0, phi_of_q), fresh)
+
+    edges = jax.tree.map(lambda x: x[num_older:], (k, v, key_runs, states, run_before))
+
+    def whole_chunk(chunk_of):
+        inputs, other = chunk_of
+        out = one_chunk(*inputs).reshape(chunk, h, dv)
+        return out if finish is None else finish(out, other)
+
+    others = None if beside is None else query_chunks(beside)
+    out = map_chunks(whole_chunk, ((q, query_runs, *edges), others), block_sizes.group)
+    return out.reshape(num_chunks * chunk, h, dv)[:t], state
+
+
+def rattention(
+    q: Float[Array, "t h d"],
+    k: Float[Array, "s kv d"],
+    v: Float[Array, "s kv dv"],
+    *,
+    q_rla: Float[Array, "t h d"],
+    k_rla: Float[Array, "s kv d"],
+    swa_gain: Float[Array, "h dv"],
+    rla_gain: Float[Array, "h dv"],
+    eps: float,
+    window: int,
+    scale: float,
+    segment_ids: Int[Array, "s"] | None,
+    block_sizes: BlockSizes,
+    **residual,
+) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"]]:
+    """The local branch first; then the residual one, which norms and adds both, chunk by chunk."""
+    shared = dict(window=window, segment_ids=segment_ids, block_sizes=block_sizes)
+    o_swa = sliding_window_attention(q, k, v, scale=scale, **shared)
+
+    def finish(o_rla, o_swa):
+        dtype = accumulation_dtype(o_swa, o_rla)
+        return normed_sum(o_swa.astype(dtype), o_rla.astype(dtype), swa_gain, rla_gain, eps)
+
+    return residual_linear_attention(q_rla, k_rla, v, **shared, **residual, beside=o_swa, finish=finish)
+
+
+def features(phi_k, k: Array, dtype) -> int:
+    return jax.eval_shape(lambda k: phi_k(k[0, 0, 0].astype(dtype)), k).shape[-1]

@@ -1,0 +1,128 @@
+"""The definition: every pair of query and key, masked. Quadratic in t; any dtype; differentiated by JAX.
+
+Every other implementation is held to these functions, values and gradients. They return the accumulation dtype
+(float32, or float64 for float64 inputs); the public ops round to v's dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas.arguments import accumulation_dtype
+from pallas.feature_map import FeatureMap, as_pair
+
+
+def positions(t: int, s: int) -> tuple[Int[Array, "t"], Int[Array, "s"]]:
+    """Where queries and keys stand: keys at 0 ... s-1, queries at the last t of them."""
+    return s - t + jnp.arange(t), jnp.arange(s)
+
+
+def segment_runs(segment_ids: Int[Array, "s"]) -> Int[Array, "s"]:
+    """Number the maximal runs of equal ids 0, 1, 2, ...: an id that comes back opens a new segment."""
+    changes = segment_ids[1:] != segment_ids[:-1]
+    return jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(changes.astype(jnp.int32))])
+
+
+def same_segment(t: int, segment_ids: Int[Array, "s"] | None) -> Array:
+    """[t, s], or something that broadcasts to it: may query and key see each other?"""
+    if segment_ids is None:
+        return jnp.ones((1, 1), bool)
+    runs = segment_runs(segment_ids)
+    return runs[-t:, None] == runs[None, :]
+
+
+def sliding_window_attention(
+    q: Float[Array, "t h d"],
+    k: Float[Array, "s kv d"],
+    v: Float[Array, "s kv dv"],
+    *,
+    window: int,
+    scale: float,
+    segment_ids: Int[Array, "s"] | None,
+) -> Float[Array, "t h dv"]:
+    """o_swa[t] = sum over t - W < s <= t of softmax_s(scale q_t . k_s) v_s."""
+    dtype = accumulation_dtype(q, k, v)
+    (t, h, d), (s, kv, dv) = q.shape, v.shape
+    if window == 0:
+        return jnp.zeros((t, h, dv), dtype)
+    at_query, at_key = positions(t, s)
+    distance = at_query[:, None] - at_key[None, :]
+    local = (distance >= 0) & (distance < window) & same_segment(t, segment_ids)
+    q = q.astype(dtype).reshape(t, kv, h // kv, d)
+    logits = scale * jnp.einsum("tkgd,skd->kgts", q, k.astype(dtype))
+    weights = jax.nn.softmax(jnp.where(local, logits, -jnp.inf), axis=-1)
+    return jnp.einsum("kgts,skv->tkgv", weights, v.astype(dtype)).reshape(t, h, dv)
+
+
+def residual_linear_attention(
+    q: Float[Array, "t h d"],
+    k: Float[Array, "s kv d"],
+    v: Float[Array, "s kv dv"],
+    *,
+    window: int,
+    feature_map: FeatureMap,
+    initial_state: Float[Array, "kv f dv"] | None,
+    segment_state: Float[Array, "kv f dv"] | None,
+    segment_ids: Int[Array, "s"] | None,
+) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"]]:
+    """o_rla[t] = phi(q_t) (S_init + sum over s <= t - W of phi(k_s)^T v_s), and the state that the last query read."""
+    dtype = accumulation_dtype(q, k, v)
+    (t, h, d), (s, kv, dv) = q.shape, v.shape
+    phi_q, phi_k = as_pair(feature_map)
+    features_q = phi_q(q.astype(dtype).reshape(t, kv, h // kv, d)).astype(dtype)
+    features_k = phi_k(k.astype(dtype)).astype(dtype)
+    v = v.astype(dtype)
+
+    at_query, at_key = positions(t, s)
+    residual = ((at_query[:, None] - at_key[None, :]) >= window) & same_segment(t, segment_ids)
+    scores = jnp.where(residual, jnp.einsum("tkgf,skf->kgts", features_q, features_k), 0)
+    out = jnp.einsum("kgts,skv->tkgv", scores, v)
+    state = jnp.einsum("s,skf,skv->kfv", residual[-1].astype(dtype), features_k, v)
+
+    first = jnp.ones((t,), bool) if segment_ids is None else segment_runs(segment_ids)[-t:] == 0
+    for start, reads in ((initial_state, first), (segment_state, ~first)):
+        if start is not None:
+            start = start.astype(dtype)
+            read = jnp.einsum("tkgf,kfv->tkgv", features_q, start)
+            out = out + jnp.where(reads[:, None, None, None], read, 0)
+            state = state + jnp.where(reads[-1], start, 0)
+    return out.reshape(t, h, dv), state
+
+
+def normed_sum(
+    o_swa: Float[Array, "t h dv"],
+    o_rla: Float[Array, "t h dv"],
+    swa_gain: Float[Array, "h dv"],
+    rla_gain: Float[Array, "h dv"],
+    eps: float,
+) -> Float[Array, "t h dv"]:
+    """o = g_swa rms(o_swa) + g_rla rms(o_rla), where rms(x) = x / sqrt(mean(x^2) + eps) over dv."""
+
+    def rms(x):
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+    gains = (gain.astype(o_swa.dtype)[None] for gain in (swa_gain, rla_gain))
+    return sum(gain * rms(x) for gain, x in zip(gains, (o_swa, o_rla), strict=True))
+
+
+def rattention(
+    q: Float[Array, "t h d"],
+    k: Float[Array, "s kv d"],
+    v: Float[Array, "s kv dv"],
+    *,
+    q_rla: Float[Array, "t h d"],
+    k_rla: Float[Array, "s kv d"],
+    swa_gain: Float[Array, "h dv"],
+    rla_gain: Float[Array, "h dv"],
+    eps: float,
+    window: int,
+    scale: float,
+    segment_ids: Int[Array, "s"] | None,
+    **residual,
+) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"]]:
+    """Both branches, normed and added, and the state that the last query read."""
+    shared = dict(window=window, segment_ids=segment_ids)
+    o_swa = sliding_window_attention(q, k, v, scale=scale, **shared)
+    o_rla, state = residual_linear_attention(q_rla, k_rla, v, **shared, **residual)
+    dtype = accumulation_dtype(o_swa, o_rla)
+    return normed_sum(o_swa.astype(dtype), o_rla.astype(dtype), swa_gain, rla_gain, eps), state
