@@ -1,0 +1,181 @@
+"""The command line: `rattn pretrain`, `rattn generate`, `rattn cost`."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns the exit status; a mistake of the user's prints one line and gives 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, NotImplementedError, FloatingPointError, OSError, ImportError) as error:
+        print(f"rattn: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nrattn: stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rattn", description="Train, sample and price RATTENTION language models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "pretrain",
+        help="train a language model on text and leave a run folder",
+        description="Train a local-global RATTENTION language model on text. The defaults learn Python source in a few "
+        "minutes on two CPU cores. Stopped at any moment, the same command continues exactly.",
+        formatter_class=_Help,
+    )
+    command.set_defaults(run=_pretrain)
+    add = command.add_argument
+    add("--out", type=Path, default=Path("runs/tiny"), help="run folder")
+    add("--corpus", default="python", help="'python': the interpreter's standard library; 'environment': with the "
+        "installed packages; or a file or folder of your own text")  # fmt: skip
+    add("--cache", type=Path, default=Path("~/.cache/rattn"), help="where corpora and tokens are kept between runs")
+    add("--tokenizer", choices=["byte", "bpe"], default="byte", help="bytes, or a BPE trained on the corpus")
+    add("--vocabulary", type=int, default=4096, help="tokens of the BPE vocabulary")
+    add("--preset", choices=["tiny", "small", "paper_3b", "paper_12b"], default="tiny", help="model size")
+    add("--window", type=int, help="keys that a local layer's query sees, itself included; default: the preset's")
+    add("--no-residual", action="store_true", help="leave the residual branch out: plain sliding-window attention; "
+        "with --window of the context's length, full attention")  # fmt: skip
+    add("--feature-map", help="of the residual branch: softmax, relu, ...; default: the preset's")
+    add("--pattern", help="layer kinds, repeated: local,local,local,global; default: the preset's")
+    add("--context", type=int, default=512, help="tokens in a training sequence")
+    add("--batch-size", type=int, default=2, help="sequences in a step")
+    add("--microbatches", type=int, default=1, help="pieces that a step's batch is computed in, to save memory")
+    add("--steps", type=int, default=2600, help="optimiser steps")
+    add("--learning-rate", type=float, default=3e-3, help="at its highest")
+    add("--warmup-steps", type=int, help="steps until the learning rate is at its highest; default: a tenth")
+    add("--weight-decay", type=float, default=0.1, help="of the matrices of attention and feed-forward")
+    add("--clip-norm", type=float, default=1.0, help="longest global norm of the gradients; longer ones are shortened")
+    add("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="rmsprop has momentum, as in the paper")
+    add("--compute-dtype", choices=["float32", "bfloat16"], default="float32", help="parameters stay float32")
+    add("--rematerialise", action="store_true", help="recompute blocks in the backward pass, to save memory")
+    add("--checkpoint-every", type=int, default=200, help="steps between checkpoints")
+    add("--evaluate-every", type=int, default=650, help="steps between evaluations")
+    add("--evaluation-tokens", type=int, default=131072, help="validation tokens that an evaluation reads")
+    add("--seed", type=int, default=0, help="of the parameters, the shuffle and the sample")
+    add("--devices", type=int, help="CPU devices that share a batch; default: one for each core, at most one for each "
+        "sequence; another number gives results that differ by rounding")  # fmt: skip
+    add("--prompt", default="def ", help="the sample begins with it")
+    add("--sample-tokens", type=int, default=200, help="length of the sample")
+
+    command = commands.add_parser(
+        "generate", help="continue a prompt with a trained run", formatter_class=_Help,
+        description="Write what a trained model thinks comes after the prompt.",
+    )  # fmt: skip
+    command.set_defaults(run=_generate)
+    add = command.add_argument
+    add("--run", dest="folder", type=Path, required=True, help="run folder that `rattn pretrain` left")
+    add("--prompt", default="", help="text to continue")
+    add("--num-tokens", type=int, default=300, help="tokens to write")
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    add("--top-k", type=int, help="draw from the k likeliest tokens only")
+    add("--top-p", type=float, help="draw from the fewest likeliest tokens that hold this probability")
+    add("--seed", type=int, default=0, help="of the draws")
+
+    command = commands.add_parser(
+        "cost", help="parameters, cache and generation time of a model size", formatter_class=_Help,
+        description="What a model costs to hold and to generate with, by the paper's formula. Computes no model.",
+    )  # fmt: skip
+    command.set_defaults(run=_cost)
+    add = command.add_argument
+    add("--preset", choices=["tiny", "small", "paper_3b", "paper_12b"], default="paper_12b", help="model size")
+    add("--window", type=int, help="keys that a local layer's query sees, itself included; default: the preset's")
+    add("--no-residual", action="store_true", help="without the residual branch")
+    add("--context", type=int, default=4096, help="tokens that a sequence has so far")
+    add("--batch", type=int, default=64, help="sequences generated together")
+    add("--hardware", choices=["h100", "h200", "tpu_v5p"], default="h100", help="whose bandwidth and FLOP/s to use")
+    return parser
+
+
+def _model_config(options: argparse.Namespace):
+    from rattn_eqx.presets import presets
+
+    config = presets[options.preset]
+    changes = {"window": options.window, "residual": False if options.no_residual else None}
+    changes["feature_map"] = getattr(options, "feature_map", None)
+    pattern = getattr(options, "pattern", None)
+    changes["pattern"] = None if pattern is None else tuple(pattern.split(","))
+    return dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    import jax
+
+    if options.devices is not None and options.devices < 1:
+        raise ValueError(f"pretrain: devices must be at least 1; got {options.devices}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    sequences = max(1, options.batch_size // max(1, options.microbatches))
+    jax.config.update("jax_num_cpu_devices", options.devices or min(cores, sequences))  # before any device is touched
+
+    from rattn_eqx.pretrain import pretrain
+    from rattn_eqx.run_folder import TrainConfig
+
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    settings = {name: getattr(options, name) for name in names}
+    if options.warmup_steps is None:
+        settings["warmup_steps"] = options.steps // 10
+    pretrain(
+        options.out,
+        _model_config(options),
+        TrainConfig(**settings),
+        corpus=options.corpus,
+        cache=options.cache.expanduser(),
+        bpe_vocabulary=options.vocabulary if options.tokenizer == "bpe" else None,
+        prompt=options.prompt,
+        sample_tokens=options.sample_tokens,
+    )
+
+
+def _generate(options: argparse.Namespace) -> None:
+    import jax
+    import numpy as np
+
+    from rattn_eqx.generate import generate
+    from rattn_eqx.train import load_model
+
+    model, tokenizer, config = load_model(options.folder)
+    prompt = np.concatenate([[tokenizer.document], tokenizer.encode(options.prompt.encode())]).astype(np.int32)
+    drawn = generate(
+        model,
+        prompt,
+        num_tokens=options.num_tokens,
+        context=config.training.context,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        key=jax.random.key(options.seed),
+        forbid=(tokenizer.document, tokenizer.padding),
+    )
+    output = sys.stdout.buffer
+    output.write(options.prompt.encode())
+    for token in drawn:
+        output.write(tokenizer.decode(np.array([token])))
+        output.flush()
+    output.write(b"\n")
+    output.flush()
+
+
+def _cost(options: argparse.Namespace) -> None:
+    from rattn_eqx.cost import describe_cost, hardwares
+
+    hardware = hardwares[options.hardware]
+    print(describe_cost(_model_config(options), context=options.context, batch=options.batch, hardware=hardware))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""How well a model predicts held-out text."""
+
+import functools
+from collections.abc import Callable, Iterable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rattn_eqx.attention import RAttention
+from rattn_eqx.language_model import LanguageModel, batch_logits
+from rattn_eqx.loss import bits_per_byte, cross_entropy
+from rattn_eqx.sharding import BATCH, batch_mesh, over_batch, replicate
+from rattn_eqx.tokens import Tokenizer
+
+
+def evaluate(model: LanguageModel, batches: Iterable[dict[str, np.ndarray]], tokenizer: Tokenizer) -> float:
+    """Bits per byte over batches of windows, such as `tokens.validation_batches` gives; batches are cut over devices.
+
+    The bits of every target that is not padding, document markers included, over the bytes that the targets stand for.
+    A window starts with no memory of the one before it.
+    """
+    parameters, static = eqx.partition(model, eqx.is_array)
+    sum_nats, nats, num_bytes = None, 0.0, 0
+    for batch in batches:
+        if sum_nats is None:
+            mesh = batch_mesh(len(batch["tokens"]))
+            parameters = replicate(parameters, mesh)
+            sum_nats = _compile(static, mesh, tokenizer.padding)
+        nats += float(sum_nats(parameters, batch))
+        num_bytes += int(tokenizer.byte_lengths[batch["targets"]].sum())
+    return bits_per_byte(nats, num_bytes)
+
+
+@functools.lru_cache(maxsize=8)  # `train` evaluates again and again: compile once
+def _compile(static: LanguageModel, mesh: Mesh, padding: int) -> Callable:
+    def local(parameters, batch):
+        logits = batch_logits(eqx.combine(parameters, static), batch["tokens"], batch["segment_ids"])
+        nats = cross_entropy(logits, batch["targets"], batch["targets"] != padding)
+        return jax.lax.psum(nats, BATCH)
+
+    return jax.jit(over_batch(local, mesh, 1))
+
+
+def without_residual(model: LanguageModel) -> LanguageModel:
+    """The same model with every residual branch switched off: its gain is 0."""
+
+    def gains(model):
+        layers = (block.attention for block in model.blocks)
+        return [x.rla_gain for x in layers if isinstance(x, RAttention) and x.rla_gain is not None]
+
+    return eqx.tree_at(gains, model, replace_fn=jnp.zeros_like) if gains(model) else model

@@ -1,0 +1,104 @@
+"""Named model sizes, as frozen values that a run folder stores as JSON."""
+
+import dataclasses
+from typing import Literal
+
+from pallas.feature_map import named
+
+LayerKind = Literal["local", "global"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes a `LanguageModel`'s shapes and mathematics.
+
+    `pattern` is repeated down the layers: a "local" layer is `RAttention`, a "global" one is `GlobalAttention`.
+    `window` counts the keys that a local layer's query sees, itself included; 0 leaves linear attention alone.
+    `residual=False` takes the residual branch away: a plain sliding-window layer.
+    `swa_gain` and `rla_gain` are what the learned gains of the two branches begin at.
+    """
+
+    vocabulary_size: int
+    model_width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    feed_forward_width: int
+    window: int
+    pattern: tuple[LayerKind, ...] = ("local", "local", "local", "global")
+    residual: bool = True
+    feature_map: str = "softmax"
+    learned_feature_scale: bool = False
+    num_meta_tokens: int = 0
+    swa_gain: float = 1.0
+    rla_gain: float = 1.0
+    qk_norm: bool = True
+    rope_theta: float = 5e5
+    gate: Literal["gelu", "silu"] = "gelu"
+    tie_embeddings: bool = True
+
+    def __post_init__(self):
+        if not self.pattern or not set(self.pattern) <= {"local", "global"}:
+            raise ValueError(
+                f"ModelConfig: pattern must be a tuple of 'local' and 'global'; got {self.pattern}, "
+                "such as ('local', 'local', 'local', 'global')"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"ModelConfig: head_size must be even, for rotary embedding; got {self.head_size}")
+        if self.num_layers < 1:
+            raise ValueError(f"ModelConfig: num_layers must be at least 1; got {self.num_layers}")
+        if self.feature_map not in named:
+            raise ValueError(f"ModelConfig: feature_map must be one of {', '.join(named)}; got {self.feature_map!r}")
+
+
+# Trained on two laptop cores in minutes; how its numbers were chosen stands in LOG.md.
+tiny = ModelConfig(
+    vocabulary_size=258,
+    model_width=96,
+    num_layers=4,
+    num_heads=2,
+    num_kv_heads=1,
+    head_size=48,
+    feed_forward_width=256,
+    window=64,
+    rla_gain=0.3,
+)
+
+small = ModelConfig(
+    vocabulary_size=258,
+    model_width=512,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=4,
+    head_size=64,
+    feed_forward_width=1536,
+    window=512,
+)
+
+# The paper's table 1; its vocabulary is not public, so ours is a common size.
+paper_3b = ModelConfig(
+    vocabulary_size=49152,
+    model_width=2048,
+    num_layers=56,
+    num_heads=16,
+    num_kv_heads=4,
+    head_size=128,
+    feed_forward_width=6656,
+    window=512,
+    gate="silu",
+)
+
+paper_12b = ModelConfig(
+    vocabulary_size=49152,
+    model_width=5120,
+    num_layers=40,
+    num_heads=40,
+    num_kv_heads=8,
+    head_size=128,
+    feed_forward_width=16384,
+    window=512,
+    gate="silu",
+)
+
+presets = {"tiny": tiny, "small": small, "paper_3b": paper_3b, "paper_12b": paper_12b}

@@ -1,0 +1,127 @@
+"""From a corpus to a finished run folder: what `rattn pretrain` does."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rattn_eqx import plot
+from rattn_eqx.corpus import build_corpus, describe
+from rattn_eqx.cost import count_parameters
+from rattn_eqx.evaluate import evaluate, without_residual
+from rattn_eqx.generate import generate
+from rattn_eqx.language_model import LanguageModel
+from rattn_eqx.ngram import gzip_bits_per_byte, interpolated_bits_per_byte
+from rattn_eqx.presets import ModelConfig
+from rattn_eqx.run_folder import RunConfig, TrainConfig, read_metrics, write_json, write_text
+from rattn_eqx.tokens import BPETokenizer, ByteTokenizer, Tokenizer, tokenize, validation_batches
+from rattn_eqx.train import train
+
+
+def pretrain(
+    folder: Path,
+    model: ModelConfig,
+    training: TrainConfig,
+    *,
+    corpus: str,
+    cache: Path,
+    bpe_vocabulary: int | None = None,
+    prompt: str = "def ",
+    sample_tokens: int = 200,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Gather text, train a model on it, and leave results, a plot and a sample in the run folder.
+
+    Called again with the same arguments it continues where it was stopped.
+
+    Args:
+      folder: of the run.
+      corpus: "python", "environment" or a path: see `corpus.build_corpus`.
+      cache: where corpora and token files are kept between runs.
+      bpe_vocabulary: tokens of a BPE vocabulary trained on the corpus; None for bytes. Replaces the model's own.
+      prompt, sample_tokens: of the sample.
+
+    Returns:
+      The content of results.json: bits per byte of the model, of the model without its residual branch, and of what
+      it is to beat, all on the same bytes.
+    """
+    started = time.monotonic()
+    text = build_corpus(corpus, cache)
+    print(describe(text.manifest))
+    tokenizer = ByteTokenizer() if bpe_vocabulary is None else BPETokenizer.train(text, bpe_vocabulary)
+    train_tokens, validation_tokens = tokenize(text, tokenizer, cache)
+    byte_path = tokenize(text, ByteTokenizer(), cache)[0]
+    model = dataclasses.replace(model, vocabulary_size=tokenizer.vocabulary_size)
+    config = RunConfig(model, training, text.manifest["sha256"])
+
+    held_out = np.load(validation_tokens, mmap_mode="r")[: training.evaluation_tokens + 1]
+    held_out_bytes = as_bytes(held_out, tokenizer)
+    num_bytes = int(np.count_nonzero(held_out_bytes < ByteTokenizer().document))
+    to_beat = {
+        "order-3 byte model": interpolated_bits_per_byte(np.load(byte_path, mmap_mode="r"), held_out_bytes),
+        "gzip -9": gzip_bits_per_byte(held_out_bytes),
+    }
+    print(
+        f"model       {count_parameters(model):,} parameters, window {model.window}, context {training.context}, "
+        f"residual branch {'on' if model.residual else 'absent'}\n"
+        f"training    {training.steps:,} steps of {training.batch_size} x {training.context} tokens on "
+        f"{jax.local_device_count()} {jax.devices()[0].platform} device(s)\n"
+        f"to beat     {', '.join(f'{name} {bits:.3f}' for name, bits in to_beat.items())} bits per byte, "
+        f"on the first {num_bytes:,} validation bytes"
+    )
+
+    trained = train(folder, config, train_tokens, validation_tokens, tokenizer, show_progress=show_progress)
+
+    def score(model: LanguageModel) -> float:
+        batches = validation_batches(
+            validation_tokens,
+            context=training.context,
+            batch_size=training.batch_size,
+            document=tokenizer.document,
+            max_tokens=training.evaluation_tokens,
+        )
+        return evaluate(model, batches, tokenizer)
+
+    rows = read_metrics(folder)
+    results = {"this model": [row for row in rows if "validation_bits_per_byte" in row][-1]["validation_bits_per_byte"]}
+    if model.residual:
+        results["this model, residual branch off"] = score(without_residual(trained))
+    results |= to_beat
+    write_json(
+        folder / "results.json",
+        {"bits_per_byte": results, "validation_bytes": num_bytes, "parameters": count_parameters(model)},
+    )
+    plot.save(plot.loss_curves({folder.name: rows}, to_beat), folder / "loss.png")
+
+    start = np.concatenate([[tokenizer.document], tokenizer.encode(prompt.encode())]).astype(np.int32)
+    forbidden = (tokenizer.document, tokenizer.padding)
+    drawn = generate(
+        trained,
+        start,
+        num_tokens=sample_tokens,
+        context=training.context,
+        key=jax.random.key(training.seed),
+        forbid=forbidden,
+    )
+    sample = prompt + tokenizer.decode(np.fromiter(drawn, np.int32)).decode(errors="replace")
+    write_text(folder / "sample.txt", sample + "\n")
+
+    print(f"\nsample, after the prompt {prompt!r}:\n\n{sample}\n")
+    print(f"bits per byte on the same {num_bytes:,} validation bytes, lower is better")
+    print("\n".join(f"  {name:<34}{bits:.3f}" for name, bits in results.items()))
+    print(f"run folder {folder}, {time.monotonic() - started:.0f} s in all")
+    return json.loads((folder / "results.json").read_text())
+
+
+def as_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """The same documents as byte tokens, document markers kept."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return np.asarray(tokens)
+    plain = ByteTokenizer()
+    documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.document)[1:])
+    marker = np.array([plain.document], np.uint16)
+    return np.concatenate([part for x in documents for part in (marker, plain.encode(tokenizer.decode(x)))])

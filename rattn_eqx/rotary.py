@@ -1,0 +1,28 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864)."""
+
+import jax.numpy as jnp
+from beartype import beartype
+from jaxtyping import Array, Float, Int, jaxtyped
+
+from pallas.arguments import accumulation_dtype
+
+
+@jaxtyped(typechecker=beartype)
+def rotary(x: Float[Array, "t h d"], positions: Int[Array, "t"], *, theta: float = 5e5) -> Float[Array, "t h d"]:
+    """Turn channel pair (i, i + d / 2) of every head by the angle position / theta^(2 i / d).
+
+    A product of two turned vectors depends on the difference of their positions only. Angles are in radians, computed
+    in float32; the result has x's dtype.
+
+    Raises:
+      ValueError: if d is odd.
+    """
+    d = x.shape[-1]
+    if d % 2:
+        raise ValueError(f"rotary: d must be even, since channels turn in pairs; got d={d}")
+    dtype = accumulation_dtype(x)
+    frequency = theta ** (-jnp.arange(0, d, 2, dtype=dtype) / d)
+    angle = positions.astype(dtype)[:, None, None] * frequency[None, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,155 @@
+"""A training run is a folder.
+
+config.json, tokenizer.json, metrics.jsonl and checkpoints/ while it trains; then results.json, loss.png and
+sample.txt.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from rattn_eqx.presets import ModelConfig
+from rattn_eqx.tokens import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. Lengths are in tokens, intervals in optimiser steps.
+
+    `microbatches` splits a batch into pieces whose gradients are summed: less memory, the same step.
+    The learning rate rises over `warmup_steps` and falls to 0 along a cosine.
+    """
+
+    steps: int
+    batch_size: int
+    context: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    microbatches: int = 1
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    rematerialise: bool = False
+    checkpoint_every: int = 100
+    evaluate_every: int = 100
+    evaluation_tokens: int = 65536
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in (
+            "steps",
+            "batch_size",
+            "context",
+            "microbatches",
+            "checkpoint_every",
+            "evaluate_every",
+            "evaluation_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig: {name} must be at least 1; got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"TrainConfig: {name} must be above 0; got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"TrainConfig: seed must be at least 0 and below 2**32; got {self.seed}")
+        if self.batch_size % self.microbatches:
+            raise ValueError(
+                "TrainConfig: batch_size must be a multiple of microbatches; "
+                f"got batch_size={self.batch_size}, microbatches={self.microbatches}"
+            )
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                "TrainConfig: warmup_steps must be at least 0 and less than steps; "
+                f"got warmup_steps={self.warmup_steps}, steps={self.steps}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run's result depends on; `corpus` is the corpus's sha256."""
+
+    model: ModelConfig
+    training: TrainConfig
+    corpus: str
+
+
+def open_run(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Make the folder of a new run, or check that an existing one belongs to `config`.
+
+    Raises:
+      ValueError: if the folder holds a run of another config or tokenizer; names what differs.
+    """
+    config_path, tokenizer_path = folder / "config.json", folder / "tokenizer.json"
+    if not config_path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(tokenizer_path)
+        write_json(config_path, dataclasses.asdict(config))  # last: a folder with a config is complete
+        return
+    old, new = _flatten(dataclasses.asdict(load_config(folder))), _flatten(dataclasses.asdict(config))
+    if load_tokenizer(tokenizer_path).to_json() != tokenizer.to_json():
+        old, new = {**old, "tokenizer": "of the run"}, {**new, "tokenizer": "another"}
+    different = [f"{name} is {old[name]!r} there and {new[name]!r} here" for name in new if old[name] != new[name]]
+    if different:
+        raise ValueError(
+            f"open_run: {folder} holds a run of another config: {'; '.join(different)}. "
+            "Choose another folder with --out, or give the options that the run was started with"
+        )
+
+
+def load_config(folder: Path) -> RunConfig:
+    """Read config.json.
+
+    Raises:
+      ValueError: if the folder is no run.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(
+            f"load_config: {folder} is not a run folder, it has no config.json; start one with `rattn pretrain`"
+        )
+    try:
+        values = json.loads(path.read_text())
+        model = ModelConfig(**{**values["model"], "pattern": tuple(values["model"]["pattern"])})
+        return RunConfig(model, TrainConfig(**values["training"]), values["corpus"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"load_config: {path} is damaged: {error}; put back a good copy, or start again in another folder"
+        ) from error
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the rows of metrics.jsonl that lie past `step`, and a last row that was cut off while being written."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    write_text(path, "".join(kept))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl: one for each step, one for each evaluation."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    pairs = {}
+    for name, value in values.items():
+        pairs |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return pairs

@@ -1,0 +1,356 @@
+"""From text to batches: tokenizers, token files, and the training and validation batches read from them."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import operator
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, final
+
+import grain
+import numpy as np
+from jaxtyping import Int32, Integer, UInt16
+
+from rattn_eqx.corpus import Corpus, new_folder
+
+BYTE_VOCABULARY = 258
+DOCUMENT = 256  # stands before every document: it begins the sequence and separates documents
+PADDING = 257  # every tokenizer's padding follows its document marker
+
+Batch = dict[str, Int32[np.ndarray, "batch context"]]
+Window = dict[str, Int32[np.ndarray, "context"]]
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class ByteTokenizer:
+    """One token per byte, and the two special tokens `DOCUMENT` and `PADDING`."""
+
+    vocabulary_size: int = dataclasses.field(default=BYTE_VOCABULARY, init=False)
+    document: int = dataclasses.field(default=DOCUMENT, init=False)
+    padding: int = dataclasses.field(default=PADDING, init=False)
+
+    @property
+    def byte_lengths(self) -> Int32[np.ndarray, "vocabulary"]:
+        """The number of bytes that each token stands for; 0 for the special tokens."""
+        return np.repeat(np.array([1, 0], np.int32), [DOCUMENT, 2])
+
+    def encode(self, text: bytes) -> UInt16[np.ndarray, "tokens"]:
+        """Return the tokens of any bytes."""
+        return np.frombuffer(text, np.uint8).astype(np.uint16)
+
+    def decode(self, tokens: Integer[np.ndarray, "tokens"]) -> bytes:
+        """Return the bytes that the tokens stand for; special tokens stand for none.
+
+        Raises:
+          ValueError: a token outside the vocabulary.
+        """
+        _require_in_vocabulary(tokens, self.vocabulary_size)
+        return tokens[tokens < DOCUMENT].astype(np.uint8).tobytes()
+
+    def to_json(self) -> str:
+        """Return the tokenizer as JSON text."""
+        return json.dumps({"kind": "byte"})
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer as JSON, for `load_tokenizer`."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+
+@final
+class BPETokenizer:
+    """Byte-pair encoding over bytes, trained on a corpus by the `tokenizers` library.
+
+    Each byte is shown to the library as the character of the same number (Latin-1), so any bytes can be encoded and
+    come back unchanged. The specials are the last two tokens: `document`, then `padding`.
+    """
+
+    def __init__(self, definition: str):
+        """Read the library's own JSON text; use `BPETokenizer.train` or `load_tokenizer`."""
+        self._definition = definition
+        self._tokenizer = _tokenizers().Tokenizer.from_str(definition)
+        num_pieces = self._tokenizer.get_vocab_size()
+        self._pieces = [self._tokenizer.id_to_token(token).encode("latin-1") for token in range(num_pieces)]
+        self.vocabulary_size = num_pieces + 2
+        self.document = num_pieces
+        self.padding = num_pieces + 1
+
+    @classmethod
+    def train(cls, corpus: Corpus, vocabulary_size: int) -> "BPETokenizer":
+        """Learn merges from the training split of a corpus.
+
+        Args:
+          corpus: what to learn from.
+          vocabulary_size: the most tokens, specials included, 258 to 65536; a small corpus gives fewer.
+
+        Raises:
+          ValueError: a vocabulary size out of range.
+          ImportError: the `tokenizers` library is missing.
+        """
+        if not BYTE_VOCABULARY <= vocabulary_size <= 2**16:
+            raise ValueError(
+                f"BPETokenizer.train: vocabulary_size must lie between {BYTE_VOCABULARY} and {2**16}, so that bytes,"
+                f" specials and uint16 suffice; got {vocabulary_size}"
+            )
+        library = _tokenizers()
+        # Merges stay within a word, a number of three digits, a run of marks, a line's end with the indent after it,
+        # or a run of spaces. Bytes from 128 on are parts of UTF-8 characters and count as letters.
+        words = r" ?[A-Za-z_\x{80}-\x{ff}]+| ?[0-9]{1,3}| ?[^\sA-Za-z_0-9\x{80}-\x{ff}]+|[\r\n]+[ \t]*|[ \t]+"
+        tokenizer = library.Tokenizer(library.models.BPE())
+        tokenizer.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(words), behavior="isolated")
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=vocabulary_size - 2,
+            initial_alphabet=[chr(byte) for byte in range(256)],
+            min_frequency=2,
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator((text.decode("latin-1") for text in corpus.documents("train")), trainer)
+        return cls(tokenizer.to_str())
+
+    @functools.cached_property
+    def byte_lengths(self) -> Int32[np.ndarray, "vocabulary"]:
+        """The number of bytes that each token stands for; 0 for the special tokens."""
+        return np.array([*map(len, self._pieces), 0, 0], np.int32)
+
+    def encode(self, text: bytes) -> UInt16[np.ndarray, "tokens"]:
+        """Return the tokens of any bytes."""
+        [encoding] = self._tokenizer.encode_batch_fast([text.decode("latin-1")], add_special_tokens=False)
+        return np.array(encoding.ids, np.uint16)
+
+    def decode(self, tokens: Integer[np.ndarray, "tokens"]) -> bytes:
+        """Return the bytes that the tokens stand for; special tokens stand for none.
+
+        Raises:
+          ValueError: a token outside the vocabulary.
+        """
+        _require_in_vocabulary(tokens, self.vocabulary_size)
+        return b"".join(self._pieces[token] for token in tokens.tolist() if token < self.document)
+
+    def to_json(self) -> str:
+        """Return the tokenizer as JSON text."""
+        return json.dumps({"kind": "bpe", "tokenizers": json.loads(self._definition)})
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer as JSON, for `load_tokenizer`."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+
+Tokenizer = ByteTokenizer | BPETokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer that `save` wrote.
+
+    Raises:
+      ValueError: a file that holds something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"load_tokenizer: {path} is not JSON; give a file that a tokenizer's save wrote") from error
+    match content:
+        case {"kind": "byte"}:
+            return ByteTokenizer()
+        case {"kind": "bpe", "tokenizers": definition}:
+            return BPETokenizer(json.dumps(definition))
+    raise ValueError(f"load_tokenizer: {path} holds no tokenizer; give a file that a tokenizer's save wrote")
+
+
+def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> tuple[Path, Path]:
+    """Write a corpus's two splits as token files, or find those that are already there.
+
+    A token file is a one-dimensional uint16 .npy to be memory-mapped: every document's tokens in order, the document
+    marker before each. The tokenizer is saved beside it as `tokenizer.json`.
+
+    Returns:
+      The paths of the training and of the validation tokens, in `cache/tokens-KEY`; the key stands for the corpus's
+      text and the tokenizer.
+    """
+    key = hashlib.sha256((corpus.manifest["sha256"] + tokenizer.to_json()).encode())
+    folder = Path(cache) / f"tokens-{key.hexdigest()[:16]}"
+    if not folder.exists():
+        marker = np.array([tokenizer.document], np.uint16)
+        with new_folder(folder) as unfinished:
+            for split in ("train", "validation"):
+                parts = [part for text in corpus.documents(split) for part in (marker, tokenizer.encode(text))]
+                np.save(unfinished / f"{split}.npy", np.concatenate(parts))
+            tokenizer.save(unfinished / "tokenizer.json")
+    return folder / "train.npy", folder / "validation.npy"
+
+
+@final
+class TokenWindows:
+    """The windows of one token file, as a grain data source: window i reads tokens i * context to (i + 1) * context.
+
+    Documents are packed end to end and cut every `context` tokens: no position is padding, and any window can be read
+    alone. An item holds `tokens`, `targets` (the tokens one place on) and `segment_ids`, the number of document
+    markers up to and with each position, each Int32["context"].
+
+    Args:
+      path: a token file that `tokenize` wrote.
+      context: tokens in a window.
+      document: the tokenizer's document marker.
+
+    Raises:
+      ValueError: a file shorter than one window and its last target, or one that is no token file.
+    """
+
+    def __init__(self, path: Path, context: int, document: int = DOCUMENT):
+        if context < 1:
+            raise ValueError(f"TokenWindows: context must be at least 1; got {context}")
+        self._path = Path(path)
+        self._context = context
+        self._document = document
+        num_tokens = len(_open_tokens(self._path, document))
+        if num_tokens < context + 1:
+            raise ValueError(
+                f"TokenWindows: the split is shorter than one window; got {num_tokens} tokens in {path}, and"
+                f" context={context} needs {context + 1}; give more text or a smaller context"
+            )
+        self._num_windows = (num_tokens - 1) // context
+        self._tokens: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self._num_windows
+
+    def __getitem__(self, index: int) -> Window:
+        index = operator.index(index)
+        if not 0 <= index < self._num_windows:
+            raise IndexError(f"TokenWindows: no window {index} among {self._num_windows}")
+        if self._tokens is None:  # threads that come here together open it twice, which does no harm
+            self._tokens = _open_tokens(self._path, self._document)
+        start = index * self._context
+        window = self._tokens[start : start + self._context + 1].astype(np.int32)
+        return _window_items(window[:-1], window[1:], self._document)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tokens": None}  # a copy of the memory map would carry the whole file
+
+    def __repr__(self) -> str:
+        return f"TokenWindows({str(self._path)!r}, context={self._context}, document={self._document})"
+
+
+def training_batches(
+    path: Path,
+    *,
+    context: int,
+    batch_size: int,
+    seed: int,
+    document: int = DOCUMENT,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+    """Return an endless grain iterator over shuffled batches of windows, read ahead by threads.
+
+    Every epoch is a new shuffle of all windows. Processes get disjoint shares of it, equally many each, so they pass
+    from epoch to epoch together; up to `process_count - 1` windows are left out of an epoch, others in each.
+
+    `get_state()` gives a small dictionary that JSON can hold; `set_state` with it continues exactly there, in this
+    epoch or a later one. It counts batches, so restore it only under the same arguments. Call `close()` when done.
+
+    Args:
+      path: a token file that `tokenize` wrote.
+      context: tokens in a window.
+      batch_size: windows in a batch of this process.
+      seed: of the shuffle, 0 to 2**32 - 1.
+      document: the tokenizer's document marker.
+      process_index: which share this process reads, 0 to `process_count - 1`.
+      process_count: the number of shares.
+
+    Raises:
+      ValueError: fewer windows than processes, sizes below 1, or a process index out of range.
+    """
+    if batch_size < 1:
+        raise ValueError(f"training_batches: batch_size must be at least 1; got {batch_size}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            "training_batches: process_index must lie between 0 and process_count - 1;"
+            f" got process_index={process_index}, process_count={process_count}"
+        )
+    windows = TokenWindows(path, context, document)
+    if len(windows) < process_count:
+        raise ValueError(
+            f"training_batches: every process needs a window; got {len(windows)} windows and"
+            f" process_count={process_count}; give more text or a smaller context"
+        )
+    shared = len(windows) // process_count * process_count
+    share = grain.MapDataset.source(windows).seed(seed).shuffle().slice(slice(process_index, shared, process_count))
+    batches = share.repeat().batch(batch_size, drop_remainder=True)
+    # Threads, as reading a memory map lets go of the interpreter lock and worker processes only add copies.
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)))
+
+
+def validation_batches(
+    path: Path, *, context: int, batch_size: int, document: int = DOCUMENT, max_tokens: int | None = None
+) -> Iterator[Batch]:
+    """Return batches that hold every target of a token file, or its first `max_tokens` targets, once and in order.
+
+    Windows follow one another as in `TokenWindows`. What the last window and the last batch lack is filled with the
+    padding token, in `tokens` and in `targets`: mask the targets that equal it.
+
+    Args:
+      path: a token file that `tokenize` wrote.
+      context: tokens in a window.
+      batch_size: windows in a batch.
+      document: the tokenizer's document marker; its padding is the token after it.
+      max_tokens: the most targets to read; None reads all.
+
+    Raises:
+      ValueError: a file of fewer than two tokens, or sizes below 1.
+    """
+    for name, value in (("context", context), ("batch_size", batch_size), ("max_tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"validation_batches: {name} must be at least 1; got {value}")
+    stream = _open_tokens(path, document)
+    num_targets = len(stream) - 1 if max_tokens is None else min(len(stream) - 1, max_tokens)
+    if num_targets < 1:
+        raise ValueError(f"validation_batches: {path} has no token after its document marker; give more text")
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, num_targets, batch_size * context):
+            tokens, targets = np.full((2, batch_size * context), document + 1, np.int32)
+            part = stream[start : min(start + batch_size * context, num_targets) + 1]
+            tokens[: len(part) - 1], targets[: len(part) - 1] = part[:-1], part[1:]
+            yield _window_items(tokens.reshape(-1, context), targets.reshape(-1, context), document)
+
+    return batches()
+
+
+def _window_items(
+    tokens: Int32[np.ndarray, "*batch context"], targets: Int32[np.ndarray, "*batch context"], document: int
+) -> dict[str, Int32[np.ndarray, "*batch context"]]:
+    segment_ids = np.cumsum(tokens == document, axis=-1, dtype=np.int32)
+    return {"tokens": tokens, "targets": targets, "segment_ids": segment_ids}
+
+
+def _open_tokens(path: Path, document: int) -> UInt16[np.ndarray, "tokens"]:
+    """Map a token file into memory; its first token shows whether the caller knows its document marker."""
+    tokens = np.load(path, mmap_mode="r")
+    if tokens.ndim != 1 or tokens.dtype != np.uint16 or tokens.size == 0:
+        raise ValueError(
+            f"token file: {path} must hold one dimension of uint16; got {tokens.dtype} of shape {tokens.shape};"
+            " write it with tokenize"
+        )
+    if tokens[0] != document:
+        raise ValueError(
+            f"token file: {path} must begin with the document marker; got {tokens[0]} for document={document};"
+            " pass document=tokenizer.document"
+        )
+    return tokens
+
+
+def _require_in_vocabulary(tokens: Integer[np.ndarray, "tokens"], vocabulary_size: int) -> None:
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary_size:
+        raise ValueError(
+            f"decode: tokens must lie between 0 and {vocabulary_size - 1}; got {tokens.min()} to {tokens.max()}"
+        )
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError("BPETokenizer needs the tokenizers library: pip install 'rattn-eqx[bpe]'") from error
+    return tokenizers
