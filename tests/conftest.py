@@ -1,0 +1,28 @@
+"""Strict promotion around every test, the implementations under test, and how hypothesis draws."""
+
+import jax
+import pytest
+from hypothesis import settings
+
+IMPLEMENTATIONS = ["chunked"]
+
+settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+settings.load_profile("tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "standard_dtype_promotion: runs foreign code (optax, baselines) that mixes dtypes on purpose"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _strict_promotion(request: pytest.FixtureRequest):
+    standard = request.node.get_closest_marker("standard_dtype_promotion") is not None
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("standard" if standard else "strict"):
+        yield
+
+
+@pytest.fixture(scope="session", params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> str:
+    return request.param

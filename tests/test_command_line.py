@@ -1,0 +1,255 @@
+"""`rattn`: what it writes, what it prints, and how it takes a user's mistakes."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_child import MODEL, SAMPLE, training
+
+from rattn_eqx.__main__ import _parser, main
+from rattn_eqx.run_folder import RunConfig, open_run, read_metrics
+from rattn_eqx.tokens import ByteTokenizer
+
+TINY = ["--steps", "6", "--context", "32", "--window", "8", "--pattern", "local", "--sample-tokens", "8"]
+TINY += ["--evaluation-tokens", "256", "--evaluate-every", "3", "--checkpoint-every", "4", "--devices", "1"]
+
+
+def rattn(*arguments: object, scratch: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a fresh process: `pretrain` sets the number of devices, once a process."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    if scratch is not None:
+        environment |= {"JAX_COMPILATION_CACHE_DIR": str(scratch), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-m", "rattn_eqx", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("command_line")
+
+
+@pytest.fixture(scope="module")
+def pretrain_arguments(scratch: Path) -> list[object]:
+    return ["pretrain", "--out", scratch / "run", "--corpus", SAMPLE, "--cache", scratch / "cache", *TINY]
+
+
+@pytest.fixture(scope="module")
+def finished(scratch: Path, pretrain_arguments: list[object]) -> subprocess.CompletedProcess[str]:
+    done = rattn(*pretrain_arguments, scratch=scratch / "compiled")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_pretrain_leaves_a_run_folder(finished, scratch):
+    folder = scratch / "run"
+    present = {path.name for path in folder.iterdir()}
+    files = {"config.json", "tokenizer.json", "metrics.jsonl", "results.json", "loss.png", "sample.txt"}
+    assert present == files | {"checkpoints"}
+    assert [path.name[:13] for path in sorted((folder / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6]
+    results = json.loads((folder / "results.json").read_text())
+    bits = results["bits_per_byte"]
+    assert list(bits) == ["this model", "this model, residual branch off", "order-3 byte model", "gzip -9"]
+    assert bits["this model"] == rows[-1]["validation_bits_per_byte"]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "sample.txt").read_bytes().startswith(b"def ")
+
+
+def test_pretrain_prints_the_manifest_and_what_to_beat(finished, scratch):
+    manifest = json.loads(next((scratch / "cache").glob("files-*/manifest.json")).read_text())
+    results = json.loads((scratch / "run" / "results.json").read_text())
+    bits, out = results["bits_per_byte"], finished.stdout
+    assert f"corpus {SAMPLE}" in out
+    assert manifest["sha256"] in out
+    for name in ("order-3 byte model", "gzip -9"):
+        assert f"{name} {bits[name]:.3f}" in out.split("to beat")[1].splitlines()[0]
+        assert f"{name:<34}{bits[name]:.3f}" in out
+    assert f"{results['parameters']:,} parameters, window 8, context 32, residual branch on" in out
+    assert "6 steps of 2 x 32 tokens on 1 cpu device(s)" in out
+    assert (scratch / "run" / "sample.txt").read_text().strip() in out
+    assert f"run folder {scratch / 'run'}, " in out
+
+
+def test_the_same_command_again_finishes_without_training(finished, pretrain_arguments, scratch):
+    folder = scratch / "run"
+    keep = ["metrics.jsonl", "results.json", "sample.txt", "config.json"]
+    before = {name: (folder / name).read_bytes() for name in keep}
+    (folder / "results.json").unlink()  # as if stopped after the last step
+    again = rattn(*pretrain_arguments, scratch=scratch / "compiled")
+    assert again.returncode == 0, again.stderr
+    assert {name: (folder / name).read_bytes() for name in keep} == before
+    assert "resuming after step 6 from " in again.stdout
+
+
+def test_generate(finished, scratch, capfdbinary):
+    command = ["generate", "--run", str(scratch / "run"), "--prompt", "The ", "--num-tokens", "6"]
+
+    def generated(*options: str) -> bytes:
+        assert main([*command, *options]) == 0
+        return capfdbinary.readouterr().out
+
+    greedy = generated("--temperature", "0")
+    assert greedy.startswith(b"The ")
+    assert greedy.endswith(b"\n")
+    assert len(greedy) == len(b"The ") + 6 + 1
+    assert generated("--temperature", "0", "--seed", "1") == greedy
+    assert generated("--top-k", "1", "--seed", "2") == greedy
+    drawn = generated("--temperature", "2", "--top-k", "200", "--top-p", "0.99", "--seed", "3")
+    assert drawn != greedy
+    assert len(drawn) == len(greedy)
+
+
+def test_cost_prints_the_papers_saving(capsys):
+    assert main(["cost", "--preset", "paper_12b", "--window", "1024", "--context", "4096"]) == 0
+    out = capsys.readouterr().out
+    (saved,) = [line for line in out.splitlines() if line.strip().startswith("saved")]
+    assert "56.2%" in saved or "56.3%" in saved
+    assert "12,835," in out
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    (commands,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    assert set(commands.choices) == {"pretrain", "generate", "cost"}
+    for name, command in commands.choices.items():
+        assert name in out
+        with pytest.raises(SystemExit) as ended:
+            main([name, "--help"])
+        assert ended.value.code == 0
+        shown = capsys.readouterr().out
+        assert "(default: None)" not in shown
+        for action in command._actions:
+            assert action.option_strings[-1] in shown
+            assert action.help, f"{name} {action.option_strings[-1]} has no explanation"
+
+
+def test_module_and_script_are_the_same(pretrain_arguments):
+    shown = rattn("--help")
+    assert shown.returncode == 0
+    assert shown.stdout.startswith("usage: rattn ")
+    assert rattn().returncode == 2
+
+
+def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """Mistakes that are found before a device is touched, and what is said of each."""
+    empty, binary, cache = folder / "empty", folder / "binary.bin", folder / "cache"
+    empty.mkdir()
+    binary.write_bytes(bytes(range(256)))
+    other = folder / "other"
+    open_run(other, RunConfig(MODEL, training(), "0" * 64), ByteTokenizer())
+    pretrain = ["pretrain", "--cache", str(cache), "--out", str(folder / "out")]
+    sample = [*pretrain, "--corpus", str(SAMPLE), *TINY]
+    no_run = f"load_config: {empty} is not a run folder, it has no config.json; start one with `rattn pretrain`"
+    return {
+        "missing corpus": ([*pretrain, "--corpus", str(folder / "no")], f"build_corpus: no file or folder at {folder}"),
+        "empty folder": ([*pretrain, "--corpus", str(empty)], f"build_corpus: no text files under {empty}; give a "),
+        "binary file": ([*pretrain, "--corpus", str(binary)], "build_corpus: none of the 1 files under "),
+        "feature map": ([*sample, "--feature-map", "sofmax"], "ModelConfig: feature_map must be one of softmax, "),
+        "pattern": ([*sample, "--pattern", "local,globe"], "ModelConfig: pattern must be a tuple of 'local' and "),
+        "window": ([*sample, "--window", "-1"], "window must be at least 0"),
+        "warm-up": ([*sample, "--warmup-steps", "6"], "TrainConfig: warmup_steps must be at least 0 and less than "),
+        "steps": ([*sample, "--steps", "0"], "TrainConfig: steps must be at least 1; got 0"),
+        "devices": (
+            [*sample, "--devices", "-1", "--out", str(folder / "devices")],
+            "devices must be at least 1; got -1",
+        ),
+        "evaluation": ([*sample, "--evaluation-tokens", "0"], "evaluation_tokens must be at least 1; got 0"),
+        "context": ([*sample, "--context", "1000000"], "the split is shorter than one window; got "),
+        "other run": (
+            [*sample, "--out", str(other)],
+            f"{other} holds a run of another config: model.model_width is 16",
+        ),
+        "no run": (["generate", "--run", str(empty)], no_run),
+        "no checkpoint": (["generate", "--run", str(other)], f"load_model: {other} has no checkpoint yet; let `rattn"),
+        "cost window": (["cost", "--window", "-5"], "window must be at least 0"),
+        "cost context": (["cost", "--context", "0"], "context must be at least 1; got context=0"),
+    }
+
+
+# Each command in a process of its own, forked where everything is imported and no device touched.
+SEVERAL = """
+import json, os, sys, traceback
+import rattn_eqx.cost, rattn_eqx.pretrain
+from rattn_eqx.__main__ import main
+
+for arguments in json.loads(sys.argv[1]):
+    print("next", file=sys.stderr, flush=True)
+    if (child := os.fork()) == 0:
+        try:
+            print("status", main(arguments), file=sys.stderr, flush=True)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def mistakes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mistakes")
+
+
+@pytest.fixture(scope="module")
+def told(mistakes_folder: Path) -> dict[str, tuple[str, str]]:
+    """For each mistake what should be said, and what was."""
+    cases = mistakes(mistakes_folder)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    arguments = json.dumps([arguments for arguments, _ in cases.values()])
+    command = [sys.executable, "-W", "ignore:os.fork", "-c", SEVERAL, arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    said = run.stderr.split("next\n")[1:]
+    return {name: (message, text) for (name, (_, message)), text in zip(cases.items(), said, strict=True)}
+
+
+NAMES = ["missing corpus", "empty folder", "binary file", "feature map", "pattern", "window", "warm-up", "steps"]
+NAMES += ["devices", "evaluation", "context", "other run", "no run", "no checkpoint", "cost window", "cost context"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mistake_prints_one_line(told, name: str):
+    message, said = told[name]
+    assert "Traceback" not in said, said
+    line, status = said.splitlines()
+    assert line.startswith("rattn: ")
+    assert message in line
+    assert status == "status 2"
+
+
+def test_a_mistake_leaves_no_run_folder(told, mistakes_folder: Path):
+    """Else the same command, put right, would be refused: the folder would hold a run of another config."""
+    assert told
+    assert not (mistakes_folder / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["temperature", "top-k", "top-p"])
+def test_bad_sampling_options_print_one_line(finished, scratch, capfd, name: str):
+    assert main(["generate", "--run", str(scratch / "run"), f"--{name}", "-1"]) == 2
+    said = capfd.readouterr()
+    assert len(said.err.splitlines()) == 1
+    assert said.err.startswith("rattn: ")
+    assert f"{name.replace('-', '_')} must" in said.err
+    assert said.out == "", "text before the mistake was found"
+
+
+def test_a_damaged_run_folder_prints_one_line(finished, scratch, tmp_path, capsys):
+    for damage in ("checkpoints", "config.json", "tokenizer.json"):
+        folder = tmp_path / damage
+        shutil.copytree(scratch / "run", folder)
+        for path in (folder / damage).iterdir() if damage == "checkpoints" else [folder / damage]:
+            path.write_bytes(path.read_bytes()[:20])
+        assert main(["generate", "--run", str(folder)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith("rattn: ")
+        assert str(folder) in lines[-1]
+        assert len(lines) == 1

@@ -1,0 +1,319 @@
+"""Every implementation computes what the float64 reference computes: outputs, final states and all gradients."""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+import token_loop
+
+import pallas
+from pallas.error import relative_rms
+
+BOUND = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-3}
+ARRAYS = {
+    "sliding_window_attention": ("q", "k", "v"),
+    "residual_linear_attention": ("q", "k", "v", "initial_state", "segment_state"),
+    "rattention": ("q", "k", "v", "swa_gain", "rla_gain", "q_rla", "k_rla", "initial_state", "segment_state"),
+}
+PARAMETERS = ("initial_state", "segment_state", "swa_gain", "rla_gain")  # float32 beside bfloat16 activations
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of one op; sizes are (num_heads, num_kv_heads, head_size, value_size)."""
+
+    op: str
+    t: int
+    window: int
+    s: int | None = None
+    sizes: tuple[int, int, int, int] = (2, 1, 8, 8)
+    segments: tuple[int, ...] = ()
+    states: bool = True
+    static: tuple = ()
+
+    def __str__(self):
+        return f"{self.op}-t{self.t}-w{self.window}-s{self.s or self.t}-{len(self.segments)}seg"
+
+    def arrays(self, dtype: str) -> dict[str, np.ndarray]:
+        """Rounded to `dtype`, so that every precision is asked about the same numbers."""
+        h, kv, d, dv = self.sizes
+        every = token_loop.draw(self.t, s=self.s, num_heads=h, num_kv_heads=kv, head_size=d, value_size=dv)
+        names = [name for name in ARRAYS[self.op] if self.states or not name.endswith("state")]
+        return {name: every[name].astype(jnp.float32 if name in PARAMETERS else dtype) for name in names}
+
+    def ids(self):
+        return jnp.asarray(token_loop.segment_ids(*self.segments)) if self.segments else None
+
+
+SWA, RLA, BOTH = ARRAYS
+CASES = [
+    Case(SWA, 63, 1, sizes=(3, 3, 8, 8)),
+    Case(SWA, 63, 64, sizes=(4, 2, 8, 5)),
+    Case(SWA, 500, 100, s=563, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 300, 62)),
+    Case(SWA, 500, 500),
+    Case(SWA, 1000, 64, sizes=(2, 1, 4, 4), static=(("scale", 0.7),)),
+    Case(SWA, 1500, 1200, s=2000, sizes=(1, 1, 4, 4), segments=(300, 1700)),
+    Case(SWA, 99, 0),
+    Case(RLA, 1, 0),
+    Case(RLA, 500, 0, sizes=(4, 2, 8, 5), segments=(128, 1, 200, 171)),
+    Case(RLA, 63, 1, s=64, sizes=(3, 3, 4, 6)),
+    Case(RLA, 500, 100, s=563, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 300, 62)),
+    Case(RLA, 1000, 64, sizes=(2, 1, 4, 4)),
+    Case(RLA, 101, 100, states=False),
+    Case(RLA, 64, 64),
+    Case(BOTH, 1, 64),
+    Case(BOTH, 63, 64, s=200, sizes=(4, 2, 8, 5)),
+    Case(BOTH, 65, 64),
+    Case(BOTH, 99, 100, states=False),
+    Case(BOTH, 500, 0, sizes=(4, 1, 8, 5)),
+    Case(BOTH, 500, 500, s=501, sizes=(3, 3, 4, 6), segments=(100, 401)),
+    Case(BOTH, 500, 100, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 299), static=(("scale", 0.7), ("eps", 0.1))),
+    Case(BOTH, 1000, 1, sizes=(2, 1, 4, 4)),
+    Case(BOTH, 2300, 100, sizes=(1, 1, 4, 4), segments=(1000, 1300)),
+]
+FEW = [
+    Case(SWA, 63, 64, sizes=(4, 2, 8, 5)),
+    Case(SWA, 500, 100, s=563, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 300, 62)),
+    Case(RLA, 500, 0, sizes=(4, 2, 8, 5), segments=(128, 1, 200, 171)),
+    Case(RLA, 500, 64, s=563, sizes=(2, 1, 8, 8)),
+    Case(BOTH, 101, 100, sizes=(3, 3, 4, 6)),
+    Case(BOTH, 500, 100, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 299)),
+]
+
+
+def precision(dtype: str):
+    """float64 switched on where it is asked for, and float32 products in float32 everywhere."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.default_matmul_precision("highest"))
+    if dtype == "float64":
+        stack.enter_context(jax.enable_x64(True))
+    return stack
+
+
+def values_and_gradients(
+    case: Case, arrays, dtype, *, implementation, window=None, wrap=lambda op, arrays: op(arrays), **static
+):
+    """Everything the op returns and every gradient under a random cotangent, in NumPy, by name.
+
+    `wrap` turns (op, arrays) into the call, for parameters that the op does not see.
+    """
+    static = dict(case.static) | static | {"window": case.window if window is None else window}
+    if case.op != SWA:
+        static["return_final_state"] = True
+
+    def op(arrays):
+        call = getattr(pallas, case.op)
+        result = call(**arrays, segment_ids=case.ids(), implementation=implementation, **static)
+        return {"output": result} if case.op == SWA else {"output": result[0], "final_state": result[1]}
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is most of the time
+    def pulled_back(arrays):
+        result, pull_back = jax.vjp(functools.partial(wrap, op), arrays)
+        generator = np.random.default_rng(1)
+        cotangents = {
+            name: jnp.asarray(generator.standard_normal(x.shape).astype(jnp.bfloat16)).astype(x.dtype)
+            for name, x in result.items()
+        }
+        (gradients,) = pull_back(cotangents)
+        return result | {f"d {name}": gradient for name, gradient in gradients.items()}
+
+    with precision(dtype):
+        named = pulled_back({name: jnp.asarray(array) for name, array in arrays.items()})
+        return {name: np.asarray(array) for name, array in named.items()}
+
+
+def reference(case: Case, arrays, **keywords):
+    wide = {name: array.astype(np.float64) for name, array in arrays.items()}
+    return values_and_gradients(case, wide, "float64", implementation="reference", **keywords)
+
+
+def errors(case: Case, got, expected) -> dict[str, float]:
+    """Relative RMS error by tensor; infinite where the reference is exactly 0 and the result is not."""
+    assert got.keys() == expected.keys()
+    found = {name: relative_rms(got[name], expected[name]) for name in expected}
+    if case.op != RLA and (case.window == 1 or case.s == 1 or case.t == 1):
+        # A softmax over one key is constant: its gradient is 0 but for rounding, so measure that against 1.
+        for name in ("d q", "d k"):
+            found[name] = float(np.sqrt(np.mean(got[name].astype(np.float64) ** 2)))
+    for name in ("output", "final_state"):
+        if name in expected and np.any(got[name][expected[name] == 0]):
+            found[f"{name}, exact zeros"] = np.inf
+    return found
+
+
+def assert_conforms(case, dtype, implementation, arrays=None, **keywords):
+    arrays = case.arrays(dtype) if arrays is None else arrays
+    got = values_and_gradients(case, arrays, dtype, implementation=implementation, **keywords)
+    assert got["output"].dtype == arrays["v"].dtype
+    for name, array in arrays.items():
+        assert got[f"d {name}"].dtype == array.dtype, name
+    if case.op != SWA:
+        assert got["final_state"].dtype == ("float64" if dtype == "float64" else "float32")
+    found = errors(case, got, reference(case, arrays, **keywords))
+    too_large = {name: error for name, error in found.items() if not error <= BOUND[dtype]}
+    assert not too_large, f"bound {BOUND[dtype]:.0e} ({dtype}): {too_large}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float32(implementation, case):
+    assert_conforms(case, "float32", implementation)
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_other_dtypes(implementation, dtype, case):
+    if dtype == "float64" and implementation != "chunked":
+        pytest.skip("kernels take no float64")
+    if dtype == "float64":
+        with jax.enable_x64(True):  # gains and states in float64 too
+            arrays = {name: array.astype(np.float64) for name, array in case.arrays("float64").items()}
+            assert_conforms(case, dtype, implementation, arrays)
+    else:
+        assert_conforms(case, dtype, implementation)
+
+
+@pytest.mark.parametrize(("op", "wrong_by"), [(SWA, -1), (RLA, 1), (BOTH, -1)])
+def test_a_window_off_by_one_is_far_outside_the_bounds(implementation, op, wrong_by):
+    case = Case(op, 150, 64)
+    arrays = case.arrays("float32")
+    got = values_and_gradients(case, arrays, "float32", implementation=implementation)
+    found = errors(case, got, reference(case, arrays, window=case.window + wrong_by))
+    for name in ("output", "final_state", "d q", "d k", "d v"):  # gains and states see sums over all tokens
+        assert found.get(name, np.inf) > 2 * BOUND["bfloat16"], f"{name}: {found[name]:.1e}"
+
+
+@pytest.mark.parametrize("name", ["relu", "identity", "elu_plus_one", "exp", "squared_relu", "taylor"])
+def test_feature_maps(implementation, name):
+    case = Case(RLA, 200, 50, sizes=(2, 1, 4, 4), segments=(120, 80), states=False)
+    feature_map = getattr(pallas.feature_map, name)
+    with_states = case.arrays("float32") | {
+        state: array.astype(np.float32)
+        for state, array in token_loop.draw(
+            1,
+            num_kv_heads=1,
+            value_size=4,
+            feature_size=feature_map(jnp.zeros(4)).shape[-1],
+        ).items()
+        if state.endswith("state")
+    }
+    assert_conforms(case, "float32", implementation, with_states, feature_map=feature_map)
+
+
+@pytest.mark.parametrize("op", [RLA, BOTH])
+def test_a_callers_own_maps_get_gradients_for_their_parameters(implementation, op):
+    case = Case(op, 200, 50, sizes=(4, 2, 8, 5), segments=(120, 80), states=False)
+    generator = np.random.default_rng(2)
+    arrays = case.arrays("float32") | {
+        name: generator.standard_normal((8, 6)).astype(np.float32) for name in ("weight_q", "weight_k")
+    }
+
+    def with_learned_maps(op, arrays):
+        weights = arrays["weight_q"], arrays["weight_k"]
+        maps = tuple(lambda x, weight=weight: jax.nn.softplus(x @ weight) for weight in weights)
+        return op({name: arrays[name] for name in ARRAYS[case.op] if name in arrays} | {"feature_map": maps})
+
+    assert_conforms(case, "float32", implementation, arrays, wrap=with_learned_maps)
+
+
+def test_values_in_another_dtype_than_keys(implementation):
+    case = Case(BOTH, 70, 16)
+    arrays = case.arrays("bfloat16")
+    arrays["v"] = arrays["v"].astype(np.float32)
+    assert_conforms(case, "bfloat16", implementation, arrays)
+
+
+def test_float32_stays_float32_where_float64_is_enabled(implementation):
+    case = Case(BOTH, 70, 16)
+    with jax.enable_x64(True):
+        assert_conforms(case, "float32", implementation)
+
+
+def test_no_implementation_named_runs_one_that_agrees():
+    assert_conforms(Case(RLA, 70, 16), "float32", None)
+
+
+def call(op: str, **changes):
+    """The op on small valid float32 arguments, but for `changes`."""
+    case = Case(op, 7, 3)
+    arguments = {name: jnp.asarray(array) for name, array in case.arrays("float32").items()} | {"window": case.window}
+    return getattr(pallas, op)(**(arguments | changes))
+
+
+def ones(*shape, dtype=jnp.float32):
+    return jnp.ones(shape, dtype)
+
+
+@pytest.mark.parametrize("op", ARRAYS)
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        ("q", ones(7, 2)),
+        ("q", ones(1, 7, 2, 8)),
+        ("q", ones(7, 2, 8, dtype=jnp.int32)),
+        ("v", ones(7, 1, 8, dtype=jnp.int32)),
+        ("k", ones(7, 1, 9)),
+        ("v", ones(7, 2, 8)),
+        ("v", ones(6, 1, 8)),
+        ("segment_ids", ones(7)),
+        ("window", 3.0),
+        ("window", jnp.asarray(3)),
+    ],
+    ids=lambda value: (
+        value if isinstance(value, str) else f"{value.dtype}{value.shape}" if hasattr(value, "shape") else ""
+    ),
+)
+def test_a_wrong_rank_dtype_or_size_is_named_by_its_argument(op, argument, wrong):
+    with pytest.raises(jaxtyping.TypeCheckError, match=f"parameter '{argument}'"):
+        call(op, **{argument: wrong})
+
+
+@pytest.mark.parametrize(
+    ("op", "argument", "wrong"),
+    [
+        (RLA, "initial_state", ones(2, 16, 8)),
+        (BOTH, "segment_state", ones(1, 16, 7)),
+        (BOTH, "swa_gain", ones(1, 8)),
+        (BOTH, "rla_gain", ones(2, 7)),
+        (BOTH, "q_rla", ones(6, 2, 8)),
+        (BOTH, "k_rla", ones(7, 2, 8)),
+    ],
+)
+def test_a_wrong_size_of_a_state_gain_or_residual_input_is_named(op, argument, wrong):
+    with pytest.raises((jaxtyping.TypeCheckError, ValueError), match=argument):
+        call(op, **{argument: wrong})
+
+
+@pytest.mark.parametrize("op", ARRAYS)
+def test_rules_across_arguments(op):
+    six_over_four = {"q": ones(7, 6, 8), "k": ones(7, 4, 8), "v": ones(7, 4, 8)}
+    if op != SWA:
+        six_over_four |= {"initial_state": ones(4, 16, 8), "segment_state": ones(4, 16, 8)}
+    if op == BOTH:
+        six_over_four |= {"q_rla": ones(7, 6, 8), "k_rla": ones(7, 4, 8)}
+        six_over_four |= {"swa_gain": ones(6, 8), "rla_gain": ones(6, 8)}
+    with pytest.raises(ValueError, match=f"^{op}: h must be a multiple of kv; got h=6, kv=4"):
+        call(op, **six_over_four)
+    with pytest.raises(ValueError, match=f"^{op}: .*t=7, s=6"):
+        call(op, k=ones(6, 1, 8), v=ones(6, 1, 8), **({"k_rla": ones(6, 1, 8)} if op == BOTH else {}))
+    with pytest.raises(ValueError, match=f"^{op}: window must be at least 0; got window=-1"):
+        call(op, window=-1)
+
+
+@pytest.mark.parametrize("op", ARRAYS)
+def test_segment_ids_of_another_length(op):
+    with pytest.raises((jaxtyping.TypeCheckError, ValueError), match="segment_ids"):
+        call(op, segment_ids=jnp.zeros(6, jnp.int32))
+
+
+@pytest.mark.parametrize("op", ARRAYS)
+def test_implementations_that_do_not_exist(op):
+    with pytest.raises(ValueError, match=f"^{op}: implementation must be .*'reference', 'chunked'.*got 'fast'"):
+        call(op, implementation="fast")
+    for kernel in ("gpu", "tpu"):
+        with pytest.raises(NotImplementedError, match=f"^{op}: implementation='{kernel}'.*implementation='chunked'"):
+            call(op, implementation=kernel)

@@ -1,0 +1,65 @@
+"""Figures of runs."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from rattn_eqx import plot
+
+ROWS = [{"step": step, "bits_per_byte": 8 - 0.05 * step} for step in range(1, 51)]
+ROWS += [{"step": step, "validation_bits_per_byte": 8.1 - 0.05 * step} for step in (25, 50)]
+
+
+def texts(figure: Figure) -> list[str]:
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_axes_are_labelled_and_the_legend_names_everything():
+    figure = plot.loss_curves({"first": ROWS, "second": ROWS[::2]}, {"order-3 byte model": 6.25, "gzip -9": 7.0})
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "optimiser step"
+    assert axes.get_ylabel() == "bits per byte"
+    assert texts(figure) == ["first", "second", "order-3 byte model: 6.25", "gzip -9: 7.00"]
+
+
+def test_curves_show_what_was_measured():
+    figure = plot.loss_curves({"first": ROWS}, {"gzip -9": 7.0}, smooth=10)
+    training, validation, line = figure.axes[0].get_lines()
+    steps, means = np.asarray(training.get_xdata()), np.asarray(training.get_ydata())
+    assert steps.tolist() == list(range(10, 51))
+    np.testing.assert_allclose(means, 8 - 0.05 * (steps - 4.5), err_msg="mean of the last ten steps")
+    assert np.asarray(validation.get_xdata()).tolist() == [25, 50]
+    np.testing.assert_allclose(np.asarray(validation.get_ydata()), [6.85, 5.6])
+    assert list(np.asarray(line.get_ydata())) == [7.0, 7.0]
+    low, high = figure.axes[0].get_ylim()
+    assert low < 5.5 < 7.0 < high
+    assert training.get_color() == validation.get_color()
+
+
+@pytest.mark.parametrize("rows", [[], ROWS[:1], ROWS[-1:], ROWS[:3]], ids=["none", "one step", "validation", "three"])
+@pytest.mark.parametrize("lines", [None, {"gzip -9": 7.0}])
+def test_few_rows_are_drawn_and_saved(tmp_path, rows, lines):
+    path = tmp_path / "loss.png"
+    plot.save(plot.loss_curves({"first": rows}, lines), path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_skipped_step_leaves_the_figure_readable(tmp_path):
+    rows = [*ROWS[:20], {"step": 21, "bits_per_byte": float("nan")}, *ROWS[21:]]
+    figure = plot.loss_curves({"first": rows})
+    plot.save(figure, tmp_path / "loss.png")
+    low, high = figure.axes[0].get_ylim()
+    assert 0 < low < 5.6 < high < 16
+    drawn = np.asarray(figure.axes[0].get_lines()[0].get_ydata(), float)
+    assert np.isfinite(drawn[-10:]).all()
+
+
+def test_everything_measured_lies_inside_the_axes():
+    short = [{"step": step, "bits_per_byte": 8.5} for step in range(1, 7)]
+    short += [{"step": 6, "validation_bits_per_byte": 7.0}]
+    figure = plot.loss_curves({"first": short}, {"order-3 byte model": 1.6, "gzip -9": 6.6})
+    low, high = figure.axes[0].get_ylim()
+    assert low < 1.6
+    assert high > 7.0, "the run's last loss and a line to compare with are cut off"

@@ -1,0 +1,131 @@
+"""A run folder belongs to one config, and what it refuses it explains."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_child import MODEL, training
+
+from rattn_eqx.run_folder import RunConfig, cut_metrics, load_config, open_run, read_metrics
+from rattn_eqx.tokens import BPETokenizer, ByteTokenizer, load_tokenizer
+
+CONFIG = RunConfig(dataclasses.replace(MODEL, pattern=("local", "global")), training(), "0" * 64)
+ROWS = [
+    {"step": 1, "bits_per_byte": 8.1},
+    {"step": 2, "bits_per_byte": float("nan")},
+    {"step": 2, "validation_bits_per_byte": 8.0},
+    {"step": 3, "bits_per_byte": 7.5},
+    {"step": 4, "bits_per_byte": 7.25},
+]
+
+
+def write_metrics(folder: Path, last: str = "") -> Path:
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + last)
+    return path
+
+
+def test_a_config_comes_back_from_json(tmp_path):
+    folder = tmp_path / "runs" / "first"
+    open_run(folder, CONFIG, ByteTokenizer())
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "tokenizer.json"]
+    read = load_config(folder)
+    assert read == CONFIG
+    assert read.model.pattern == ("local", "global")
+    assert hash(read) == hash(CONFIG)
+    assert load_tokenizer(folder / "tokenizer.json") == ByteTokenizer()
+    written = (folder / "config.json").read_bytes()
+    open_run(folder, CONFIG, ByteTokenizer())
+    assert (folder / "config.json").read_bytes() == written
+
+
+def test_a_folder_of_another_config_is_refused_by_field(tmp_path):
+    open_run(tmp_path, CONFIG, ByteTokenizer())
+    other = RunConfig(
+        dataclasses.replace(CONFIG.model, window=9, pattern=("local",)),
+        dataclasses.replace(CONFIG.training, seed=1),
+        "1" * 64,
+    )
+    expected = (
+        f"open_run: {tmp_path} holds a run of another config: model.window is 8 there and 9 here; "
+        f"model.pattern is ('local', 'global') there and ('local',) here; training.seed is 0 there and 1 here; "
+        f"corpus is '{'0' * 64}' there and '{'1' * 64}' here. "
+        "Choose another folder with --out, or give the options that the run was started with"
+    )
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        open_run(tmp_path, other, ByteTokenizer())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_of_another_tokenizer_is_refused(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = {"a": 0, "b": 1, "document": 2, "padding": 3}
+    definition = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[])).to_str()
+    open_run(tmp_path, CONFIG, ByteTokenizer())
+    with pytest.raises(ValueError, match=r"tokenizer is 'of the run' there and 'another' here. Choose another folder"):
+        open_run(tmp_path, CONFIG, BPETokenizer(definition))
+
+
+def test_a_folder_without_config_is_no_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        message = f"load_config: {folder} is not a run folder, it has no config.json; start one with `rattn pretrain`"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_config(folder)
+
+
+def test_a_run_killed_between_tokenizer_and_config_is_opened_afresh(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("half a fi")
+    (tmp_path / "config.json.tmp").write_text("{")
+    open_run(tmp_path, CONFIG, ByteTokenizer())
+    assert load_config(tmp_path) == CONFIG
+    assert load_tokenizer(tmp_path / "tokenizer.json") == ByteTokenizer()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1; got -1"),
+        ({"context": 0}, "context must be at least 1; got 0"),
+        ({"microbatches": 0}, "microbatches must be at least 1; got 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1; got 0"),
+        ({"evaluate_every": 0}, "evaluate_every must be at least 1; got 0"),
+        ({"batch_size": 6, "microbatches": 4}, "must be a multiple of microbatches; got batch_size=6, microbatches=4"),
+        ({"warmup_steps": 60}, "at least 0 and less than steps; got warmup_steps=60, steps=60"),
+        ({"warmup_steps": -1}, "at least 0 and less than steps; got warmup_steps=-1, steps=60"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"^TrainConfig: .*{re.escape(message)}$"):
+        training(**changes)
+
+
+def test_the_narrowest_settings_are_accepted():
+    training(steps=1, batch_size=1, context=1, warmup_steps=0, checkpoint_every=1, evaluate_every=1)
+    training(batch_size=6, microbatches=3, warmup_steps=59)
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, 0), (1, 1), (2, 3), (3, 4), (4, 5), (9, 5)])
+@pytest.mark.parametrize("last", ["", '{"step": 5, "bits_per_', '{"step": 5}'])
+def test_metrics_past_a_checkpoint_are_cut(tmp_path, step: int, kept: int, last: str):
+    path = write_metrics(tmp_path, last)
+    lines = path.read_text().splitlines(keepends=True)
+    cut_metrics(path, step)
+    assert path.read_text() == "".join(lines[:kept])
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_metrics_that_are_missing_need_no_cut(tmp_path):
+    cut_metrics(tmp_path / "metrics.jsonl", 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metrics_come_back(tmp_path):
+    write_metrics(tmp_path)
+    rows = read_metrics(tmp_path)
+    assert rows[2:] == ROWS[2:]
+    assert repr(rows) == repr(ROWS)
