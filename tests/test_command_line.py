@@ -242,14 +242,14 @@ def test_bad_sampling_options_print_one_line(finished, scratch, capfd, name: str
     assert said.out == "", "text before the mistake was found"
 
 
-def test_a_damaged_run_folder_prints_one_line(finished, scratch, tmp_path, capsys):
+def test_a_damaged_run_folder_prints_one_line(finished, scratch, tmp_path, capfdbinary):
     for damage in ("checkpoints", "config.json", "tokenizer.json"):
         folder = tmp_path / damage
         shutil.copytree(scratch / "run", folder)
         for path in (folder / damage).iterdir() if damage == "checkpoints" else [folder / damage]:
-            path.write_bytes(path.read_bytes()[:20])
+            path.write_bytes(path.read_bytes()[:10])
         assert main(["generate", "--run", str(folder)]) == 2
-        lines = capsys.readouterr().err.splitlines()
+        lines = capfdbinary.readouterr().err.decode().splitlines()
         assert lines[-1].startswith("rattn: ")
         assert str(folder) in lines[-1]
         assert len(lines) == 1
