@@ -5,13 +5,14 @@ array leaf of a pytree under its `jax.tree_util.keystr` path, and a JSON documen
 damage, not malice: who edits a file can rename it to fit. Loading never runs code, whatever the file holds.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +70,28 @@ def save_checkpoint(folder: Path, step: int, tree: Any, metadata: dict[str, Any]
         leftover.unlink()
     temporary = folder / f"step_{step:08d}.tmp"
     try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-            file.flush()
-            os.fsync(file.fileno())
-        path = folder / f"step_{step:08d}.{_digest(temporary)}.npz"
-        os.replace(temporary, path)
-        _fsync_folder(folder)
-    except OSError as error:
-        remedy = "free some space or choose another folder, then resume; checkpoints already there are untouched"
-        raise OSError(
-            error.errno, f"save_checkpoint: step {step} could not be saved: {error.strerror}; {remedy}", str(folder)
-        ) from error
+        with explained(f"save_checkpoint: step {step}", folder):
+            with temporary.open("wb") as file:
+                np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+                file.flush()
+                os.fsync(file.fileno())
+            path = folder / f"step_{step:08d}.{_digest(temporary)}.npz"
+            os.replace(temporary, path)
+            _fsync_folder(folder)
     finally:
         temporary.unlink(missing_ok=True)
     _prune(path, keep)
     return path
+
+
+@contextlib.contextmanager
+def explained(what: str, folder: Path) -> Iterator[None]:
+    """An OSError inside, such as a full disk, comes out saying what could not be saved and what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "free some space or choose another folder, then resume; checkpoints already there are untouched"
+        raise OSError(error.errno, f"{what} could not be saved: {error.strerror}; {remedy}", str(folder)) from error
 
 
 def load_checkpoint(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:

@@ -33,7 +33,7 @@ def loss_curves(
     for style, (name, value) in enumerate((lines or {}).items()):
         dashes = ("--", ":", "-.")[style % 3]
         axes.axhline(value, color="black", linestyle=dashes, linewidth=1, label=f"{name}: {value:.2f}")
-    axes.set(xlabel="optimiser step", ylabel="bits per byte, logarithmic", yscale="log")
+    axes.set(xlabel="optimiser step", ylabel="bits per byte (log scale)", yscale="log")
     axes.yaxis.set_major_locator(FixedLocator([1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10]))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from rattn_eqx.checkpoint import restore_latest, save_checkpoint
+from rattn_eqx.checkpoint import explained, restore_latest, save_checkpoint
 from rattn_eqx.evaluate import evaluate
 from rattn_eqx.language_model import LanguageModel, batch_logits
 from rattn_eqx.loss import cross_entropy
@@ -175,8 +175,9 @@ def train(
         def record(row: dict[str, Any]) -> None:
             row = {name: None if value != value or abs(value) == math.inf else value for name, value in row.items()}
             row["seconds"] = round(time.monotonic() - started, 3)
-            metrics.write(json.dumps(row, allow_nan=False) + "\n")
-            metrics.flush()
+            with explained(f"train: the metrics of step {row['step']}", folder):
+                metrics.write(json.dumps(row, allow_nan=False) + "\n")
+                metrics.flush()
 
         for number in range(first + 1, settings.steps + 1):
             batch = next(batches)
@@ -215,6 +216,7 @@ def train(
             if last or number % settings.checkpoint_every == 0:
                 state = {"model": eqx.combine(parameters, static), "optimizer": optimizer_state}
                 metadata = {"step": number, "batches": batches.get_state()}
-                os.fsync(metrics.fileno())  # a checkpoint never outlives the rows before it
+                with explained(f"train: the metrics of step {number}", folder):
+                    os.fsync(metrics.fileno())  # a checkpoint never outlives the rows before it
                 save_checkpoint(folder / "checkpoints", number, state, metadata)
     return eqx.combine(jax.device_put(parameters, jax.local_devices()[0]), static)
