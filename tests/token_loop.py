@@ -1,6 +1,6 @@
 """RATTENTION token by token and head by head in float64 NumPy, and the random inputs it is compared on.
 
-Written from the equations alone (README, "The mathematics"), with no vectorisation over tokens or heads, so that it
+Written from the equations alone (arXiv 2506.15545, section 3), with no vectorisation over tokens or heads, so that it
 shares no trick and no mistake with the package.
 """
 
