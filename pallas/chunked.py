@@ -6,6 +6,7 @@ backward pass keeps the inputs and the chunk states, never the scores. Notebook 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -188,7 +189,7 @@ def residual_linear_attention(
     state = jnp.zeros((kv, features(phi_k, k, dtype), dv), dtype)
     fresh = state if segment_state is None else segment_state.astype(dtype)
     state = state if initial_state is None else initial_state.astype(dtype)
-    query_runs = key_runs = last_run = None
+    runs = query_runs = key_runs = last_run = None
     if segment_ids is not None:
         runs = segment_runs(segment_ids)
         query_runs, key_runs = query_chunks(runs[s - t :]), key_chunks(runs, "edge")
@@ -209,7 +210,7 @@ def residual_linear_attention(
     run_before, run_after = (None, None) if last_run is None else (last_run[:-1], last_run[1:])
     sums = map_chunks(lambda x: added(*x), (k, v, key_runs, run_after), block_sizes.group)
     state, states = jax.lax.scan(advance, state, (sums, run_before, run_after))
-    if segment_ids is not None:
+    if runs is not None and last_run is not None:
         state = jnp.where(runs[-1] == last_run[-1], state, fresh)
 
     edge = jnp.tril(jnp.ones((chunk, chunk), bool))
@@ -256,7 +257,7 @@ def rattention(
     **residual,
 ) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"]]:
     """The local branch first; then the residual one, which norms and adds both, chunk by chunk."""
-    shared = dict(window=window, segment_ids=segment_ids, block_sizes=block_sizes)
+    shared: dict[str, Any] = dict(window=window, segment_ids=segment_ids, block_sizes=block_sizes)
     o_swa = sliding_window_attention(q, k, v, scale=scale, **shared)
 
     def finish(o_rla, o_swa):

@@ -1,5 +1,7 @@
 """RATTENTION: both branches, a norm and a gain for each, and their sum, in one op."""
 
+from typing import Any
+
 import jax.numpy as jnp  # noqa: F401 (the doctest reads it)
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
@@ -58,7 +60,7 @@ def rattention(
     k_rla = k if k_rla is None else k_rla
     check_attention(op, q, k, window, segment_ids)
     check_states(op, feature_map, k_rla, v, initial_state=initial_state, segment_state=segment_state)
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         q_rla=q_rla,
         k_rla=k_rla,
         swa_gain=swa_gain,

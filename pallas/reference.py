@@ -4,6 +4,8 @@ Every other implementation is held to these functions, values and gradients. The
 (float32, or float64 for float64 inputs); the public ops round to v's dtype.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -101,8 +103,8 @@ def normed_sum(
     def rms(x):
         return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
-    gains = (gain.astype(o_swa.dtype)[None] for gain in (swa_gain, rla_gain))
-    return sum(gain * rms(x) for gain, x in zip(gains, (o_swa, o_rla), strict=True))
+    swa_gain, rla_gain = (gain.astype(o_swa.dtype)[None] for gain in (swa_gain, rla_gain))
+    return swa_gain * rms(o_swa) + rla_gain * rms(o_rla)
 
 
 def rattention(
@@ -121,7 +123,7 @@ def rattention(
     **residual,
 ) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"]]:
     """Both branches, normed and added, and the state that the last query read."""
-    shared = dict(window=window, segment_ids=segment_ids)
+    shared: dict[str, Any] = dict(window=window, segment_ids=segment_ids)
     o_swa = sliding_window_attention(q, k, v, scale=scale, **shared)
     o_rla, state = residual_linear_attention(q_rla, k_rla, v, **shared, **residual)
     dtype = accumulation_dtype(o_swa, o_rla)

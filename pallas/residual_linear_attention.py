@@ -1,5 +1,7 @@
 """The residual branch: linear attention over exactly the tokens that the window has left behind."""
 
+from typing import Any
+
 import jax.numpy as jnp  # noqa: F401 (the doctest reads it)
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
@@ -63,7 +65,7 @@ def residual_linear_attention(
     op = "residual_linear_attention"
     check_attention(op, q, k, window, segment_ids)
     check_states(op, feature_map, k, v, initial_state=initial_state, segment_state=segment_state)
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         window=window,
         feature_map=feature_map,
         initial_state=initial_state,

@@ -1,5 +1,7 @@
 """The local branch: each query sees the last `window` keys, itself included."""
 
+from typing import Any
+
 import jax.numpy as jnp  # noqa: F401 (the doctest reads it)
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
@@ -52,7 +54,7 @@ def sliding_window_attention(
     op = "sliding_window_attention"
     check_attention(op, q, k, window, segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    arguments = dict(window=window, scale=scale, segment_ids=segment_ids)
+    arguments: dict[str, Any] = dict(window=window, scale=scale, segment_ids=segment_ids)
     if choose(op, implementation) == "reference":
         out = reference.sliding_window_attention(q, k, v, **arguments)
     else:

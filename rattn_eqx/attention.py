@@ -1,6 +1,7 @@
 """The two attention layers of a local-global model. Unbatched: `jax.vmap` batches."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -165,14 +166,14 @@ class RAttention(eqx.Module):
         q, k, v = self.projections.project(x)
         positions = jnp.arange(x.shape[0])
         q_local, k_local = (rotary(y, positions, theta=self.rope_theta) for y in self.projections.norm(q, k))
-        options = dict(window=self.window, segment_ids=segment_ids, implementation=self.implementation)
+        options: dict[str, Any] = dict(window=self.window, segment_ids=segment_ids, implementation=self.implementation)
         if self.swa_gain is None or self.rla_gain is None:
             return self.projections.merge(pallas.sliding_window_attention(q_local, k_local, v, **options))
         if self.feature_scale is not None:
             q = q * self.feature_scale.query.astype(q.dtype)[None]
             k = k * self.feature_scale.key.astype(k.dtype)[None]
         state = None if self.meta_tokens is None else self.meta_tokens.state(as_pair(self.feature_map)[1])
-        heads = pallas.rattention(
+        heads: Any = pallas.rattention(  # one array: no final state is asked for
             q_local,
             k_local,
             v,

@@ -1,5 +1,7 @@
 """One layer of a language model: attention and feed-forward, each behind a norm and added to the stream."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 from beartype import beartype
@@ -31,7 +33,7 @@ class Block(eqx.Module):
         key: PRNGKeyArray,
     ):
         attention_key, feed_forward_key = jax.random.split(key)
-        heads = dict(
+        heads: dict[str, Any] = dict(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_size=config.head_size,

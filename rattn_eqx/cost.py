@@ -51,11 +51,6 @@ class StepTime:
         return "cache" if self.cache > self.weights else "weights"
 
 
-def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
-    """The kind of every layer, from the first to the last."""
-    return tuple(config.pattern[layer % len(config.pattern)] for layer in range(config.num_layers))
-
-
 def parameters_by_part(config: ModelConfig) -> dict[str, int]:
     """The number of parameters of each part of a `LanguageModel`, from its shapes alone.
 
@@ -64,7 +59,7 @@ def parameters_by_part(config: ModelConfig) -> dict[str, int]:
     """
     model = _shapes(config)
     attention: dict[LayerKind, int] = {"local": 0, "global": 0}
-    for kind, block in zip(layer_kinds(config), model.blocks, strict=True):
+    for kind, block in zip(config.layer_kinds, model.blocks, strict=True):
         attention[kind] += _size(block.attention)
     return {
         "embedding": _size(model.embedding),
@@ -91,7 +86,7 @@ def kv_cache_bytes(config: ModelConfig, context: int, *, bytes_per_element: int 
       ValueError: if context is below 1.
     """
     _require_positive("kv_cache_bytes", context=context)
-    tokens = sum(context if kind == "global" else min(config.window, context) for kind in layer_kinds(config))
+    tokens = sum(context if kind == "global" else min(config.window, context) for kind in config.layer_kinds)
     return tokens * 2 * config.num_kv_heads * config.head_size * bytes_per_element
 
 
@@ -114,7 +109,7 @@ def state_bytes(config: ModelConfig, *, bytes_per_element: int = 4) -> int:
         return 0
     features = num_features(named[config.feature_map], config.head_size)
     per_layer = config.num_kv_heads * features * config.head_size * bytes_per_element
-    return layer_kinds(config).count("local") * per_layer
+    return config.layer_kinds.count("local") * per_layer
 
 
 def state_in_tokens(f: int, dv: int, d: int) -> float:
@@ -172,7 +167,7 @@ def describe_cost(config: ModelConfig, *, context: int, batch: int, hardware: Ha
     """
     time = step_time(config, batch, context, hardware)
     with_state = step_time(config, batch, context, hardware, include_state=True)
-    kinds, parts = layer_kinds(config), parameters_by_part(config)
+    kinds, parts = config.layer_kinds, parameters_by_part(config)
     cache, state = kv_cache_bytes(config, context), state_bytes(config)
     total, speed = sum(parts.values()), batch / time.total
     local = f"window {config.window}"

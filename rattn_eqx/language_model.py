@@ -19,7 +19,8 @@ class LanguageModel(eqx.Module):
     Unbatched, causal. Parameters are float32; blocks compute in `compute_dtype`; logits are float32. `rematerialise`
     recomputes each block in the backward pass instead of keeping what is inside it.
 
-    >>> model = LanguageModel(presets.tiny, key=jax.random.key(0))
+    >>> from rattn_eqx.presets import tiny
+    >>> model = LanguageModel(tiny, key=jax.random.key(0))
     >>> model(jnp.zeros(10, jnp.int32)).shape
     (10, 258)
     """
@@ -42,13 +43,12 @@ class LanguageModel(eqx.Module):
         key: PRNGKeyArray,
     ):
         embedding_key, head_key, *block_keys = jax.random.split(key, 2 + config.num_layers)
-        kinds = [config.pattern[layer % len(config.pattern)] for layer in range(config.num_layers)]
         self.embedding = truncated_normal(
             embedding_key, (config.vocabulary_size, config.model_width), config.model_width
         )
         self.blocks = tuple(
             Block(config, kind, implementation=implementation, key=block_key)
-            for kind, block_key in zip(kinds, block_keys, strict=True)
+            for kind, block_key in zip(config.layer_kinds, block_keys, strict=True)
         )
         self.final_norm = RMSNorm(config.model_width)
         shape = (config.model_width, config.vocabulary_size)

@@ -38,6 +38,11 @@ class ModelConfig:
     gate: Literal["gelu", "silu"] = "gelu"
     tie_embeddings: bool = True
 
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer, from the first to the last: the pattern, repeated."""
+        return tuple(self.pattern[layer % len(self.pattern)] for layer in range(self.num_layers))
+
     def __post_init__(self):
         if not self.pattern or not set(self.pattern) <= {"local", "global"}:
             raise ValueError(

@@ -185,7 +185,7 @@ def train(
             skipped = int(optimizer_state.total_notfinite)
             bytes_per_token = tokenizer.byte_lengths[batch["targets"]].mean()
             bits = float(loss) / math.log(2) / bytes_per_token
-            rate = float(learning_rate(number - 1 - skipped))
+            rate = float(jnp.asarray(learning_rate(number - 1 - skipped)))
             record(
                 dict(step=number, bits_per_byte=bits, gradient_norm=float(norm), learning_rate=rate, skipped=skipped)
             )

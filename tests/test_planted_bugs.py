@@ -9,7 +9,6 @@ from conformance import BOTH, BOUND, RLA, SWA, Case, errors, reference, values_a
 
 from pallas import chunked
 
-PACKED = dict(sizes=(4, 2, 8, 5), segments=(70, 1, 130, 59, 40))
 BUGS = {
     "window one too short": (SWA, "column > row - window)", "column > row - window + 1)"),
     "window one too long": (SWA, "column > row - window)", "column >= row - window)"),
@@ -58,7 +57,7 @@ def chunked_with(right: str, wrong: str) -> types.ModuleType:
 def test_caught(monkeypatch, bug):
     op, right, wrong = BUGS[bug]
     monkeypatch.setattr(chunked, op, getattr(chunked_with(right, wrong), op))
-    case = Case(op, 300, 64, **PACKED)
+    case = Case(op, 300, 64, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 59, 40))
     arrays = case.arrays("float32")
     got = values_and_gradients(case, arrays, "float32", implementation="chunked")
     found = errors(case, got, reference(case, arrays))
