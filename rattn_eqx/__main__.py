@@ -6,6 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+from pallas.feature_map import named
+from rattn_eqx.presets import presets
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit status; a mistake of the user's prints one line and gives 2."""
@@ -16,7 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rattn: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nrattn: stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        then = "; the same command continues from the last checkpoint, if there is one yet"
+        print(f"\nrattn: stopped{then if options.run is _pretrain else ''}", file=sys.stderr)
         return 130
     return 0
 
@@ -47,11 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--cache", type=Path, default=Path("~/.cache/rattn"), help="where corpora and tokens are kept between runs")
     add("--tokenizer", choices=["byte", "bpe"], default="byte", help="bytes, or a BPE trained on the corpus")
     add("--vocabulary", type=int, default=4096, help="tokens of the BPE vocabulary")
-    add("--preset", choices=["tiny", "small", "paper_3b", "paper_12b"], default="tiny", help="model size")
+    add("--preset", choices=list(presets), default="tiny", help="model size")
     add("--window", type=int, help="keys that a local layer's query sees, itself included; default: the preset's")
     add("--no-residual", action="store_true", help="leave the residual branch out: plain sliding-window attention; "
         "with --window of the context's length, full attention")  # fmt: skip
-    add("--feature-map", help="of the residual branch: softmax, relu, ...; default: the preset's")
+    add("--feature-map", help=f"of the residual branch: {', '.join(named)}; default: the preset's")
     add("--pattern", help="layer kinds, repeated: local,local,local,global; default: the preset's")
     add("--context", type=int, default=512, help="tokens in a training sequence")
     add("--batch-size", type=int, default=2, help="sequences in a step")
@@ -93,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.set_defaults(run=_cost)
     add = command.add_argument
-    add("--preset", choices=["tiny", "small", "paper_3b", "paper_12b"], default="paper_12b", help="model size")
+    add("--preset", choices=list(presets), default="paper_12b", help="model size")
     add("--window", type=int, help="keys that a local layer's query sees, itself included; default: the preset's")
     add("--no-residual", action="store_true", help="without the residual branch")
     add("--context", type=int, default=4096, help="tokens that a sequence has so far")
@@ -103,8 +107,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model_config(options: argparse.Namespace):
-    from rattn_eqx.presets import presets
-
     config = presets[options.preset]
     changes = {"window": options.window, "residual": False if options.no_residual else None}
     changes["feature_map"] = getattr(options, "feature_map", None)
@@ -143,28 +145,26 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     import jax
-    import numpy as np
 
-    from rattn_eqx.generate import generate
+    from rattn_eqx.generate import generate_text
     from rattn_eqx.train import load_model
 
-    model, tokenizer, config = load_model(options.folder)
-    prompt = np.concatenate([[tokenizer.document], tokenizer.encode(options.prompt.encode())]).astype(np.int32)
-    drawn = generate(
+    model, tokenizer, config = load_model(options.folder, report=lambda line: print(f"rattn: {line}", file=sys.stderr))
+    drawn = generate_text(
         model,
-        prompt,
+        tokenizer,
+        options.prompt,
         num_tokens=options.num_tokens,
         context=config.training.context,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         key=jax.random.key(options.seed),
-        forbid=(tokenizer.document, tokenizer.padding),
     )
     output = sys.stdout.buffer
     output.write(options.prompt.encode())
-    for token in drawn:
-        output.write(tokenizer.decode(np.array([token])))
+    for piece in drawn:
+        output.write(piece)
         output.flush()
     output.write(b"\n")
     output.flush()

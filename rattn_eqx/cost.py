@@ -174,6 +174,12 @@ def describe_cost(config: ModelConfig, *, context: int, batch: int, hardware: Ha
     if config.residual:
         local += f", residual branch with the {config.feature_map} map"
 
+    per_head = ""
+    if config.residual:
+        features = num_features(named[config.feature_map], config.head_size)
+        as_tokens = state_in_tokens(features, config.head_size, config.head_size)
+        per_head = f"; as many numbers per head as the keys and values of {as_tokens:g} tokens"
+
     rows = [("parameters", f"{total:,}", f"{_bytes(2 * total)} in bfloat16")]
     rows += [(f"  {part}", f"{size:,}", f"{size / total:.1%}") for part, size in parts.items() if size]
     rows += [
@@ -184,7 +190,7 @@ def describe_cost(config: ModelConfig, *, context: int, batch: int, hardware: Ha
         ("one sequence", f"{context:,}", "tokens of context"),
         ("  keys, values", _bytes(cache), "bfloat16"),
         ("  saved", f"{kv_cache_saving(config, context):.1%}", "against every layer keeping the whole context"),
-        ("  states", _bytes(state), "float32, the same for every context"),
+        ("  states", _bytes(state), f"float32, the same for every context{per_head}"),
         (f"a step of {batch:,}", _milliseconds(time.total), f"at least: {speed:,.0f} tokens/s on one {hardware.name}"),
         ("  cache", _milliseconds(time.cache), "limited by bandwidth"),
         ("  weights", _milliseconds(time.weights), f"limited by {time.weights_limit}"),

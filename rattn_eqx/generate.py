@@ -1,6 +1,7 @@
 """Sampling text from a model, one token at a time."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,6 +11,7 @@ from beartype import beartype
 from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray, jaxtyped
 
 from rattn_eqx.language_model import LanguageModel
+from rattn_eqx.tokens import Tokenizer
 
 
 @jaxtyped(typechecker=beartype)
@@ -126,6 +128,20 @@ def generate(
             text = np.append(text, np.int32(drawn))[-context:]
 
     return sampled()
+
+
+def generate_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, **options: Any) -> Iterator[bytes]:
+    """What follows a prompt at the head of a document, as bytes, a token at a time; no token that stands for no text.
+
+    Args:
+      options: of `generate`: num_tokens, context, key, temperature, top_k, top_p.
+
+    Raises:
+      ValueError: as `generate`.
+    """
+    begun = np.concatenate([[tokenizer.document], tokenizer.encode(prompt.encode())]).astype(np.int32)
+    drawn = generate(model, begun, forbid=(tokenizer.document, tokenizer.padding), **options)
+    return (tokenizer.decode(np.array([token])) for token in drawn)
 
 
 @eqx.filter_jit

@@ -12,14 +12,13 @@ import numpy as np
 from rattn_eqx import plot
 from rattn_eqx.corpus import build_corpus, describe
 from rattn_eqx.cost import count_parameters
-from rattn_eqx.evaluate import evaluate, without_residual
-from rattn_eqx.generate import generate
-from rattn_eqx.language_model import LanguageModel
+from rattn_eqx.evaluate import without_residual
+from rattn_eqx.generate import generate_text
 from rattn_eqx.ngram import gzip_bits_per_byte, interpolated_bits_per_byte
 from rattn_eqx.presets import ModelConfig
 from rattn_eqx.run_folder import RunConfig, TrainConfig, read_metrics, write_json, write_text
-from rattn_eqx.tokens import BPETokenizer, ByteTokenizer, Tokenizer, tokenize, validation_batches
-from rattn_eqx.train import train
+from rattn_eqx.tokens import BPETokenizer, ByteTokenizer, Tokenizer, tokenize
+from rattn_eqx.train import train, validation_loss
 
 
 def pretrain(
@@ -40,10 +39,15 @@ def pretrain(
 
     Args:
       folder: of the run.
+      model: its vocabulary is replaced by the tokenizer's.
+      training: how long and how.
       corpus: "python", "environment" or a path: see `corpus.build_corpus`.
       cache: where corpora and token files are kept between runs.
-      bpe_vocabulary: tokens of a BPE vocabulary trained on the corpus; None for bytes. Replaces the model's own.
+      bpe_vocabulary: tokens of a BPE vocabulary trained on the corpus; None for bytes.
       prompt, sample_tokens: of the sample.
+
+    Raises:
+      ValueError, FloatingPointError, OSError: as `build_corpus` and `train`.
 
     Returns:
       The content of results.json: bits per byte of the model, of the model without its residual branch, and of what
@@ -76,20 +80,11 @@ def pretrain(
 
     trained = train(folder, config, train_tokens, validation_tokens, tokenizer, show_progress=show_progress)
 
-    def score(model: LanguageModel) -> float:
-        batches = validation_batches(
-            validation_tokens,
-            context=training.context,
-            batch_size=training.batch_size,
-            document=tokenizer.document,
-            max_tokens=training.evaluation_tokens,
-        )
-        return evaluate(model, batches, tokenizer)
-
     rows = read_metrics(folder)
     results = {"this model": [row for row in rows if "validation_bits_per_byte" in row][-1]["validation_bits_per_byte"]}
     if model.residual:
-        results["this model, residual branch off"] = score(without_residual(trained))
+        without = without_residual(trained)
+        results["this model, residual branch off"] = validation_loss(without, training, validation_tokens, tokenizer)
     results |= to_beat
     write_json(
         folder / "results.json",
@@ -97,17 +92,9 @@ def pretrain(
     )
     plot.save(plot.loss_curves({folder.name: rows}, to_beat), folder / "loss.png")
 
-    start = np.concatenate([[tokenizer.document], tokenizer.encode(prompt.encode())]).astype(np.int32)
-    forbidden = (tokenizer.document, tokenizer.padding)
-    drawn = generate(
-        trained,
-        start,
-        num_tokens=sample_tokens,
-        context=training.context,
-        key=jax.random.key(training.seed),
-        forbid=forbidden,
-    )
-    sample = prompt + tokenizer.decode(np.fromiter(drawn, np.int32)).decode(errors="replace")
+    key = jax.random.key(training.seed)
+    drawn = generate_text(trained, tokenizer, prompt, num_tokens=sample_tokens, context=training.context, key=key)
+    sample = prompt + b"".join(drawn).decode(errors="replace")
     write_text(folder / "sample.txt", sample + "\n")
 
     print(f"\nsample, after the prompt {prompt!r}:\n\n{sample}\n")

@@ -28,7 +28,7 @@ MAX_SKIPPED = 10  # steps in a row whose gradients are not finite, before the ru
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up, then a cosine to 0 at the last step."""
+    """Linear warm-up from 0 at the first step, then a cosine that would be 0 one step after the last."""
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, config.steps)
 
 
@@ -68,14 +68,17 @@ def initial_state(config: RunConfig) -> dict[str, Any]:
     return {"model": model, "optimizer": make_optimizer(config.training).init(eqx.filter(model, eqx.is_array))}
 
 
-def load_model(folder: Path) -> tuple[LanguageModel, Tokenizer, RunConfig]:
+def load_model(folder: Path, *, report: Callable[[str], object] = print) -> tuple[LanguageModel, Tokenizer, RunConfig]:
     """The model of a run's newest checkpoint, its tokenizer and its config.
 
+    Args:
+      report: called with one sentence for every damaged checkpoint that is passed over.
+
     Raises:
-      ValueError: if the folder is no run, or has no checkpoint yet.
+      ValueError: if the folder is no run, has no checkpoint yet, or no sound one.
     """
     config = load_config(folder)
-    restored = restore_latest(folder / "checkpoints", eqx.filter_eval_shape(initial_state, config))
+    restored = restore_latest(folder / "checkpoints", eqx.filter_eval_shape(initial_state, config), report=report)
     if restored is None:
         raise ValueError(f"load_model: {folder} has no checkpoint yet; let `rattn pretrain` reach its first one")
     return restored[0]["model"], load_tokenizer(folder / "tokenizer.json"), config
@@ -86,6 +89,18 @@ def mean_loss(model: LanguageModel, batch: dict[str, jax.Array]) -> jax.Array:
     targets = batch["targets"]
     logits = batch_logits(model, batch["tokens"], batch["segment_ids"])
     return cross_entropy(logits, targets, jnp.ones(targets.shape, bool)) / targets.size
+
+
+def validation_loss(model: LanguageModel, config: TrainConfig, validation_tokens: Path, tokenizer: Tokenizer) -> float:
+    """Bits per byte on the first `config.evaluation_tokens` validation tokens."""
+    batches = validation_batches(
+        validation_tokens,
+        context=config.context,
+        batch_size=config.batch_size,
+        document=tokenizer.document,
+        max_tokens=config.evaluation_tokens,
+    )
+    return evaluate(model, batches, tokenizer)
 
 
 def make_step(static: LanguageModel, config: TrainConfig, mesh: Mesh) -> Callable:
@@ -125,24 +140,31 @@ def train(
     validation_tokens: Path,
     tokenizer: Tokenizer,
     *,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], object] = tqdm.write,
     show_progress: bool = True,
 ) -> LanguageModel:
     """Train until `config.training.steps`, from the folder's newest checkpoint if it has one.
 
     A run that was stopped at any moment and is started again with the same config goes on exactly: on one machine and
-    number of threads, its metrics (`seconds` aside) and parameters are those of an uninterrupted run, bit for bit.
+    number of threads and devices, its metrics (`seconds` aside) and parameters are those of an uninterrupted run, bit
+    for bit. On another number of devices it goes on with results that differ by rounding, and says so.
 
     Args:
       folder: the run folder, made if missing.
+      config: the model, how it is trained, and on which corpus.
       train_tokens, validation_tokens: token files that `tokens.tokenize` wrote.
+      tokenizer: the one they were written with.
       report: told what happens, a line at a time.
+      show_progress: draw a bar with the loss, tokens per second since the first step, and the time left.
 
     Raises:
       ValueError: if the folder holds a run of another config.
+      NotImplementedError: in a launch of several processes.
       FloatingPointError: if loss or gradients stay non-finite for MAX_SKIPPED steps in a row.
       OSError: if the disk is full; the last checkpoint stays usable.
     """
+    if jax.process_count() > 1:
+        raise NotImplementedError(f"train: one process at a time; got {jax.process_count()}; launch it without others")
     settings = config.training
     state = initial_state(config)
     batches = training_batches(
@@ -155,20 +177,23 @@ def train(
     open_run(folder, config, tokenizer)
 
     first = 0
+    mesh = batch_mesh(settings.batch_size // settings.microbatches)
     restored = restore_latest(folder / "checkpoints", state, report=report)
     if restored is not None:
         state, metadata, path = restored
         first = metadata["step"]
         batches.set_state(metadata["batches"])
         report(f"resuming after step {first} from {path}")
+        if metadata["devices"] != mesh.size:
+            report(f"on {mesh.size} device(s), not the {metadata['devices']} of before: results differ by rounding")
     cut_metrics(folder / "metrics.jsonl", first)
 
-    mesh = batch_mesh(settings.batch_size // settings.microbatches)
     parameters, static = eqx.partition(state["model"], eqx.is_array)
     parameters, optimizer_state = replicate((parameters, state["optimizer"]), mesh)
     step = make_step(static, settings, mesh)
     learning_rate = learning_rate_schedule(settings)
-    started, skipped_before = time.monotonic(), int(optimizer_state.total_notfinite)
+    started = compiled = time.monotonic()
+    skipped_before = int(optimizer_state.total_notfinite)
     bar = tqdm(total=settings.steps, initial=first, unit="step", disable=not show_progress, dynamic_ncols=True)
     with contextlib.closing(batches), open(folder / "metrics.jsonl", "a") as metrics, bar:
 
@@ -189,7 +214,10 @@ def train(
             record(
                 dict(step=number, bits_per_byte=bits, gradient_norm=float(norm), learning_rate=rate, skipped=skipped)
             )
-            speed = (number - first) * settings.batch_size * settings.context / (time.monotonic() - started)
+            if number == first + 1:
+                compiled = time.monotonic()
+            seen = (number - first - 1) * settings.batch_size * settings.context
+            speed = seen / max(time.monotonic() - compiled, 1e-9)
             bar.set_postfix_str(f"{bits:.3f} bits/byte, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
 
@@ -204,18 +232,11 @@ def train(
                 )
             last = number == settings.steps
             if last or number % settings.evaluate_every == 0:
-                held_out = validation_batches(
-                    validation_tokens,
-                    context=settings.context,
-                    batch_size=settings.batch_size,
-                    document=tokenizer.document,
-                    max_tokens=settings.evaluation_tokens,
-                )
-                bits = evaluate(eqx.combine(parameters, static), held_out, tokenizer)
+                bits = validation_loss(eqx.combine(parameters, static), settings, validation_tokens, tokenizer)
                 record(dict(step=number, validation_bits_per_byte=bits))
             if last or number % settings.checkpoint_every == 0:
                 state = {"model": eqx.combine(parameters, static), "optimizer": optimizer_state}
-                metadata = {"step": number, "batches": batches.get_state()}
+                metadata = {"step": number, "batches": batches.get_state(), "devices": mesh.size}
                 with explained(f"train: the metrics of step {number}", folder):
                     os.fsync(metrics.fileno())  # a checkpoint never outlives the rows before it
                 save_checkpoint(folder / "checkpoints", number, state, metadata)

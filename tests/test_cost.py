@@ -118,7 +118,7 @@ def test_the_table_shows_what_the_functions_say():
         "global": ["10"],
         "saved": ["65.6%"],
         "keys, values": ["230.7 MB"],
-        "states": ["31.46 MB"],
+        "states": ["31.46 MB", "128 tokens"],
         "a step of 64": [f"{1e3 * time.total:.3g} ms", "h100"],
         "weights": ["bandwidth"],
     }.items():

@@ -89,6 +89,8 @@ def assert_resumes(implementation, cuts, boundaries, window):
 @example(cuts={1, 3, 4}, boundaries=set(), window=5)  # pieces shorter than the window
 @example(cuts={60, 100}, boundaries={30, 60}, window=0)  # a cut at a boundary, without a key to tell
 @example(cuts={60, 100}, boundaries={58, 99}, window=100)
+@example(cuts={1, 60, 149}, boundaries={59, 61}, window=1)
+@example(cuts={50}, boundaries={50}, window=LENGTH)
 def test_pieces_equal_the_whole(implementation, cuts, boundaries, window):
     assert_resumes(implementation, cuts, boundaries, window)
 

@@ -247,11 +247,21 @@ def test_microbatches_change_nothing_but_rounding(scratch):
         assert relative_rms(x, y) < 1e-5
 
 
-def test_two_devices_give_the_same_to_rounding(whole, scratch):
-    folder = scratch / "two_devices"
+def run_on_two_devices(folder: Path, scratch: Path) -> str:
     command = [sys.executable, training_child.__file__, str(folder), str(scratch), "2", json.dumps({})]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def test_going_on_with_another_number_of_devices_is_said(interrupted, scratch, tmp_path):
+    shutil.copytree(interrupted, tmp_path / "run")
+    said = run_on_two_devices(tmp_path / "run", scratch)
+    assert "on 2 device(s), not the 1 of before: results differ by rounding" in said
+
+
+def test_two_devices_give_the_same_to_rounding(whole, scratch):
+    folder = scratch / "two_devices"
+    run_on_two_devices(folder, scratch)
     on_two, on_one = curve(folder), curve(whole[0])
     assert [row["step"] for row in on_two] == [row["step"] for row in on_one]
     for two, one in zip(on_two[:6], on_one[:6], strict=True):
