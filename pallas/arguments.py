@@ -2,10 +2,11 @@
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas.feature_map import FeatureMap, num_features
+from pallas.feature_map import FeatureMap, as_pair, num_features
 
 Implementation = Literal["reference", "chunked", "gpu", "tpu"]
 
@@ -54,13 +55,32 @@ def check_attention(op: str, q: Array, k: Array, window: int, segment_ids: Array
 
 
 def check_states(op: str, feature_map: FeatureMap, k: Array, v: Array, **states: Array | None) -> None:
-    """Initial states must fit the feature map: [kv, f, dv]."""
+    """Feature maps must have the form (..., d) -> (..., f); initial states must fit them: [kv, f, dv]."""
+    _check_feature_map(op, feature_map, k)
     expected = (k.shape[1], num_features(feature_map, k.shape[2], accumulation_dtype(k, v)), v.shape[2])
     for name, state in states.items():
         if state is not None and state.shape != expected:
             raise ValueError(
                 f"{op}: {name} must have shape (kv, f, dv)={expected} for this feature map; got {state.shape}"
             )
+
+
+def _check_feature_map(op: str, feature_map: FeatureMap, k: Array) -> None:
+    """Both maps are tried on shapes alone, with axes in front as the implementations give them."""
+    given = jax.ShapeDtypeStruct((1, 1, k.shape[2]), accumulation_dtype(k))
+    try:
+        found = [jax.eval_shape(lambda x, phi=phi: phi(x), given).shape for phi in as_pair(feature_map)]
+    except Exception as error:
+        raise ValueError(
+            f"{op}: feature_map must map (..., d) to (..., f), with any axes in front; "
+            f"it raised on {given.shape}: {error}; "
+            "wrap a map of single vectors in jnp.vectorize(phi, signature='(d)->(f)')"
+        ) from error
+    if len(set(found)) > 1 or found[0][:-1] != (1, 1):
+        raise ValueError(
+            f"{op}: feature_map, and both maps of a pair, must map (..., d) to (..., f) with one f; "
+            f"got {given.shape} -> {' and '.join(map(str, dict.fromkeys(found)))}"
+        )
 
 
 def accumulation_dtype(*arrays: Array):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas.arguments import accumulation_dtype
 from pallas.block_sizes import BlockSizes
-from pallas.feature_map import FeatureMap, as_pair
+from pallas.feature_map import FeatureMap, as_pair, num_features
 from pallas.reference import normed_sum, segment_runs
 
 
@@ -186,7 +186,7 @@ def residual_linear_attention(
         return pad(x, 0, num_chunks * chunk - t, "edge").reshape(num_chunks, chunk, *x.shape[1:])
 
     q, k, v = query_chunks(q.reshape(t, kv, h // kv, d)), key_chunks(k, "edge"), key_chunks(v, "zero")
-    state = jnp.zeros((kv, features(phi_k, k, dtype), dv), dtype)
+    state = jnp.zeros((kv, num_features(feature_map, d, dtype), dv), dtype)
     fresh = state if segment_state is None else segment_state.astype(dtype)
     state = state if initial_state is None else initial_state.astype(dtype)
     runs = query_runs = key_runs = last_run = None
@@ -265,7 +265,3 @@ def rattention(
         return normed_sum(o_swa.astype(dtype), o_rla.astype(dtype), swa_gain, rla_gain, eps)
 
     return residual_linear_attention(q_rla, k_rla, v, **shared, **residual, beside=o_swa, finish=finish)
-
-
-def features(phi_k, k: Array, dtype) -> int:
-    return jax.eval_shape(lambda k: phi_k(k[0, 0, 0].astype(dtype)), k).shape[-1]

@@ -18,7 +18,7 @@ def sliding_window_attention(
     v: Float[Array, "s kv dv"],
     *,
     window: int,
-    scale: float | None = None,
+    scale: float | int | None = None,
     segment_ids: Int[Array, "_"] | None = None,
     implementation: str | None = None,
     block_sizes: BlockSizes | None = None,

@@ -18,7 +18,11 @@ from rattn_eqx.rotary import rotary
 
 @jaxtyped(typechecker=beartype)
 class Projections(eqx.Module):
-    """Queries, keys and values of a sequence, and the way back from heads to the model width. No biases."""
+    """Queries, keys and values of a sequence, and the way back from heads to the model width. No biases.
+
+    Raises:
+      ValueError: if num_heads is not a multiple of num_kv_heads.
+    """
 
     query_weight: Float[Array, "m h d"]
     key_weight: Float[Array, "m kv d"]
@@ -42,21 +46,31 @@ class Projections(eqx.Module):
         self.query_norm = RMSNorm(head_size) if qk_norm else None
         self.key_norm = RMSNorm(head_size) if qk_norm else None
 
+    @property
+    def model_width(self) -> int:
+        return self.query_weight.shape[0]
+
+    @jaxtyped(typechecker=beartype)
     def project(
-        self, x: Float[Array, "t m"]
+        self, x: Float[Array, "t {self.model_width}"]
     ) -> tuple[Float[Array, "t h d"], Float[Array, "t kv d"], Float[Array, "t kv d"]]:
+        """Queries, keys and values, in x's dtype, without norm or position."""
         weights = (self.query_weight, self.key_weight, self.value_weight)
         q, k, v = (jnp.einsum("tm,mhd->thd", x, w.astype(x.dtype)) for w in weights)
         return q, k, v
 
+    @jaxtyped(typechecker=beartype)
     def norm(
         self, q: Float[Array, "t h d"], k: Float[Array, "t kv d"]
     ) -> tuple[Float[Array, "t h d"], Float[Array, "t kv d"]]:
+        """An RMS norm of each head of q and k (qk-norm); nothing without it."""
         if self.query_norm is None or self.key_norm is None:
             return q, k
         return self.query_norm(q), self.key_norm(k)
 
+    @jaxtyped(typechecker=beartype)
     def merge(self, heads: Float[Array, "t h d"]) -> Float[Array, "t m"]:
+        """The sum over heads of each head's output projection."""
         return jnp.einsum("thd,hdm->tm", heads, self.out_weight.astype(heads.dtype))
 
 
@@ -64,15 +78,17 @@ class Projections(eqx.Module):
 class MetaTokens(eqx.Module):
     """Learned keys and values whose sum of phi(k)^T v is the state that every document starts from."""
 
-    keys: Float[Array, "n kv d"]
-    values: Float[Array, "n kv dv"]
+    keys: Float[Array, "tokens kv d"]
+    values: Float[Array, "tokens kv dv"]
 
     def __init__(self, num_tokens: int, num_kv_heads: int, head_size: int, *, key: PRNGKeyArray):
         keys = jax.random.split(key)
         self.keys = jax.random.normal(keys[0], (num_tokens, num_kv_heads, head_size))
         self.values = jax.random.normal(keys[1], (num_tokens, num_kv_heads, head_size)) / num_tokens**0.5
 
+    @jaxtyped(typechecker=beartype)
     def state(self, phi_k: Callable) -> Float[Array, "kv f dv"]:
+        """sum over tokens of phi_k(key)^T value."""
         return jnp.einsum("nkf,nkv->kfv", phi_k(self.keys).astype(self.values.dtype), self.values)
 
 
@@ -99,13 +115,20 @@ class RAttention(eqx.Module):
     attention alone. A window of the sequence's length or more is full attention.
 
     Args of the constructor:
+      model_width, num_heads, num_kv_heads, head_size: sizes m, h, kv and d; values have d channels too.
       window: keys that a query sees, itself included.
       feature_map: any callable (..., d) -> (..., f), or a pair of them for q and k; an Equinox module in its place is
         trained with the rest.
       learned_scale: a learned scale of each channel of the residual branch's q and k.
       num_meta_tokens: learned key/value pairs whose state every document starts from; 0 for none.
       swa_gain, rla_gain: what the learned gains begin at. A small rla_gain lets the window's branch learn first.
+      qk_norm: norm the window's q and k over each head's channels.
+      rope_theta: base of the rotary embedding's wavelengths.
       implementation: passed to the op.
+
+    Raises:
+      ValueError: for a negative window, num_heads that is no multiple of num_kv_heads, or options that do not fit
+        together. Of a call: an odd head_size; what `pallas.rattention` raises.
     """
 
     projections: Projections
@@ -115,7 +138,7 @@ class RAttention(eqx.Module):
     meta_tokens: MetaTokens | None
     feature_map: FeatureMap
     window: int = eqx.field(static=True)
-    rope_theta: float = eqx.field(static=True)
+    rope_theta: float | int = eqx.field(static=True)
     implementation: str | None = eqx.field(static=True)
 
     def __init__(
@@ -130,10 +153,10 @@ class RAttention(eqx.Module):
         feature_map: FeatureMap = pallas.feature_map.softmax,
         learned_scale: bool = False,
         num_meta_tokens: int = 0,
-        swa_gain: float = 1.0,
-        rla_gain: float = 1.0,
+        swa_gain: float | int = 1.0,
+        rla_gain: float | int = 1.0,
         qk_norm: bool = True,
-        rope_theta: float = 5e5,
+        rope_theta: float | int = 5e5,
         implementation: str | None = None,
         key: PRNGKeyArray,
     ):
@@ -162,7 +185,15 @@ class RAttention(eqx.Module):
         self.implementation = implementation
 
     @jaxtyped(typechecker=beartype)
-    def __call__(self, x: Float[Array, "t m"], segment_ids: Int[Array, "t"] | None = None) -> Float[Array, "t m"]:
+    def __call__(
+        self, x: Float[Array, "t {self.projections.model_width}"], segment_ids: Int[Array, "t"] | None = None
+    ) -> Float[Array, "t {self.projections.model_width}"]:
+        """What each token gathers, in x's dtype.
+
+        Args:
+          x: normed stream of one sequence.
+          segment_ids: one id for each token; a token reads its own run of equal ids only.
+        """
         q, k, v = self.projections.project(x)
         positions = jnp.arange(x.shape[0])
         q_local, k_local = (rotary(y, positions, theta=self.rope_theta) for y in self.projections.norm(q, k))
@@ -211,7 +242,15 @@ class GlobalAttention(eqx.Module):
         self.implementation = implementation
 
     @jaxtyped(typechecker=beartype)
-    def __call__(self, x: Float[Array, "t m"], segment_ids: Int[Array, "t"] | None = None) -> Float[Array, "t m"]:
+    def __call__(
+        self, x: Float[Array, "t {self.projections.model_width}"], segment_ids: Int[Array, "t"] | None = None
+    ) -> Float[Array, "t {self.projections.model_width}"]:
+        """What each token gathers, in x's dtype.
+
+        Args:
+          x: normed stream of one sequence.
+          segment_ids: one id for each token; a token reads its own run of equal ids only.
+        """
         q, k, v = self.projections.project(x)
         q, k = self.projections.norm(q, k)
         heads = pallas.sliding_window_attention(

@@ -63,6 +63,9 @@ class Block(eqx.Module):
         )
 
     @jaxtyped(typechecker=beartype)
-    def __call__(self, x: Float[Array, "t m"], segment_ids: Int[Array, "t"] | None = None) -> Float[Array, "t m"]:
+    def __call__(
+        self, x: Float[Array, "t {self.attention_norm.weight.shape[0]}"], segment_ids: Int[Array, "t"] | None = None
+    ) -> Float[Array, "t {self.attention_norm.weight.shape[0]}"]:
+        """The stream after this layer; segment_ids as in `RAttention`."""
         x = x + self.attention(self.attention_norm(x), segment_ids)
         return x + self.feed_forward(self.feed_forward_norm(x))

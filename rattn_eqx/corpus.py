@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-_FORMAT = 1  # part of the cache key: raise it when the same sources would give other bytes
+_FORMAT = 2  # part of the cache key: raise it when the same sources would give other bytes
 _SEPARATOR = b"\0"  # free for this use, because files that hold it are dropped
 
 
@@ -24,8 +24,9 @@ class Corpus:
     """A text corpus on disk, cut into a training and a validation split that share no file.
 
     `train` and `validation` are files that hold their documents joined by NUL bytes, `manifest` says where they came
-    from (`describe` prints it). Training documents stand in order of their path; validation documents in order of
-    their path's hash, so that the first bytes of the split are a fair sample of it.
+    from (`describe` prints it). Its `sha256` stands for the text of both splits. Training documents stand in order of
+    their path; validation documents in order of their path's hash, so that the first bytes of the split are a fair
+    sample of it.
     """
 
     manifest: dict[str, Any]
@@ -91,7 +92,7 @@ def build_corpus(source: str | Path, cache: Path, *, validation_share: float = 0
             "dropped": dropped,
             "train": {"files": len(train), "bytes": sum(map(len, train))},
             "validation": {"files": len(validation), "bytes": sum(map(len, validation))},
-            "sha256": hashlib.sha256(blobs["train"] + blobs["validation"]).hexdigest(),
+            "sha256": _sha256_of_splits(blobs["train"], blobs["validation"]),
             "split": rule,
         }
         with new_folder(folder) as unfinished:
@@ -220,6 +221,11 @@ def _split(kept: list[tuple[str, bytes]], share: float) -> tuple[list[bytes], li
     contents = dict(kept)
     validation = [contents.pop(name) for name in held_out]
     return list(contents.values()), validation, f"by file: sha256 of the path, as a fraction, below {share:g}"
+
+
+def _sha256_of_splits(train: bytes, validation: bytes) -> str:
+    """Of the splits' own digests, so that the same text cut elsewhere has another."""
+    return hashlib.sha256(hashlib.sha256(train).digest() + hashlib.sha256(validation).digest()).hexdigest()
 
 
 def _cut(data: bytes, share: float) -> tuple[list[bytes], list[bytes], str]:

@@ -6,17 +6,19 @@ from collections.abc import Callable, Iterable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
+from beartype import beartype
 from jax.sharding import Mesh
+from jaxtyping import jaxtyped
 
 from rattn_eqx.attention import RAttention
 from rattn_eqx.language_model import LanguageModel, batch_logits
 from rattn_eqx.loss import bits_per_byte, cross_entropy
 from rattn_eqx.sharding import BATCH, batch_mesh, over_batch, replicate
-from rattn_eqx.tokens import Tokenizer
+from rattn_eqx.tokens import Batch, Tokenizer
 
 
-def evaluate(model: LanguageModel, batches: Iterable[dict[str, np.ndarray]], tokenizer: Tokenizer) -> float:
+@jaxtyped(typechecker=beartype)
+def evaluate(model: LanguageModel, batches: Iterable[Batch], tokenizer: Tokenizer) -> float:
     """Bits per byte over batches of windows, such as `tokens.validation_batches` gives; batches are cut over devices.
 
     The bits of every target that is not padding, document markers included, over the bytes that the targets stand for.

@@ -29,7 +29,10 @@ class FeedForward(eqx.Module):
         self.gate = gate
 
     @jaxtyped(typechecker=beartype)
-    def __call__(self, x: Float[Array, "t m"]) -> Float[Array, "t m"]:
+    def __call__(
+        self, x: Float[Array, "t {self.gate_weight.shape[0]}"]
+    ) -> Float[Array, "t {self.gate_weight.shape[0]}"]:
+        """Each token by itself, in x's dtype."""
         activation = jax.nn.gelu if self.gate == "gelu" else jax.nn.silu
         gate, up, down = (w.astype(x.dtype) for w in (self.gate_weight, self.up_weight, self.down_weight))
         return (activation(x @ gate) * (x @ up)) @ down

@@ -1,11 +1,14 @@
 """A local-global language model over tokens."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, PRNGKeyArray, jaxtyped
 
+from pallas.feature_map import FeatureMap
 from rattn_eqx.block import Block
 from rattn_eqx.initialise import truncated_normal
 from rattn_eqx.norm import RMSNorm
@@ -17,7 +20,9 @@ class LanguageModel(eqx.Module):
     """Embedding, blocks in the repeated `config.pattern`, a final norm, and logits over the vocabulary.
 
     Unbatched, causal. Parameters are float32; blocks compute in `compute_dtype`; logits are float32. `rematerialise`
-    recomputes each block in the backward pass instead of keeping what is inside it.
+    recomputes each block in the backward pass instead of keeping what is inside it. `feature_map`, where given, makes
+    each local layer's own map from a key, in place of the one that `config` names: a learned one, such as
+    `lambda key: pallas.feature_map.Hedgehog(config.head_size, key=key)`, is trained with the rest.
 
     >>> from rattn_eqx.presets import tiny
     >>> model = LanguageModel(tiny, key=jax.random.key(0))
@@ -39,6 +44,7 @@ class LanguageModel(eqx.Module):
         *,
         compute_dtype: str = "float32",
         rematerialise: bool = False,
+        feature_map: Callable[[PRNGKeyArray], FeatureMap] | None = None,
         implementation: str | None = None,
         key: PRNGKeyArray,
     ):
@@ -47,7 +53,13 @@ class LanguageModel(eqx.Module):
             embedding_key, (config.vocabulary_size, config.model_width), config.model_width
         )
         self.blocks = tuple(
-            Block(config, kind, implementation=implementation, key=block_key)
+            Block(
+                config,
+                kind,
+                feature_map=feature_map(jax.random.fold_in(block_key, 1)) if feature_map and kind == "local" else None,
+                implementation=implementation,
+                key=block_key,
+            )
             for kind, block_key in zip(config.layer_kinds, block_keys, strict=True)
         )
         self.final_norm = RMSNorm(config.model_width)

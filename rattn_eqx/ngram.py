@@ -4,7 +4,8 @@ import dataclasses
 import zlib
 
 import numpy as np
-from jaxtyping import Float64, Int64, Integer
+from beartype import beartype
+from jaxtyping import Float64, Int64, Integer, jaxtyped
 
 from rattn_eqx.tokens import DOCUMENT
 
@@ -24,6 +25,7 @@ class _Level:
     types: Int64[np.ndarray, "contexts"]
 
 
+@jaxtyped(typechecker=beartype)
 def interpolated_bits_per_byte(
     train: Integer[np.ndarray, "train_tokens"], validation: Integer[np.ndarray, "validation_tokens"], *, order: int = 3
 ) -> float:
@@ -63,6 +65,7 @@ def interpolated_bits_per_byte(
     return float(-(counts * np.log2(_probabilities(levels, codes))).sum() / num_bytes)
 
 
+@jaxtyped(typechecker=beartype)
 def gzip_bits_per_byte(text: bytes | Integer[np.ndarray, "tokens"]) -> float:
     """Return the bits per byte of the text in gzip format at level 9; of byte tokens, the document markers dropped.
 

@@ -24,7 +24,9 @@ class RMSNorm(eqx.Module):
         self.eps = eps
 
     @jaxtyped(typechecker=beartype)
-    def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+    def __call__(
+        self, x: Float[Array, "*batch {self.weight.shape[0]}"]
+    ) -> Float[Array, "*batch {self.weight.shape[0]}"]:
         wide = x.astype(accumulation_dtype(x))
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         weight = jnp.broadcast_to(self.weight, x.shape).astype(wide.dtype)

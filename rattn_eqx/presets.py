@@ -31,10 +31,10 @@ class ModelConfig:
     feature_map: str = "softmax"
     learned_feature_scale: bool = False
     num_meta_tokens: int = 0
-    swa_gain: float = 1.0
-    rla_gain: float = 1.0
+    swa_gain: float | int = 1.0
+    rla_gain: float | int = 1.0
     qk_norm: bool = True
-    rope_theta: float = 5e5
+    rope_theta: float | int = 5e5
     gate: Literal["gelu", "silu"] = "gelu"
     tie_embeddings: bool = True
 
@@ -48,6 +48,19 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig: pattern must be a tuple of 'local' and 'global'; got {self.pattern}, "
                 "such as ('local', 'local', 'local', 'global')"
+            )
+        sizes = ("vocabulary_size", "model_width", "num_heads", "num_kv_heads", "head_size", "feed_forward_width")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"ModelConfig: {name} must be at least 1; got {getattr(self, name)}")
+        if self.window < 0:
+            raise ValueError(f"ModelConfig: window must be at least 0; got window={self.window}")
+        if self.gate not in ("gelu", "silu"):
+            raise ValueError(f"ModelConfig: gate must be 'gelu' or 'silu'; got {self.gate!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                "ModelConfig: num_heads must be a multiple of num_kv_heads; "
+                f"got num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
             )
         if self.head_size % 2:
             raise ValueError(f"ModelConfig: head_size must be even, for rotary embedding; got {self.head_size}")

@@ -8,7 +8,7 @@ from pallas.arguments import accumulation_dtype
 
 
 @jaxtyped(typechecker=beartype)
-def rotary(x: Float[Array, "t h d"], positions: Int[Array, "t"], *, theta: float = 5e5) -> Float[Array, "t h d"]:
+def rotary(x: Float[Array, "t h d"], positions: Int[Array, "t"], *, theta: float | int = 5e5) -> Float[Array, "t h d"]:
     """Turn channel pair (i, i + d / 2) of every head by the angle position / theta^(2 i / d).
 
     A product of two turned vectors depends on the difference of their positions only. Angles are in radians, computed

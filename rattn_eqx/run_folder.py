@@ -6,6 +6,7 @@ sample.txt.
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -33,9 +34,9 @@ class TrainConfig:
     microbatches: int = 1
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     rematerialise: bool = False
-    checkpoint_every: int = 100
-    evaluate_every: int = 100
-    evaluation_tokens: int = 65536
+    checkpoint_every: int = 200
+    evaluate_every: int = 650
+    evaluation_tokens: int = 131072
     seed: int = 0
 
     def __post_init__(self):
@@ -51,8 +52,13 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig: {name} must be at least 1; got {getattr(self, name)}")
         for name in ("learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"TrainConfig: {name} must be above 0; got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"TrainConfig: {name} must be above 0 and finite; got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"TrainConfig: weight_decay must be at least 0 and finite; got {self.weight_decay}")
+        for name, known in (("optimizer", ("adamw", "rmsprop")), ("compute_dtype", ("float32", "bfloat16"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"TrainConfig: {name} must be {' or '.join(known)}; got {getattr(self, name)!r}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"TrainConfig: seed must be at least 0 and below 2**32; got {self.seed}")
         if self.batch_size % self.microbatches:
@@ -69,7 +75,11 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run's result depends on; `corpus` is the corpus's sha256."""
+    """The model, how it is trained, and on what: `corpus` is the sha256 of the corpus's text, as it is split.
+
+    A run's result depends on two things more: on its tokenizer, which is in tokenizer.json, and by rounding on the
+    number of devices, which is in each checkpoint's metadata.
+    """
 
     model: ModelConfig
     training: TrainConfig
@@ -85,7 +95,7 @@ def open_run(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
     config_path, tokenizer_path = folder / "config.json", folder / "tokenizer.json"
     if not config_path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(tokenizer_path)
+        write_text(tokenizer_path, tokenizer.to_json())
         write_json(config_path, dataclasses.asdict(config))  # last: a folder with a config is complete
         return
     old, new = _flatten(dataclasses.asdict(load_config(folder))), _flatten(dataclasses.asdict(config))
@@ -121,19 +131,31 @@ def load_config(folder: Path) -> RunConfig:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the rows of metrics.jsonl that lie past `step`, and a last row that was cut off while being written."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
+    """Drop the rows of metrics.jsonl that lie past a checkpoint's `step`, and a last row that was cut off.
+
+    Raises:
+      ValueError: if the rows end before `step`; the file is left as it was.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    last = num_bytes = 0
+    for line in lines:
+        if not line.endswith(b"\n") or (row := json.loads(line))["step"] > step:
             break
-        kept.append(line)
-    write_text(path, "".join(kept))
+        last, num_bytes = row["step"], num_bytes + len(line)
+    if last < step:
+        raise ValueError(
+            f"cut_metrics: {path} must have rows up to the checkpoint's step; got rows up to step {last} and a "
+            f"checkpoint of step {step}; put back a good copy, or remove the checkpoints past step {last}"
+        )
+    if lines:
+        os.truncate(path, num_bytes)  # unlike a rewritten copy, it needs no space on a full disk
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl: one for each step, one for each evaluation."""
+    """The rows of metrics.jsonl: one for each step, one for each evaluation.
+
+    `seconds` counts from the call of `train` that wrote the row: it begins at 0 again where a run was resumed.
+    """
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -144,7 +166,10 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
+    with open(unfinished, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a loss of power could leave the new name with no content
     os.replace(unfinished, path)
 
 

@@ -7,11 +7,12 @@ import json
 import operator
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, final
+from typing import Any, SupportsIndex, final
 
 import grain
 import numpy as np
-from jaxtyping import Int32, Integer, UInt16
+from beartype import beartype
+from jaxtyping import Int32, Integer, UInt16, jaxtyped
 
 from rattn_eqx.corpus import Corpus, new_folder
 
@@ -33,14 +34,17 @@ class ByteTokenizer:
     padding: int = dataclasses.field(default=PADDING, init=False)
 
     @property
+    @jaxtyped(typechecker=beartype)
     def byte_lengths(self) -> Int32[np.ndarray, "vocabulary"]:
         """The number of bytes that each token stands for; 0 for the special tokens."""
         return np.repeat(np.array([1, 0], np.int32), [DOCUMENT, 2])
 
+    @jaxtyped(typechecker=beartype)
     def encode(self, text: bytes) -> UInt16[np.ndarray, "tokens"]:
         """Return the tokens of any bytes."""
         return np.frombuffer(text, np.uint8).astype(np.uint16)
 
+    @jaxtyped(typechecker=beartype)
     def decode(self, tokens: Integer[np.ndarray, "tokens"]) -> bytes:
         """Return the bytes that the tokens stand for; special tokens stand for none.
 
@@ -110,15 +114,18 @@ class BPETokenizer:
         return cls(tokenizer.to_str())
 
     @functools.cached_property
+    @jaxtyped(typechecker=beartype)
     def byte_lengths(self) -> Int32[np.ndarray, "vocabulary"]:
         """The number of bytes that each token stands for; 0 for the special tokens."""
         return np.array([*map(len, self._pieces), 0, 0], np.int32)
 
+    @jaxtyped(typechecker=beartype)
     def encode(self, text: bytes) -> UInt16[np.ndarray, "tokens"]:
         """Return the tokens of any bytes."""
         [encoding] = self._tokenizer.encode_batch_fast([text.decode("latin-1")], add_special_tokens=False)
         return np.array(encoding.ids, np.uint16)
 
+    @jaxtyped(typechecker=beartype)
     def decode(self, tokens: Integer[np.ndarray, "tokens"]) -> bytes:
         """Return the bytes that the tokens stand for; special tokens stand for none.
 
@@ -166,7 +173,7 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> tuple[Path, P
 
     Returns:
       The paths of the training and of the validation tokens, in `cache/tokens-KEY`; the key stands for the corpus's
-      text and the tokenizer.
+      text, its split and the tokenizer.
     """
     key = hashlib.sha256((corpus.manifest["sha256"] + tokenizer.to_json()).encode())
     folder = Path(cache) / f"tokens-{key.hexdigest()[:16]}"
@@ -215,7 +222,8 @@ class TokenWindows:
     def __len__(self) -> int:
         return self._num_windows
 
-    def __getitem__(self, index: int) -> Window:
+    @jaxtyped(typechecker=beartype)
+    def __getitem__(self, index: SupportsIndex) -> Window:
         index = operator.index(index)
         if not 0 <= index < self._num_windows:
             raise IndexError(f"TokenWindows: no window {index} among {self._num_windows}")

@@ -1,6 +1,7 @@
 """`rattn`: what it writes, what it prints, and how it takes a user's mistakes."""
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -12,8 +13,8 @@ import pytest
 from training_child import MODEL, SAMPLE, training
 
 from rattn_eqx.__main__ import _parser, main
-from rattn_eqx.run_folder import RunConfig, open_run, read_metrics
-from rattn_eqx.tokens import ByteTokenizer
+from rattn_eqx.run_folder import RunConfig, TrainConfig, load_config, open_run, read_metrics
+from rattn_eqx.tokens import ByteTokenizer, load_tokenizer
 
 TINY = ["--steps", "6", "--context", "32", "--window", "8", "--pattern", "local", "--sample-tokens", "8"]
 TINY += ["--evaluation-tokens", "256", "--evaluate-every", "3", "--checkpoint-every", "4", "--devices", "1"]
@@ -87,6 +88,28 @@ def test_the_same_command_again_finishes_without_training(finished, pretrain_arg
     assert "resuming after step 6 from " in again.stdout
 
 
+def test_pretrain_on_bpe_tokens_and_go_on(pretrain_arguments, scratch):
+    folder = scratch / "bpe"
+    command = [*pretrain_arguments, "--out", folder, "--tokenizer", "bpe", "--vocabulary", "400"]
+    outputs = []
+    for _ in range(2):
+        done = rattn(*command, scratch=scratch / "compiled")
+        assert done.returncode == 0, done.stderr
+        results = json.loads((folder / "results.json").read_text())
+        names = ["this model", "this model, residual branch off", "order-3 byte model", "gzip -9"]
+        assert list(results["bits_per_byte"]) == names
+        assert all(0 < bits < 16 for bits in results["bits_per_byte"].values())
+        assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 3, 4, 5, 6, 6]
+        outputs.append(done.stdout)
+        for checkpoint in (folder / "checkpoints").glob("step_00000006.*"):
+            checkpoint.unlink()  # as if stopped after step 4
+    assert "resuming after step" not in outputs[0]
+    assert "resuming after step 4 from " in outputs[1]
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    assert tokenizer.vocabulary_size == load_config(folder).model.vocabulary_size == 400
+    assert results["validation_bytes"] > 256  # 256 tokens of more than a byte
+
+
 def test_generate(finished, scratch, capfdbinary):
     command = ["generate", "--run", str(scratch / "run"), "--prompt", "The ", "--num-tokens", "6"]
 
@@ -111,6 +134,13 @@ def test_cost_prints_the_papers_saving(capsys):
     (saved,) = [line for line in out.splitlines() if line.strip().startswith("saved")]
     assert "56.2%" in saved or "56.3%" in saved
     assert "12,835," in out
+
+
+def test_defaults_are_those_of_the_train_config():
+    options = _parser().parse_args(["pretrain"])
+    for field in dataclasses.fields(TrainConfig):
+        if field.default is not dataclasses.MISSING:
+            assert getattr(options, field.name) == field.default, field.name
 
 
 def test_help(capsys):
@@ -250,6 +280,6 @@ def test_a_damaged_run_folder_prints_one_line(finished, scratch, tmp_path, capfd
             path.write_bytes(path.read_bytes()[:10])
         assert main(["generate", "--run", str(folder)]) == 2
         lines = capfdbinary.readouterr().err.decode().splitlines()
-        assert lines[-1].startswith("rattn: ")
+        assert all(line.startswith("rattn: ") for line in lines)
         assert str(folder) in lines[-1]
-        assert len(lines) == 1
+        assert len(lines) == (2 if damage == "checkpoints" else 1)  # one says that the checkpoint before is tried

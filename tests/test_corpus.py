@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rattn_eqx.corpus import build_corpus, describe, new_folder
+from rattn_eqx.tokens import ByteTokenizer, tokenize
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> Path:
@@ -117,6 +119,19 @@ def test_a_single_file_is_cut_at_a_boundary_and_the_manifest_says_so(tmp_path, d
     assert corpus.train.read_bytes() == data[:cut]
     assert corpus.validation.read_bytes() == data[cut:]
     assert f"within the only file: at byte {cut}" in corpus.manifest["split"]
+
+
+def test_one_file_cut_at_two_places_is_two_corpora(tmp_path):
+    file = write_files(tmp_path, {"book.txt": b"".join(b"%04d line\n" % index for index in range(100))}) / "book.txt"
+    small, large = (build_corpus(file, tmp_path / "cache", validation_share=share) for share in (0.06, 0.5))
+    assert small.train.read_bytes() + small.validation.read_bytes() == file.read_bytes()
+    assert large.train.read_bytes() + large.validation.read_bytes() == file.read_bytes()
+    assert small.manifest["sha256"] != large.manifest["sha256"]
+    folders = [tokenize(corpus, ByteTokenizer(), tmp_path / "cache")[0].parent for corpus in (small, large)]
+    assert folders[0] != folders[1]
+    for folder, corpus in zip(folders, (small, large), strict=True):
+        held_out = np.load(folder / "validation.npy")
+        assert ByteTokenizer().decode(held_out) == corpus.validation.read_bytes()
 
 
 def test_nothing_usable_is_an_error_that_names_the_remedy(tmp_path):

@@ -1,7 +1,9 @@
 """data/README.md tells the truth about what is committed beside it."""
 
+import base64
 import hashlib
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -47,3 +49,17 @@ def test_sample_is_python_whose_names_come_back_from_far_above(make_sample):
         assert len(constants) == 6
         for constant, value in constants:
             assert text.rindex(f"assert {constant} == {value}") - text.index(constant) > 4000
+
+
+def test_every_committed_file_has_a_row_with_its_hash():
+    for path in sorted(DATA.rglob("*")):
+        name = path.relative_to(DATA).as_posix()
+        if path.is_file() and "__pycache__" not in name and name != "README.md" and not name.startswith("sample/"):
+            assert hashlib.sha256(path.read_bytes()).hexdigest() in documented_row(name), name
+
+
+def test_the_readmes_figure_is_the_notebooks():
+    notebook = json.loads((DATA.parent / "notebooks" / "05_pretraining.ipynb").read_text("utf-8"))
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    pictures = [base64.b64decode(x["data"]["image/png"]) for x in outputs if "image/png" in x.get("data", {})]
+    assert (DATA / "pretraining.png").read_bytes() in pictures

@@ -1,5 +1,6 @@
 """Each feature map is its formula, stays finite, and enters the op as it is, called or paired, learned or not."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,3 +138,18 @@ def test_in_the_op(implementation, name):
     expected = token_loop.residual_linear_attention(*arrays, window=4, feature_map=LOOP_MAPS[name])
     assert relative_rms(output, expected[0]) < 1e-5
     assert relative_rms(state, expected[1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("feature_map", "message"),
+    [
+        ((lambda x: x, lambda x: x[..., :2]), r"one f; got \(1, 1, 4\) -> \(1, 1, 4\) and \(1, 1, 2\)"),
+        (lambda x: x.sum(axis=-1), r"one f; got \(1, 1, 4\) -> \(1, 1\)"),
+        (eqx.nn.Linear(4, 6, key=jax.random.key(0)), "with any axes in front; it raised on"),
+    ],
+    ids=["two sizes", "no axis", "single vectors"],
+)
+def test_a_map_of_another_form_is_refused(feature_map, message):
+    x = jnp.ones((5, 2, 4))
+    with pytest.raises(ValueError, match=f"^residual_linear_attention: feature_map.*{message}"):
+        pallas.residual_linear_attention(x, x, x, window=2, feature_map=feature_map)

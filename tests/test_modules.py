@@ -6,11 +6,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 import token_loop
 
+import pallas
 from pallas.error import relative_rms, relative_rms_by_name
 from pallas.feature_map import Hedgehog
 from rattn_eqx.attention import GlobalAttention, RAttention
@@ -357,38 +357,16 @@ def test_the_papers_table_1(config, width, layers, feed_forward, heads, kv_heads
     assert (local.window, local.rope_theta, local.feature_map.__name__) == (512, 5e5, "softmax")
 
 
-X, IDS, IDS_OF_3 = jnp.ones((5, 8)), jnp.zeros(5, jnp.int32), jnp.zeros(3, jnp.int32)
-
-
-@pytest.mark.parametrize(
-    ("build", "arguments", "named"),
-    [
-        (lambda key: RAttention(8, **SIZES, window=2, key=key), (X[None],), "x"),
-        (lambda key: RAttention(8, **SIZES, window=2, key=key), (jnp.ones((5, 8), jnp.int32),), "x"),
-        (lambda key: RAttention(8, **SIZES, window=2, key=key), (X, IDS_OF_3), "segment_ids"),
-        (lambda key: Block(CONFIG, "global", key=key), (X[None],), "x"),
-        (lambda key: Block(CONFIG, "local", key=key), (X, X[:, 0]), "segment_ids"),
-        (lambda key: LanguageModel(CONFIG, key=key), (IDS[None],), "tokens"),
-        (lambda key: LanguageModel(CONFIG, key=key), (X[:, 0],), "tokens"),
-        (lambda key: LanguageModel(CONFIG, key=key), (IDS, IDS_OF_3), "segment_ids"),
-    ],
-)
-def test_wrong_ranks_and_dtypes_are_named(build, arguments, named):
-    module = eqx.filter_eval_shape(build, jax.random.key(0))
-    with pytest.raises(jaxtyping.TypeCheckError, match=f"The problem arose whilst typechecking parameter '{named}'"):
-        eqx.filter_eval_shape(module, *arguments)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_heads": 3}, "num_heads must be a multiple of num_kv_heads; got 3 and 2"),
-        ({"window": -1}, "window must be at least 0.*; got window=-1"),
-        ({"window": 0, "residual": False}, "at least 1 without the residual branch; got window=0, residual=False"),
-        ({"residual": False, "learned_scale": True}, "residual branch; got residual=False, learned_scale=True"),
-        ({"residual": False, "num_meta_tokens": 2}, "belong to the residual branch.*num_meta_tokens=2"),
-    ],
-)
-def test_options_that_do_not_fit_together(options, message):
-    with pytest.raises(ValueError, match=message):
-        RAttention(8, **(SIZES | {"window": 2} | options), key=jax.random.key(0))
+def test_a_language_model_trains_maps_of_its_own():
+    hedgehog = lambda key: pallas.feature_map.Hedgehog(CONFIG.head_size, key=key)
+    model = LanguageModel(CONFIG, feature_map=hedgehog, key=jax.random.key(0))
+    plain = LanguageModel(CONFIG, key=jax.random.key(0))
+    local = [layer for layer, kind in enumerate(CONFIG.layer_kinds) if kind == "local"]
+    maps = lambda model: [model.blocks[layer].attention.feature_map for layer in local]
+    assert len({np.asarray(each.weight).tobytes() for each in maps(model)}) == len(local), "each layer draws its own"
+    named_again = eqx.tree_at(maps, model, maps(plain))
+    for x, y in zip(jax.tree.leaves(named_again), jax.tree.leaves(plain), strict=True):
+        assert x is y or np.array_equal(x, y), "the other parameters are the same"
+    tokens = jnp.arange(3 * CONFIG.window) % CONFIG.vocabulary_size
+    gradients = eqx.filter_grad(lambda model: jnp.sum(jnp.square(model(tokens))))(model)
+    assert all(jnp.any(each.weight != 0) for each in maps(gradients))

@@ -3,6 +3,7 @@
 import collections
 import gzip
 
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -83,3 +84,8 @@ def test_what_cannot_be_scored_is_an_error():
         interpolated_bits_per_byte(text, np.array([DOCUMENT], np.uint16))
     with pytest.raises(ValueError, match="gzip_bits_per_byte: the text holds no bytes"):
         gzip_bits_per_byte(b"")
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'train'"):
+        interpolated_bits_per_byte(np.zeros((3, 4), np.int64), np.zeros(5, np.int64))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 from training_child import MODEL, training
 
-from rattn_eqx.run_folder import RunConfig, cut_metrics, load_config, open_run, read_metrics
+from rattn_eqx.run_folder import RunConfig, cut_metrics, load_config, open_run, read_metrics, write_text
 from rattn_eqx.tokens import BPETokenizer, ByteTokenizer, load_tokenizer
 
 CONFIG = RunConfig(dataclasses.replace(MODEL, pattern=("local", "global")), training(), "0" * 64)
@@ -94,6 +96,16 @@ def test_a_run_killed_between_tokenizer_and_config_is_opened_afresh(tmp_path):
         ({"microbatches": 0}, "microbatches must be at least 1; got 0"),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1; got 0"),
         ({"evaluate_every": 0}, "evaluate_every must be at least 1; got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite; got 0.0"),
+        ({"learning_rate": math.inf}, "learning_rate must be above 0 and finite; got inf"),
+        ({"learning_rate": math.nan}, "learning_rate must be above 0 and finite; got nan"),
+        ({"clip_norm": -1.0}, "clip_norm must be above 0 and finite; got -1.0"),
+        ({"clip_norm": math.inf}, "clip_norm must be above 0 and finite; got inf"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0 and finite; got -0.1"),
+        ({"weight_decay": math.inf}, "weight_decay must be at least 0 and finite; got inf"),
+        ({"weight_decay": math.nan}, "weight_decay must be at least 0 and finite; got nan"),
+        ({"optimizer": "sgd"}, "optimizer must be adamw or rmsprop; got 'sgd'"),
+        ({"compute_dtype": "float16"}, "compute_dtype must be float32 or bfloat16; got 'float16'"),
         ({"batch_size": 6, "microbatches": 4}, "must be a multiple of microbatches; got batch_size=6, microbatches=4"),
         ({"warmup_steps": 60}, "at least 0 and less than steps; got warmup_steps=60, steps=60"),
         ({"warmup_steps": -1}, "at least 0 and less than steps; got warmup_steps=-1, steps=60"),
@@ -107,9 +119,10 @@ def test_bad_settings_are_refused(changes: dict[str, Any], message: str):
 def test_the_narrowest_settings_are_accepted():
     training(steps=1, batch_size=1, context=1, warmup_steps=0, checkpoint_every=1, evaluate_every=1)
     training(batch_size=6, microbatches=3, warmup_steps=59)
+    training(weight_decay=0.0, optimizer="rmsprop", compute_dtype="bfloat16")
 
 
-@pytest.mark.parametrize(("step", "kept"), [(0, 0), (1, 1), (2, 3), (3, 4), (4, 5), (9, 5)])
+@pytest.mark.parametrize(("step", "kept"), [(0, 0), (1, 1), (2, 3), (3, 4), (4, 5)])
 @pytest.mark.parametrize("last", ["", '{"step": 5, "bits_per_', '{"step": 5}'])
 def test_metrics_past_a_checkpoint_are_cut(tmp_path, step: int, kept: int, last: str):
     path = write_metrics(tmp_path, last)
@@ -119,9 +132,36 @@ def test_metrics_past_a_checkpoint_are_cut(tmp_path, step: int, kept: int, last:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_metrics_that_are_missing_need_no_cut(tmp_path):
-    cut_metrics(tmp_path / "metrics.jsonl", 3)
+def test_a_run_without_checkpoints_needs_no_metrics(tmp_path):
+    cut_metrics(tmp_path / "metrics.jsonl", 0)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "metrics.jsonl").touch()
+    cut_metrics(tmp_path / "metrics.jsonl", 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(("rows", "last"), [(ROWS, 4), (ROWS[:3], 2), ([], 0), (None, 0)])
+def test_metrics_that_end_before_the_checkpoint_are_refused(tmp_path, rows: list | None, last: int):
+    path = tmp_path / "metrics.jsonl"
+    text = "".join(json.dumps(row) + "\n" for row in rows or []) + '{"step": 5, "bits_per_byte": 7.0}'  # a row cut off
+    if rows is not None:
+        path.write_text(text)
+    message = (
+        f"cut_metrics: {path} must have rows up to the checkpoint's step; got rows up to step {last} and a checkpoint "
+        f"of step 5; put back a good copy, or remove the checkpoints past step {last}"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        cut_metrics(path, 5)
+    assert (path.read_text() if path.exists() else None) == (None if rows is None else text)
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    done, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append(os.fstat(descriptor).st_size), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    write_text(tmp_path / "file", "seven\n\n")
+    assert done == [7, "replace"]
+    assert (tmp_path / "file").read_text() == "seven\n\n"
 
 
 def test_metrics_come_back(tmp_path):

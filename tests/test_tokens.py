@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from rattn_eqx.corpus import Corpus, build_corpus
 from rattn_eqx.tokens import (
@@ -84,6 +85,14 @@ def test_specials_stand_last_and_for_no_bytes(tokenizer):
         tokenizer.decode(np.array([1, size]))
 
 
+def test_shapes_and_dtypes_are_checked(tokenizer, token_file):
+    for tokens in (np.zeros((2, 2), np.int32), np.zeros(2, np.float32), [1, 2]):
+        with pytest.raises(TypeCheckError):
+            tokenizer.decode(tokens)
+    with pytest.raises(TypeCheckError):
+        tokenizer.encode("text")
+
+
 def test_tokenizer_survives_its_file(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
@@ -131,6 +140,7 @@ def test_windows_shift_targets_and_number_documents(tmp_path):
         "segment_ids": [0, 0, 0, 1],
     }
     assert all(values.dtype == np.int32 for values in windows[1].values())
+    np.testing.assert_array_equal(windows[np.int64(1)]["tokens"], windows[1]["tokens"])
     with pytest.raises(IndexError):
         windows[2]
 

@@ -1,0 +1,83 @@
+"""Modules and configs tell a user's mistakes by name, before anything is computed."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+from test_modules import CONFIG, SIZES
+
+from rattn_eqx.attention import GlobalAttention, RAttention
+from rattn_eqx.block import Block
+from rattn_eqx.feed_forward import FeedForward
+from rattn_eqx.language_model import LanguageModel
+from rattn_eqx.norm import RMSNorm
+
+X, IDS, IDS_OF_3 = jnp.ones((5, 8)), jnp.zeros(5, jnp.int32), jnp.zeros(3, jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("build", "arguments", "named"),
+    [
+        (lambda key: RAttention(8, **SIZES, window=2, key=key), (X[None],), "x"),
+        (lambda key: RAttention(8, **SIZES, window=2, key=key), (jnp.ones((5, 8), jnp.int32),), "x"),
+        (lambda key: RAttention(8, **SIZES, window=2, key=key), (X, IDS_OF_3), "segment_ids"),
+        (lambda key: RAttention(8, **SIZES, window=2, key=key), (jnp.ones((5, 9)),), "x"),
+        (lambda key: GlobalAttention(8, **SIZES, key=key), (jnp.ones((5, 9)),), "x"),
+        (lambda key: FeedForward(8, 12, key=key), (jnp.ones((5, 9)),), "x"),
+        (lambda key: RMSNorm(8), (jnp.ones((5, 9)),), "x"),
+        (lambda key: Block(CONFIG, "local", key=key), (jnp.ones((5, CONFIG.model_width + 1)),), "x"),
+        (lambda key: Block(CONFIG, "global", key=key), (X[None],), "x"),
+        (lambda key: Block(CONFIG, "local", key=key), (X, X[:, 0]), "segment_ids"),
+        (lambda key: LanguageModel(CONFIG, key=key), (IDS[None],), "tokens"),
+        (lambda key: LanguageModel(CONFIG, key=key), (X[:, 0],), "tokens"),
+        (lambda key: LanguageModel(CONFIG, key=key), (IDS, IDS_OF_3), "segment_ids"),
+    ],
+)
+def test_wrong_ranks_widths_and_dtypes_are_named(build, arguments, named):
+    module = eqx.filter_eval_shape(build, jax.random.key(0))
+    with pytest.raises(jaxtyping.TypeCheckError, match=f"The problem arose whilst typechecking parameter '{named}'"):
+        eqx.filter_eval_shape(module, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 3}, "num_heads must be a multiple of num_kv_heads; got 3 and 2"),
+        ({"window": -1}, "window must be at least 0.*; got window=-1"),
+        ({"window": 0, "residual": False}, "at least 1 without the residual branch; got window=0, residual=False"),
+        ({"residual": False, "learned_scale": True}, "residual branch; got residual=False, learned_scale=True"),
+        ({"residual": False, "num_meta_tokens": 2}, "belong to the residual branch.*num_meta_tokens=2"),
+    ],
+)
+def test_options_that_do_not_fit_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        RAttention(8, **(SIZES | {"window": 2} | options), key=jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": -3}, "window must be at least 0; got window=-3"),
+        ({"num_heads": 0}, "num_heads must be at least 1; got 0"),
+        ({"feed_forward_width": -1}, "feed_forward_width must be at least 1; got -1"),
+        (
+            {"num_heads": 3, "num_kv_heads": 2},
+            "num_heads must be a multiple of num_kv_heads; got num_heads=3, num_kv_heads=2",
+        ),
+        ({"gate": "relu"}, "gate must be 'gelu' or 'silu'; got 'relu'"),
+        ({"feature_map": "sofmax"}, "feature_map must be one of softmax, .*; got 'sofmax'"),
+        ({"head_size": 3}, "head_size must be even"),
+    ],
+)
+def test_a_config_that_cannot_be_built_is_refused(changes, message):
+    with pytest.raises(ValueError, match=f"^ModelConfig: {message}"):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_whole_numbers_are_numbers():
+    config = dataclasses.replace(CONFIG, rope_theta=10_000, swa_gain=1, rla_gain=0)
+    model = eqx.filter_eval_shape(LanguageModel, config, key=jax.random.key(0))
+    assert eqx.filter_eval_shape(model, IDS).shape == (5, config.vocabulary_size)
