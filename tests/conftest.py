@@ -23,6 +23,13 @@ def _strict_promotion(request: pytest.FixtureRequest):
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """They are gigabytes by the end of the suite."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session", params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> str:
     return request.param
