@@ -47,10 +47,10 @@ def rows(folder: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in whole]
 
 
-def wait_for_rows(child: subprocess.Popen, folder: Path, past_rows: int, more: int) -> None:
-    """Until the resumed run, whose metrics hold `past_rows` once it has cut them, has written `more`."""
-    cut = past_rows == num_rows(folder)
-    while child.poll() is None:
+def wait_for_rows(child: subprocess.Popen, folder: Path, past_rows: int, more: int, seconds: float = 100) -> None:
+    """Until the resumed run, whose metrics hold `past_rows` once it has cut them, has written `more`; or so long."""
+    cut, began = past_rows == num_rows(folder), time.monotonic()
+    while child.poll() is None and time.monotonic() < began + seconds:
         count = num_rows(folder)
         cut = cut or count == past_rows
         if cut and count >= past_rows + more:
@@ -74,15 +74,16 @@ def test_twenty_kills_change_nothing(tmp_path: Path):
             child.wait(timeout=120)
         else:
             child = start(killed, tmp_path / "scratch")
+            past_rows = sum(row["step"] <= resumed for row in rows(killed))
             if kill in AT_START:
-                delay, moment = draw.uniform(0, 4), "after that many seconds"
+                delay = draw.uniform(0, 4)
+                moment = f"after {delay:.3f} s, or at its first row"
+                wait_for_rows(child, killed, past_rows, 1, seconds=delay)
             else:
                 more, delay = draw.randint(1, 20), draw.uniform(0, 0.03)
-                moment = f"after {more} rows and that many seconds"
-                past_rows = sum(row["step"] <= resumed for row in rows(killed))
+                moment = f"{delay:.3f} s after {more} rows"
                 wait_for_rows(child, killed, past_rows, more)
-            time.sleep(delay)
-            moment = f"{delay:.3f} s: {moment}"
+                time.sleep(delay)
             child.kill()
             child.wait()
         last, temporary = newest_step(killed), [path.stat().st_size for path in killed.glob("checkpoints/*.tmp")]
