@@ -1,8 +1,8 @@
 """RATTENTION's ops: sliding-window attention, residual linear attention, and both as one.
 
 Dimensions, everywhere: t queries, s keys, h query heads, kv key/value heads, d key size, dv value size, f feature size,
-m model width, w feed-forward width, c chunk, n chunks. Ops take one sequence; `jax.vmap` batches. Arrays are
-`jax.Array`s: `jnp.asarray` makes one of NumPy's.
+m model width, w feed-forward width, c chunk, n chunks; `tokens` (learned key/value pairs) and `vocabulary` are written
+out. Ops take one sequence; `jax.vmap` batches. Arrays are `jax.Array`s: `jnp.asarray` makes one of NumPy's.
 """
 
 from pallas import feature_map

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas.feature_map import FeatureMap, as_pair, num_features
+from pallas.feature_map import FeatureMap, as_pair
 
 Implementation = Literal["reference", "chunked", "gpu", "tpu"]
 
@@ -56,8 +56,8 @@ def check_attention(op: str, q: Array, k: Array, window: int, segment_ids: Array
 
 def check_states(op: str, feature_map: FeatureMap, k: Array, v: Array, **states: Array | None) -> None:
     """Feature maps must have the form (..., d) -> (..., f); initial states must fit them: [kv, f, dv]."""
-    _check_feature_map(op, feature_map, k)
-    expected = (k.shape[1], num_features(feature_map, k.shape[2], accumulation_dtype(k, v)), v.shape[2])
+    f = check_feature_map(op, feature_map, k.shape[2], accumulation_dtype(k, v))
+    expected = (k.shape[1], f, v.shape[2])
     for name, state in states.items():
         if state is not None and state.shape != expected:
             raise ValueError(
@@ -65,22 +65,29 @@ def check_states(op: str, feature_map: FeatureMap, k: Array, v: Array, **states:
             )
 
 
-def _check_feature_map(op: str, feature_map: FeatureMap, k: Array) -> None:
-    """Both maps are tried on shapes alone, with axes in front as the implementations give them."""
-    given = jax.ShapeDtypeStruct((1, 1, k.shape[2]), accumulation_dtype(k))
-    try:
-        found = [jax.eval_shape(lambda x, phi=phi: phi(x), given).shape for phi in as_pair(feature_map)]
-    except Exception as error:
+def check_feature_map(op: str, feature_map: FeatureMap, head_size: int, dtype=jnp.float32) -> int:
+    """f, once phi_q and phi_k have been tried on shapes with the axes in front that queries and keys have."""
+    phi_q, phi_k = as_pair(feature_map)
+    rule = f"{op}: phi_q and phi_k must map (..., d) to (..., f)"
+    found = []
+    other = head_size + 1  # the axis beside the last, of another size, so that neither passes for the other
+    for name, phi, axes in (("phi_q", phi_q, (2, 3, other)), ("phi_k", phi_k, (2, other))):
+        given = jax.ShapeDtypeStruct((*axes, head_size), dtype)
+        try:
+            result = jax.eval_shape(lambda x, phi=phi: phi(x), given).shape
+        except Exception as error:
+            raise ValueError(
+                f"{rule}; {name} raised {type(error).__name__} on {given.shape}: {error}; "
+                "wrap a map of single vectors in jnp.vectorize(phi, signature='(d)->(f)')"
+            ) from error
+        found.append((given.shape, result))
+    (given_q, result_q), (given_k, result_k) = found
+    if (result_q[:-1], result_k) != (given_q[:-1], (*given_k[:-1], *result_q[-1:])):
         raise ValueError(
-            f"{op}: feature_map must map (..., d) to (..., f), with any axes in front; "
-            f"it raised on {given.shape}: {error}; "
-            "wrap a map of single vectors in jnp.vectorize(phi, signature='(d)->(f)')"
-        ) from error
-    if len(set(found)) > 1 or found[0][:-1] != (1, 1):
-        raise ValueError(
-            f"{op}: feature_map, and both maps of a pair, must map (..., d) to (..., f) with one f; "
-            f"got {given.shape} -> {' and '.join(map(str, dict.fromkeys(found)))}"
+            f"{rule}; got {given_q} -> {result_q} and {given_k} -> {result_k}; "
+            "keep every axis but the last, and give both maps the same f"
         )
+    return result_k[-1]
 
 
 def accumulation_dtype(*arrays: Array):

@@ -88,7 +88,7 @@ class Hedgehog(eqx.Module):
         self.weight = jnp.eye(head_size, num_features) + noise
 
     @jaxtyped(typechecker=beartype)
-    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch f"]:
+    def __call__(self, x: Float[Array, "*batch {self.weight.shape[0]}"]) -> Float[Array, "*batch f"]:
         x = _widen(x)
         return softmax(x @ self.weight.astype(x.dtype))
 
@@ -111,5 +111,5 @@ def as_pair(feature_map: FeatureMap) -> tuple[Callable, Callable]:
 
 def num_features(feature_map: FeatureMap, head_size: int, dtype=jnp.float32) -> int:
     """f, the size of phi's result for a head of size d, found without computing anything."""
-    x = jax.ShapeDtypeStruct((head_size,), dtype)
+    x = jax.ShapeDtypeStruct((1, 1, head_size), dtype)  # axes in front, as keys have
     return jax.eval_shape(lambda x: as_pair(feature_map)[1](x), x).shape[-1]

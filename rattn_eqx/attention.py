@@ -10,6 +10,7 @@ from beartype import beartype
 from jaxtyping import Array, Float, Int, PRNGKeyArray, jaxtyped
 
 import pallas
+from pallas.arguments import check_feature_map
 from pallas.feature_map import FeatureMap, as_pair
 from rattn_eqx.initialise import truncated_normal
 from rattn_eqx.norm import RMSNorm
@@ -61,7 +62,7 @@ class Projections(eqx.Module):
 
     @jaxtyped(typechecker=beartype)
     def norm(
-        self, q: Float[Array, "t h d"], k: Float[Array, "t kv d"]
+        self, q: Float[Array, "t h {self.query_weight.shape[2]}"], k: Float[Array, "t kv {self.key_weight.shape[2]}"]
     ) -> tuple[Float[Array, "t h d"], Float[Array, "t kv d"]]:
         """An RMS norm of each head of q and k (qk-norm); nothing without it."""
         if self.query_norm is None or self.key_norm is None:
@@ -69,7 +70,9 @@ class Projections(eqx.Module):
         return self.query_norm(q), self.key_norm(k)
 
     @jaxtyped(typechecker=beartype)
-    def merge(self, heads: Float[Array, "t h d"]) -> Float[Array, "t m"]:
+    def merge(
+        self, heads: Float[Array, "t {self.out_weight.shape[0]} {self.out_weight.shape[1]}"]
+    ) -> Float[Array, "t {self.model_width}"]:
         """The sum over heads of each head's output projection."""
         return jnp.einsum("thd,hdm->tm", heads, self.out_weight.astype(heads.dtype))
 
@@ -127,8 +130,8 @@ class RAttention(eqx.Module):
       implementation: passed to the op.
 
     Raises:
-      ValueError: for a negative window, num_heads that is no multiple of num_kv_heads, or options that do not fit
-        together. Of a call: an odd head_size; what `pallas.rattention` raises.
+      ValueError: for a negative window, num_heads that is no multiple of num_kv_heads, a feature map of another form,
+        or options that do not fit together. Of a call: an odd head_size; what `pallas.rattention` raises.
     """
 
     projections: Projections
@@ -170,6 +173,8 @@ class RAttention(eqx.Module):
                 "RAttention: learned_scale and num_meta_tokens belong to the residual branch; got residual=False, "
                 f"learned_scale={learned_scale}, num_meta_tokens={num_meta_tokens}"
             )
+        if residual:
+            check_feature_map("RAttention", feature_map, head_size)
         projections_key, meta_key = jax.random.split(key)
         self.projections = Projections(model_width, num_heads, num_kv_heads, head_size, qk_norm, key=projections_key)
         gains = (num_heads, head_size)

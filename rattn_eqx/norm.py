@@ -17,9 +17,9 @@ class RMSNorm(eqx.Module):
     """
 
     weight: Float[Array, "size"]
-    eps: float = eqx.field(static=True)
+    eps: float | int = eqx.field(static=True)
 
-    def __init__(self, size: int, eps: float = 1e-6):
+    def __init__(self, size: int, eps: float | int = 1e-6):
         self.weight = jnp.ones((size,))
         self.eps = eps
 
@@ -27,6 +27,7 @@ class RMSNorm(eqx.Module):
     def __call__(
         self, x: Float[Array, "*batch {self.weight.shape[0]}"]
     ) -> Float[Array, "*batch {self.weight.shape[0]}"]:
+        """Each vector of the last axis normed by itself, in x's dtype."""
         wide = x.astype(accumulation_dtype(x))
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         weight = jnp.broadcast_to(self.weight, x.shape).astype(wide.dtype)

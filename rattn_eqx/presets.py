@@ -49,23 +49,25 @@ class ModelConfig:
                 f"ModelConfig: pattern must be a tuple of 'local' and 'global'; got {self.pattern}, "
                 "such as ('local', 'local', 'local', 'global')"
             )
-        sizes = ("vocabulary_size", "model_width", "num_heads", "num_kv_heads", "head_size", "feed_forward_width")
-        for name in sizes:
+        sizes = ("vocabulary_size", "model_width", "num_layers", "num_heads", "num_kv_heads", "head_size")
+        for name in (*sizes, "feed_forward_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ModelConfig: {name} must be at least 1; got {getattr(self, name)}")
         if self.window < 0:
-            raise ValueError(f"ModelConfig: window must be at least 0; got window={self.window}")
+            raise ValueError(
+                f"ModelConfig: window must be at least 0; got window={self.window}; "
+                "it counts keys, the query's own included"
+            )
         if self.gate not in ("gelu", "silu"):
             raise ValueError(f"ModelConfig: gate must be 'gelu' or 'silu'; got {self.gate!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 "ModelConfig: num_heads must be a multiple of num_kv_heads; "
-                f"got num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
+                f"got num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}; "
+                "each key/value head serves an equal group of query heads"
             )
         if self.head_size % 2:
             raise ValueError(f"ModelConfig: head_size must be even, for rotary embedding; got {self.head_size}")
-        if self.num_layers < 1:
-            raise ValueError(f"ModelConfig: num_layers must be at least 1; got {self.num_layers}")
         if self.feature_map not in named:
             raise ValueError(f"ModelConfig: feature_map must be one of {', '.join(named)}; got {self.feature_map!r}")
 

@@ -1,5 +1,7 @@
 """Each feature map is its formula, stays finite, and enters the op as it is, called or paired, learned or not."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import token_loop
 import pallas
 from pallas import feature_map as maps
 from pallas.error import relative_rms
+from rattn_eqx.attention import RAttention
 
 X = np.random.default_rng(0).standard_normal((3, 2, 4)) * 3 + 0.5
 
@@ -140,16 +143,45 @@ def test_in_the_op(implementation, name):
     assert relative_rms(state, expected[1]) < 1e-5
 
 
+LINEAR = eqx.nn.Linear(4, 6, key=jax.random.key(0))
+
+
 @pytest.mark.parametrize(
     ("feature_map", "message"),
     [
-        ((lambda x: x, lambda x: x[..., :2]), r"one f; got \(1, 1, 4\) -> \(1, 1, 4\) and \(1, 1, 2\)"),
-        (lambda x: x.sum(axis=-1), r"one f; got \(1, 1, 4\) -> \(1, 1\)"),
-        (eqx.nn.Linear(4, 6, key=jax.random.key(0)), "with any axes in front; it raised on"),
+        (
+            (maps.identity, lambda x: x[..., :2]),
+            r"\(2, 3, 5, 4\) -> \(2, 3, 5, 4\) and \(2, 5, 4\) -> \(2, 5, 2\); keep",
+        ),
+        (lambda x: x.sum(axis=-1), r"got \(2, 3, 5, 4\) -> \(2, 3, 5\) and \(2, 5, 4\) -> \(2, 5\); keep every axis"),
+        (lambda x: x.mean(axis=0, keepdims=True), r"got \(2, 3, 5, 4\) -> \(1, 3, 5, 4\) and"),
+        (LINEAR, r"phi_q raised TypeError on \(2, 3, 5, 4\).*wrap a map of single vectors in jnp.vectorize"),
+        (eqx.nn.Linear(4, 4, use_bias=False, key=jax.random.key(0)), "phi_q raised TypeError"),
+        (jax.vmap(jax.vmap(LINEAR)), r"phi_q raised TypeError on \(2, 3, 5, 4\)"),
+        ((jnp.vectorize(LINEAR, signature="(d)->(f)"), LINEAR), r"phi_k raised TypeError on \(2, 5, 4\)"),
     ],
-    ids=["two sizes", "no axis", "single vectors"],
+    ids=["two sizes", "no axis", "mixes tokens", "single vectors", "square", "one axis too few", "phi_k"],
 )
 def test_a_map_of_another_form_is_refused(feature_map, message):
     x = jnp.ones((5, 2, 4))
-    with pytest.raises(ValueError, match=f"^residual_linear_attention: feature_map.*{message}"):
+    rule = r"phi_q and phi_k must map \(..., d\) to \(..., f\); "
+    with pytest.raises(ValueError, match=f"^residual_linear_attention: {rule}.*{message}"):
         pallas.residual_linear_attention(x, x, x, window=2, feature_map=feature_map)
+    with pytest.raises(ValueError, match=f"^RAttention: {rule}.*{message}"):
+        RAttention(
+            8, num_heads=2, num_kv_heads=2, head_size=4, window=2, feature_map=feature_map, key=jax.random.key(0)
+        )
+
+
+VECTORIZED = jnp.vectorize(LINEAR, signature="(d)->(f)")
+
+
+@pytest.mark.parametrize("phi_k", [VECTORIZED, jax.vmap(jax.vmap(LINEAR))], ids=["vectorized", "axes of keys"])
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_a_map_of_single_vectors_enters_as_its_refusal_says(implementation, phi_k):
+    q, k, v = jnp.asarray(np.random.default_rng(3).standard_normal((3, 9, 2, 4)), jnp.float32)
+    options: dict[str, Any] = dict(window=2, implementation=implementation)
+    output: Any = pallas.residual_linear_attention(q, k, v, feature_map=(VECTORIZED, phi_k), **options)
+    loop = lambda x: np.asarray(LINEAR.weight) @ x + np.asarray(LINEAR.bias)
+    expected, _ = token_loop.residual_linear_attention(*map(np.asarray, (q, k, v)), window=2, feature_map=loop)
+    assert relative_rms(output, expected) < 1e-5

@@ -9,11 +9,13 @@ import jaxtyping
 import pytest
 from test_modules import CONFIG, SIZES
 
-from rattn_eqx.attention import GlobalAttention, RAttention
+from pallas.feature_map import Hedgehog
+from rattn_eqx.attention import GlobalAttention, Projections, RAttention
 from rattn_eqx.block import Block
 from rattn_eqx.feed_forward import FeedForward
 from rattn_eqx.language_model import LanguageModel
 from rattn_eqx.norm import RMSNorm
+from rattn_eqx.rotary import rotary
 
 X, IDS, IDS_OF_3 = jnp.ones((5, 8)), jnp.zeros(5, jnp.int32), jnp.zeros(3, jnp.int32)
 
@@ -28,6 +30,7 @@ X, IDS, IDS_OF_3 = jnp.ones((5, 8)), jnp.zeros(5, jnp.int32), jnp.zeros(3, jnp.i
         (lambda key: GlobalAttention(8, **SIZES, key=key), (jnp.ones((5, 9)),), "x"),
         (lambda key: FeedForward(8, 12, key=key), (jnp.ones((5, 9)),), "x"),
         (lambda key: RMSNorm(8), (jnp.ones((5, 9)),), "x"),
+        (lambda key: Hedgehog(8, key=key), (jnp.ones((5, 9)),), "x"),
         (lambda key: Block(CONFIG, "local", key=key), (jnp.ones((5, CONFIG.model_width + 1)),), "x"),
         (lambda key: Block(CONFIG, "global", key=key), (X[None],), "x"),
         (lambda key: Block(CONFIG, "local", key=key), (X, X[:, 0]), "segment_ids"),
@@ -40,6 +43,22 @@ def test_wrong_ranks_widths_and_dtypes_are_named(build, arguments, named):
     module = eqx.filter_eval_shape(build, jax.random.key(0))
     with pytest.raises(jaxtyping.TypeCheckError, match=f"The problem arose whilst typechecking parameter '{named}'"):
         eqx.filter_eval_shape(module, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "named"),
+    [
+        ("project", (jnp.ones((5, 9)),), "x"),
+        ("norm", (jnp.ones((5, 4, 3)), jnp.ones((5, 2, 4))), "q"),
+        ("norm", (jnp.ones((5, 4, 4)), jnp.ones((5, 2, 3))), "k"),
+        ("merge", (jnp.ones((5, 3, 4)),), "heads"),
+        ("merge", (jnp.ones((5, 4, 3)),), "heads"),
+    ],
+)
+def test_a_wrong_size_is_named_in_every_projection(method, arguments, named):
+    projections = Projections(8, 4, 2, 4, qk_norm=True, key=jax.random.key(0))
+    with pytest.raises(jaxtyping.TypeCheckError, match=f"whilst typechecking parameter '{named}'"):
+        getattr(projections, method)(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +81,7 @@ def test_options_that_do_not_fit_together(options, message):
     [
         ({"window": -3}, "window must be at least 0; got window=-3"),
         ({"num_heads": 0}, "num_heads must be at least 1; got 0"),
+        ({"num_layers": 0}, "num_layers must be at least 1; got 0"),
         ({"feed_forward_width": -1}, "feed_forward_width must be at least 1; got -1"),
         (
             {"num_heads": 3, "num_kv_heads": 2},
@@ -81,3 +101,9 @@ def test_whole_numbers_are_numbers():
     config = dataclasses.replace(CONFIG, rope_theta=10_000, swa_gain=1, rla_gain=0)
     model = eqx.filter_eval_shape(LanguageModel, config, key=jax.random.key(0))
     assert eqx.filter_eval_shape(model, IDS).shape == (5, config.vocabulary_size)
+    x = jnp.asarray([[[1.0, 2.0, 3.0, 4.0]]])
+    assert jnp.array_equal(RMSNorm(4, eps=0)(x), RMSNorm(4, eps=0.0)(x))
+    position = jnp.asarray([3])
+    assert jnp.array_equal(rotary(x, position, theta=10_000), rotary(x, position, theta=1e4))
+    layer = RAttention(8, **SIZES, window=2, rope_theta=10_000, swa_gain=1, rla_gain=0, key=jax.random.key(0))
+    assert layer(X).dtype == jnp.float32

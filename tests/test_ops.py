@@ -174,6 +174,21 @@ def test_a_wrong_size_of_a_state_gain_or_residual_input_is_named(op, argument, w
         call(op, **{argument: wrong})
 
 
+@pytest.mark.parametrize("name", ["initial_state", "segment_state"])
+@pytest.mark.parametrize("op", [RLA, BOTH])
+def test_a_state_of_another_feature_size_is_named(op, name):
+    with pytest.raises(
+        ValueError, match=rf"^{op}: {name} must have shape \(kv, f, dv\)=\(1, 16, 8\).*got \(1, 15, 8\)"
+    ):
+        call(op, **{name: ones(1, 15, 8)})
+
+
+@pytest.mark.parametrize(("op", "options"), [(SWA, {"scale": 1}), (BOTH, {"scale": 1, "eps": 1})])
+def test_whole_numbers_are_numbers(op, options):
+    expected = call(op, **{name: float(value) for name, value in options.items()})
+    np.testing.assert_array_equal(call(op, **options), expected)
+
+
 @pytest.mark.parametrize("op", ARRAYS)
 def test_rules_across_arguments(op):
     six_over_four = {"q": ones(7, 6, 8), "k": ones(7, 4, 8), "v": ones(7, 4, 8)}
