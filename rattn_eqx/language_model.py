@@ -22,7 +22,8 @@ class LanguageModel(eqx.Module):
     Unbatched, causal. Parameters are float32; blocks compute in `compute_dtype`; logits are float32. `rematerialise`
     recomputes each block in the backward pass instead of keeping what is inside it. `feature_map`, where given, makes
     each local layer's own map from a key, in place of the one that `config` names: a learned one, such as
-    `lambda key: pallas.feature_map.Hedgehog(config.head_size, key=key)`, is trained with the rest.
+    `lambda key: pallas.feature_map.Hedgehog(config.head_size, key=key)`, is trained with the rest. A ValueError refuses
+    it where `config` has no residual branch.
 
     >>> from rattn_eqx.presets import tiny
     >>> model = LanguageModel(tiny, key=jax.random.key(0))
@@ -48,15 +49,20 @@ class LanguageModel(eqx.Module):
         implementation: str | None = None,
         key: PRNGKeyArray,
     ):
+        if feature_map is not None and not config.residual:
+            raise ValueError(
+                "LanguageModel: feature_map belongs to the residual branch; got residual=False; leave feature_map out"
+            )
         embedding_key, head_key, *block_keys = jax.random.split(key, 2 + config.num_layers)
         self.embedding = truncated_normal(
             embedding_key, (config.vocabulary_size, config.model_width), config.model_width
         )
+        map_key = lambda block_key: jax.random.fold_in(block_key, 2)  # 0 and 1 give the two keys that Block splits off
         self.blocks = tuple(
             Block(
                 config,
                 kind,
-                feature_map=feature_map(jax.random.fold_in(block_key, 1)) if feature_map and kind == "local" else None,
+                feature_map=feature_map(map_key(block_key)) if feature_map and kind == "local" else None,
                 implementation=implementation,
                 key=block_key,
             )

@@ -107,3 +107,9 @@ def test_whole_numbers_are_numbers():
     assert jnp.array_equal(rotary(x, position, theta=10_000), rotary(x, position, theta=1e4))
     layer = RAttention(8, **SIZES, window=2, rope_theta=10_000, swa_gain=1, rla_gain=0, key=jax.random.key(0))
     assert layer(X).dtype == jnp.float32
+
+
+def test_a_feature_map_without_a_residual_branch_is_refused():
+    config = dataclasses.replace(CONFIG, residual=False, learned_feature_scale=False, num_meta_tokens=0)
+    with pytest.raises(ValueError, match=r"^LanguageModel: feature_map belongs to the residual branch"):
+        LanguageModel(config, feature_map=lambda key: Hedgehog(4, key=key), key=jax.random.key(0))

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import token_loop
 
-import pallas
 from pallas.error import relative_rms, relative_rms_by_name
 from pallas.feature_map import Hedgehog
 from rattn_eqx.attention import GlobalAttention, RAttention
@@ -358,8 +357,13 @@ def test_the_papers_table_1(config, width, layers, feed_forward, heads, kv_heads
 
 
 def test_a_language_model_trains_maps_of_its_own():
-    hedgehog = lambda key: pallas.feature_map.Hedgehog(CONFIG.head_size, key=key)
+    keys = []
+    hedgehog = lambda key: keys.append(key) or Hedgehog(CONFIG.head_size, key=key)
     model = LanguageModel(CONFIG, feature_map=hedgehog, key=jax.random.key(0))
+    block_keys = jax.random.split(jax.random.key(0), 2 + CONFIG.num_layers)[2:]
+    for key in keys:
+        drawn = [block_key for each in block_keys for block_key in (each, *jax.random.split(each))]
+        assert all(key != each for each in drawn), "a key that the block's weights are drawn from"
     plain = LanguageModel(CONFIG, key=jax.random.key(0))
     local = [layer for layer, kind in enumerate(CONFIG.layer_kinds) if kind == "local"]
     maps = lambda model: [model.blocks[layer].attention.feature_map for layer in local]
