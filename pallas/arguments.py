@@ -11,25 +11,49 @@ from pallas.feature_map import FeatureMap, as_pair
 Implementation = Literal["reference", "chunked", "gpu", "tpu"]
 
 
-def choose(op: str, implementation: str | None) -> str:
-    """The implementation that runs. None means "chunked" on every device until the GPU and TPU kernels land.
+def choose(op: str, implementation: str | None, *arrays: Array) -> str:
+    """The implementation that runs for q, k and v and what else a kernel would read.
+
+    None means "gpu" on a Hopper GPU if its kernels serve these arrays, else "chunked"; never an interpreted kernel.
 
     Raises:
-      NotImplementedError: for an implementation that this build lacks. An explicit choice never falls back.
+      NotImplementedError: for an implementation that cannot serve the call. An explicit choice never falls back.
       ValueError: for a name that is no implementation.
     """
     if implementation is None:
-        return "chunked"
+        return "gpu" if on_hopper() and not _obstacle(*arrays) else "chunked"
     if implementation in ("reference", "chunked"):
         return implementation
-    if implementation in ("gpu", "tpu"):
+    obstacle = {"gpu": _obstacle(*arrays), "tpu": "has no kernel yet"}
+    if implementation not in obstacle:
+        raise ValueError(
+            f"{op}: implementation must be None, 'reference', 'chunked', 'gpu' or 'tpu'; got {implementation!r}"
+        )
+    if obstacle[implementation]:
         raise NotImplementedError(
-            f"{op}: implementation={implementation!r} has no kernel yet; "
+            f"{op}: implementation={implementation!r} {obstacle[implementation]}; "
             "use implementation='chunked' (any device, linear memory) or 'reference' (the definition)"
         )
-    raise ValueError(
-        f"{op}: implementation must be None, 'reference', 'chunked', 'gpu' or 'tpu'; got {implementation!r}"
-    )
+    return implementation
+
+
+def on_hopper() -> bool:
+    return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+
+
+def _obstacle(*arrays: Array) -> str | None:
+    """Why the GPU kernels cannot serve a call, or None."""
+    if jax.__version_info__ < (0, 11):
+        return f"needs jax 0.11 or newer (Python 3.12 or newer); this is {jax.__version__}"
+    dtypes = [str(x.dtype) for x in arrays]
+    if "float16" in dtypes:
+        return "takes no float16, in which the states of unbounded feature maps overflow; cast to bfloat16, or"
+    if set(dtypes) != {"bfloat16"}:
+        return f"takes q, k and v in bfloat16 alone; got {', '.join(dict.fromkeys(dtypes))}"
+    sizes = [x.shape[-1] for x in arrays]
+    if max(sizes) > 128:
+        return f"takes head sizes up to 128; got {max(sizes)}"
+    return None
 
 
 def check_attention(op: str, q: Array, k: Array, window: int, segment_ids: Array | None) -> None:

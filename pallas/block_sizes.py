@@ -5,21 +5,28 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """Block sizes of the `chunked` implementation, in tokens. None of them changes what is computed.
+    """Block sizes, in tokens. None of them changes what is computed, beyond rounding.
 
-    chunk: queries handled together. The residual branch passes its state from chunk to chunk.
-    key_block: most keys that one step of the online softmax reads.
-    group: most chunks computed at the same time; memory grows with it, sequential steps shrink.
+    chunk, of `chunked`: queries handled together. The residual branch passes its state from chunk to chunk.
+    key_block, of `chunked`: most keys that one step of the online softmax reads.
+    group, of `chunked`: most chunks computed at the same time; memory grows with it, sequential steps shrink.
+    kernel_chunk, of "gpu": keys that one step of the forward kernel reads, 64 or 128.
+    chunks_per_state, of "gpu": the residual branch saves its state every `chunks_per_state` chunks (the paper's m) and
+      computes what lies between anew.
     """
 
     chunk: int = 64
     key_block: int = 1024
     group: int = 4
+    kernel_chunk: int = 128
+    chunks_per_state: int = 1
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
             if value < 1:
                 raise ValueError(f"BlockSizes: {name} must be at least 1; got {value}")
+        if self.kernel_chunk not in (64, 128):
+            raise ValueError(f"BlockSizes: kernel_chunk must be 64 or 128; got {self.kernel_chunk}")
 
 
 def default_block_sizes(window: int, t: int) -> BlockSizes:

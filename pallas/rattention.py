@@ -73,11 +73,16 @@ def rattention(
         segment_state=segment_state,
         segment_ids=segment_ids,
     )
-    if choose(op, implementation) == "reference":
+    chosen = choose(op, implementation, q, k, v, q_rla, k_rla)
+    blocks = block_sizes or default_block_sizes(window, q.shape[0])
+    if chosen == "gpu":
+        from pallas import rattention_gpu  # needs jax 0.11
+
+        arguments |= {"block_sizes": blocks, "return_final_state": return_final_state}
+        out, state = rattention_gpu.rattention(q, k, v, **arguments)
+    elif chosen == "reference":
         out, state = reference.rattention(q, k, v, **arguments)
     else:
-        out, state = chunked.rattention(
-            q, k, v, **arguments, block_sizes=block_sizes or default_block_sizes(window, q.shape[0])
-        )
+        out, state = chunked.rattention(q, k, v, **arguments, block_sizes=blocks)
     out = out.astype(v.dtype)
     return (out, state) if return_final_state else out

@@ -72,10 +72,16 @@ def residual_linear_attention(
         segment_state=segment_state,
         segment_ids=segment_ids,
     )
-    if choose(op, implementation) == "reference":
+    chosen = choose(op, implementation, q, k, v)
+    blocks = block_sizes or default_block_sizes(window, q.shape[0])
+    if chosen == "gpu":
+        from pallas import rattention_gpu  # needs jax 0.11
+
+        arguments |= {"block_sizes": blocks, "return_final_state": return_final_state}
+        out, state = rattention_gpu.residual_linear_attention(q, k, v, **arguments)
+    elif chosen == "reference":
         out, state = reference.residual_linear_attention(q, k, v, **arguments)
     else:
-        blocks = block_sizes or default_block_sizes(window, q.shape[0])
         out, state = chunked.residual_linear_attention(q, k, v, **arguments, block_sizes=blocks)
     out = out.astype(v.dtype)
     return (out, state) if return_final_state else out

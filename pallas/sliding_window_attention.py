@@ -55,10 +55,14 @@ def sliding_window_attention(
     check_attention(op, q, k, window, segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments: dict[str, Any] = dict(window=window, scale=scale, segment_ids=segment_ids)
-    if choose(op, implementation) == "reference":
+    chosen = choose(op, implementation, q, k, v)
+    blocks = block_sizes or default_block_sizes(window, q.shape[0])
+    if chosen == "gpu":
+        from pallas import rattention_gpu  # needs jax 0.11
+
+        out = rattention_gpu.sliding_window_attention(q, k, v, **arguments, block_sizes=blocks)
+    elif chosen == "reference":
         out = reference.sliding_window_attention(q, k, v, **arguments)
     else:
-        out = chunked.sliding_window_attention(
-            q, k, v, **arguments, block_sizes=block_sizes or default_block_sizes(window, q.shape[0])
-        )
+        out = chunked.sliding_window_attention(q, k, v, **arguments, block_sizes=blocks)
     return out.astype(v.dtype)

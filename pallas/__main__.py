@@ -1,0 +1,24 @@
+"""The command line of the kernels: `python -m pallas bench`, `python -m pallas compile`."""
+
+import importlib
+import sys
+
+COMMANDS = {  # each is the function `main(arguments)` of the module of that name
+    "bench": "time our ops and their peers on this machine's device",
+    "compile": "compile our kernels for devices that are not here",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name in COMMANDS:
+        return importlib.import_module(f"pallas.{name}").main(rest)
+    print("usage: python -m pallas COMMAND ...\n")
+    print("\n".join(f"  {command:8} {what}" for command, what in COMMANDS.items()))
+    print("\n`python -m pallas COMMAND --help` says the rest")
+    return 0 if name in ("-h", "--help") else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

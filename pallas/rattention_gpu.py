@@ -1,0 +1,347 @@
+"""The three ops on a Hopper GPU: padding, batching and differentiation around the kernels.
+
+forward_gpu.py and sweep_gpu.py compute; window_backward_gpu.py and residual_backward_gpu.py differentiate. Everything
+here takes one sequence; `jax.vmap` of it becomes one launch for the whole batch.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float, Int
+
+from pallas import feature_map as maps
+from pallas import forward_gpu, residual_backward_gpu, sweep_gpu, window_backward_gpu
+from pallas.block_sizes import BlockSizes
+from pallas.feature_map import FeatureMap, as_pair
+from pallas.plan_gpu import Plan, cdiv, round_up
+from pallas.reference import segment_runs
+from pallas.warpgroup_gpu import KERNEL_MAPS, ROWS
+
+
+def interpreted() -> bool:
+    """Run kernels in the interpreter, unless there is a GPU or the program is being compiled for one."""
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() != "gpu" and (target is None or target.platform != "gpu")
+
+
+def sliding_window_attention(q, k, v, *, window, scale, segment_ids, block_sizes):
+    """o_swa [t, h, dv]."""
+    if window == 0:
+        return jnp.zeros((*q.shape[:2], v.shape[2]), v.dtype)
+    arrays = {"q": q, "k": k, "v": v}
+    return _attend(arrays, window=window, scale=scale, segment_ids=segment_ids, block_sizes=block_sizes)
+
+
+def residual_linear_attention(
+    q, k, v, *, window, feature_map, initial_state, segment_state, segment_ids, block_sizes, return_final_state
+):
+    """o_rla [t, h, dv] and, if asked for, the state that the last query read."""
+    states = {"initial_state": initial_state, "segment_state": segment_state}
+    shared = dict(window=window, feature_map=feature_map, segment_ids=segment_ids, **states)
+    out = _attend({"q_rla": q, "k_rla": k, "v": v}, **shared, block_sizes=block_sizes)
+    return out, final_state(k, v, **shared) if return_final_state else None
+
+
+def rattention(
+    q,
+    k,
+    v,
+    *,
+    q_rla,
+    k_rla,
+    swa_gain,
+    rla_gain,
+    eps,
+    window,
+    scale,
+    feature_map,
+    initial_state,
+    segment_state,
+    segment_ids,
+    block_sizes,
+    return_final_state,
+):
+    """Both branches, normed and added, and the final state if asked for."""
+    states = {"initial_state": initial_state, "segment_state": segment_state}
+    shared = dict(window=window, feature_map=feature_map, segment_ids=segment_ids, **states)
+    arrays = {"v": v}
+    if window > 0:
+        arrays |= {"q": q, "k": k, "swa_gain": swa_gain}
+    if window < k.shape[0] or initial_state is not None or (segment_ids is not None and segment_state is not None):
+        arrays |= {"q_rla": q_rla, "k_rla": k_rla, "rla_gain": rla_gain}
+    out = _attend(arrays, **shared, scale=scale, eps=eps, block_sizes=block_sizes)
+    return out, final_state(k_rla, v, **shared) if return_final_state else None
+
+
+def final_state(
+    k: Float[Array, "s kv d"], v: Float[Array, "s kv dv"], *, window, feature_map, segment_ids, initial_state, segment_state
+) -> Float[Array, "kv f dv"]:
+    """The state that the last query reads, in float32 and in plain XLA: the kernels never need it."""
+    last = k.shape[0] - window
+    runs = None if segment_ids is None else segment_runs(segment_ids)
+    phi = as_pair(feature_map)[1](k[: max(last, 0)].astype(jnp.float32)).astype(jnp.float32)
+    if runs is not None:
+        phi = jnp.where((runs[: max(last, 0)] == runs[-1])[:, None, None], phi, 0)
+    state = jnp.einsum("skf,skv->kfv", phi, v[: max(last, 0)].astype(jnp.float32), precision="highest")
+    for start, reads in (
+        (initial_state, True if runs is None else runs[-1] == 0),
+        (segment_state, False if runs is None else runs[-1] > 0),
+    ):
+        if start is not None:
+            state = state + jnp.where(reads, start.astype(jnp.float32), 0)
+    return state
+
+
+def _attend(
+    arrays: dict,
+    *,
+    window: int,
+    block_sizes: BlockSizes,
+    segment_ids: Int[Array, "s"] | None,
+    scale: float = 1.0,
+    eps: float = 0.0,
+    feature_map: FeatureMap | None = None,
+    initial_state: Float[Array, "kv f dv"] | None = None,
+    segment_state: Float[Array, "kv f dv"] | None = None,
+) -> Float[Array, "t h dv"]:
+    """Pad, plan and call. `arrays` holds q and k, or q_rla and k_rla, or both; gains only for the fused op."""
+    local, residual, normed = "q" in arrays, "q_rla" in arrays, {"swa_gain", "rla_gain"} & arrays.keys() != set()
+    v = arrays["v"]
+    (t, h, d), (s, kv, dv) = (arrays["q"] if local else arrays["q_rla"]).shape, v.shape
+    head_size = 64 if max(d, dv) <= 64 else 128
+    window = min(window, s)
+    map_name, slices = None, 0
+    if residual:
+        map_name = _kernel_map(feature_map) if d == head_size else None
+        if map_name is not None:
+            slices = KERNEL_MAPS[map_name].slices
+        else:
+            assert feature_map is not None
+            phi_q, phi_k = as_pair(feature_map)
+            arrays["features_q"] = phi_q(arrays.pop("q_rla").astype(jnp.float32)).astype(jnp.float32)
+            arrays["features_k"] = phi_k(arrays.pop("k_rla").astype(jnp.float32)).astype(jnp.float32)
+            slices = cdiv(arrays["features_q"].shape[-1], head_size)
+            slices = slices if slices == 1 else round_up(slices, 2)
+    pair = (h // kv) % 2 == 0
+    span = ROWS if pair else 2 * ROWS
+    num_queries = round_up(t, span)
+    if segment_ids is None:
+        segment_state = None
+    starts = [initial_state, segment_state]
+    num_starts = 0 if all(x is None for x in starts) else 1 if segment_ids is None else 2
+    plan = Plan(
+        window=window,
+        scale=float(scale),
+        eps=float(eps),
+        first=s - t,
+        num_queries=num_queries,
+        num_keys=round_up(max(s, s - t + num_queries), 2 * ROWS),
+        num_heads=h,
+        num_kv_heads=kv,
+        head_size=head_size,
+        value_size=dv,
+        slices=slices,
+        map_name=map_name,
+        segmented=segment_ids is not None,
+        num_start_states=num_starts if residual else 0,
+        local=local,
+        residual=residual,
+        normed=normed,
+        chunk=block_sizes.kernel_chunk,
+        spacing=max(block_sizes.kernel_chunk * block_sizes.chunks_per_state, span),
+        stages=3 if block_sizes.kernel_chunk * head_size > 64 * 128 else 6,
+        interpret=interpreted(),
+    )
+
+    def pad(x, *sizes):
+        return jnp.pad(x, [(0, size - old) for old, size in zip(x.shape, sizes, strict=True)])
+
+    lengths = {"q": num_queries, "q_rla": num_queries, "features_q": num_queries}
+    padded = {}
+    for name, x in arrays.items():
+        if name.endswith("gain"):
+            padded[name] = pad(x.astype(jnp.float32), h, head_size)
+        else:
+            width = plan.num_features if name.startswith("features") else head_size
+            padded[name] = pad(x, lengths.get(name, plan.num_keys), x.shape[1], width)
+    if plan.num_start_states:
+        f = plan.num_features
+        empty = jnp.zeros((kv, f, head_size), jnp.float32)
+        wide = [empty if x is None else pad(x.astype(jnp.float32), kv, f, head_size) for x in starts]
+        padded["start_states"] = jnp.stack(wide[: plan.num_start_states]).swapaxes(-1, -2)  # [n, kv, dv, f]
+    segments = {} if segment_ids is None else _segments(segment_ids, plan)
+    return _differentiable(plan, padded, segments)[:t, :, :dv]
+
+
+def _kernel_map(feature_map) -> str | None:
+    phi_q, phi_k = as_pair(feature_map)
+    for name in KERNEL_MAPS:
+        if phi_q is phi_k is getattr(maps, name):
+            return name
+    return None
+
+
+def _segments(segment_ids: Int[Array, "s"], plan: Plan) -> dict:
+    """Where each query's and key's segment starts, and what the sweeps must forget where one ends."""
+    s = segment_ids.shape[0]
+    opens = jnp.concatenate([jnp.ones((1,), bool), segment_ids[1:] != segment_ids[:-1]])
+    start = jax.lax.cummax(jnp.where(opens, jnp.arange(s, dtype=jnp.int32), 0))
+    start = jnp.pad(start, (0, plan.num_keys - s), mode="edge")
+    at_query = start[plan.first : plan.first + plan.num_queries]
+    arrays = {"segment_start": at_query}
+    if not plan.reaches_back:
+        return arrays
+    intervals = cdiv(plan.num_keys, plan.spacing)
+    boundary = jnp.arange(intervals, dtype=jnp.int32) * plan.spacing
+    start_of_last = start[jnp.minimum(boundary + plan.spacing, plan.num_keys) - 1]
+    arrays["carry_keep"] = (start_of_last < boundary).astype(jnp.float32)
+    key = jnp.arange(plan.num_keys, dtype=jnp.int32)
+    arrays["key_keep"] = (key >= start_of_last[key // plan.spacing]).astype(jnp.float32)
+    lowest = plan.first + jnp.arange(plan.num_queries, dtype=jnp.int32) // plan.span * plan.span
+    read = jnp.maximum(lowest - plan.window + 1, 0) // plan.spacing * plan.spacing
+    arrays["query_keep"] = (at_query < read).astype(jnp.float32)
+    return arrays
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(plan: Plan, arrays: dict, segments: dict):
+    return _one(functools.partial(_forward, plan, save=False), arrays, segments)["out"]
+
+
+def _save(plan: Plan, arrays: dict, segments: dict):
+    results = _one(functools.partial(_forward, plan, save=True), arrays, segments)
+    out = results["out"] if plan.local and not plan.normed else results.pop("out")  # the backward pass reads it
+    return out, (arrays, segments, results)
+
+
+def _pull_back(plan: Plan, residuals, cotangent):
+    arrays, segments, saved = residuals
+    gradients = _one(functools.partial(_backward, plan), arrays, segments, saved, cotangent)
+    return {name: gradients[name].astype(arrays[name].dtype) for name in arrays}, dict.fromkeys(segments)
+
+
+_differentiable.defvjp(_save, _pull_back)
+
+
+def _one(function: Callable, *arguments):
+    """`function` of arrays with a leading batch axis, called for one sequence; vmap lengthens that axis."""
+    mapped = custom_vmap(function)
+
+    @mapped.def_vmap
+    def rule(size, is_batched, *arguments):
+        whole = lambda x, batched: x if batched else jnp.broadcast_to(x, (size, *x.shape))
+        flat = lambda x: x.reshape(size * x.shape[1], *x.shape[2:])
+        results = mapped(*jax.tree.map(lambda x, b: flat(whole(x, b)), arguments, tuple(is_batched)))
+        split = jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), results)
+        return split, jax.tree.map(lambda _: True, results)
+
+    results = mapped(*jax.tree.map(lambda x: x[None], arguments))
+    return jax.tree.map(lambda x: x[0], results)
+
+
+def _as_kernels_read(plan: Plan, arrays: dict) -> dict:
+    """Features rounded; start states centred over each slice of f and rounded, their means beside them."""
+    arrays = dict(arrays)
+    for name in ("features_q", "features_k"):
+        if name in arrays:
+            arrays[name] = arrays[name].astype(jnp.bfloat16)
+    if plan.num_start_states:
+        states = arrays["start_states"]  # [b, n, kv, dv, f]
+        sliced = states.reshape(*states.shape[:-1], plan.slices, plan.head_size)
+        means = sliced.mean(axis=-1)
+        arrays["start_states"] = (sliced - means[..., None]).reshape(states.shape).astype(jnp.bfloat16)
+        arrays["start_means"] = means.swapaxes(-1, -2)
+    return arrays
+
+
+def _forward(plan: Plan, arrays: dict, segments: dict, *, save: bool) -> dict:
+    """Batched. What is saved: the kernel's outputs and, of the residual branch, states and features of the keys."""
+    arrays = _as_kernels_read(plan, arrays)
+    swept = {}
+    if plan.reaches_back:
+        given = plan.map is None
+        keeps = {"row_keep": segments.get("key_keep"), "carry_keep": segments.get("carry_keep")}
+        x = arrays["features_k" if given else "k_rla"]
+        found = sweep_gpu.sweep(sweep_gpu.key_sweep(plan), x, arrays["v"], save_features=not given, **keeps)
+        swept = {"states": found["states"], "state_means": found["means"]}
+        swept["features_k"] = arrays["features_k"] if given else found["features"]
+    results = forward_gpu.forward(arrays | swept | _start_of(segments), plan, save=save)
+    return results | swept if save else results
+
+
+def _start_of(segments: dict) -> dict:
+    return {name: segments[name] for name in ("segment_start",) if name in segments}
+
+
+def _backward(plan: Plan, arrays: dict, segments: dict, saved: dict, d_out) -> dict:
+    """Batched. The gradient of every array, by name."""
+    original, arrays = arrays, _as_kernels_read(plan, arrays) | _start_of(segments)
+    gradients = {}
+    d_branch = {}
+    for branch in ["swa"] * plan.local + ["rla"] * plan.residual:
+        if plan.normed:
+            y, r, gain = saved[f"y_{branch}"], saved[f"r_{branch}"], arrays[f"{branch}_gain"]
+            d_branch[branch], gradients[f"{branch}_gain"] = _norm_backward(plan, d_out, y, r, gain)
+        else:
+            d_branch[branch] = d_out
+    if plan.residual:
+        gradients |= _residual_backward(plan, original, arrays | saved, segments, d_branch["rla"])
+    if plan.local:
+        if plan.normed:
+            o_swa = saved["y_swa"].astype(jnp.float32) / _by_head(saved["r_swa"])
+        else:
+            o_swa = saved["out"].astype(jnp.float32)
+        delta = (d_branch["swa"].astype(jnp.float32) * o_swa).sum(axis=-1).swapaxes(1, 2)
+        inputs = {name: arrays[name] for name in ("q", "k", "v", "segment_start") if name in arrays}
+        inputs |= {"d_swa": d_branch["swa"], "stats": jnp.stack([saved["lse"], delta], axis=2)}
+        narrow = plan.narrow()
+        gradients["q"] = window_backward_gpu.query_gradients(inputs, narrow)
+        inputs["dv"] = gradients.get("v")
+        gradients["k"], gradients["v"] = window_backward_gpu.key_gradients(inputs, narrow)
+    return gradients
+
+
+def _by_head(per_query):
+    """[b, h, t] -> [b, t, h, 1]"""
+    return per_query.swapaxes(1, 2)[..., None]
+
+
+def _norm_backward(plan: Plan, d_out, y, r, gain):
+    """Through gain * y, y = x r, r = 1 / sqrt(mean(x^2) + eps): the gradients of x (bfloat16) and of the gain."""
+    d_out, y = d_out.astype(jnp.float32), y.astype(jnp.float32)
+    g = d_out * gain[:, None]
+    projection = (g * y).sum(axis=-1, keepdims=True) * (1.0 / plan.value_size)
+    return ((g - y * projection) * _by_head(r)).astype(jnp.bfloat16), (d_out * y).sum(axis=1)
+
+
+def _residual_backward(plan: Plan, original: dict, arrays: dict, segments: dict, d_rla) -> dict:
+    given = plan.map is None
+    narrow = plan.narrow()
+    inputs = arrays | {"d_rla": d_rla}
+    of_queries = ("d_rla", "q_rla", "v", "features_k", "states", "state_means", "start_states", "start_means")
+    pick = lambda *names: {name: inputs.get(name) for name in (*names, "segment_start")}
+    gradients = {}
+    query_name, key_name = ("features_q", "features_k") if given else ("q_rla", "k_rla")
+    x = arrays[query_name]
+    gradients[query_name] = residual_backward_gpu.query_gradients(pick(*of_queries), narrow)
+    if plan.num_start_states == 1:
+        gradients["start_states"] = sweep_gpu.total(plan, x, d_rla)[:, None]
+    elif plan.num_start_states == 2:
+        first = (segments["segment_start"] == 0).astype(jnp.float32)
+        totals = [sweep_gpu.total(plan, x, d_rla, row_keep=keep) for keep in (first, 1 - first)]
+        gradients["start_states"] = jnp.stack(totals, axis=1)
+    if not plan.reaches_back:
+        gradients[key_name] = jnp.zeros_like(original[key_name])
+        gradients["v"] = jnp.zeros_like(original["v"])
+        return gradients
+    if plan.num_states > 1:
+        keeps = {"row_keep": segments.get("query_keep"), "carry_keep": segments.get("carry_keep")}
+        found = sweep_gpu.sweep(sweep_gpu.query_sweep(plan), x, d_rla, **keeps)
+        inputs |= {"d_states": found["states"], "d_means": found["means"]}
+    inputs["row_keep"] = segments.get("key_keep")
+    of_keys = ("d_rla", query_name, "k_rla", "features_k", "v", "d_states", "d_means", "row_keep")
+    gradients[key_name], gradients["v"] = residual_backward_gpu.key_gradients(pick(*of_keys), narrow)
+    return gradients

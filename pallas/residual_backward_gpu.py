@@ -1,0 +1,402 @@
+"""Gradients of residual linear attention: one kernel for queries, one for keys and values. No atomics.
+
+The gradients of the states come from the reverse sweep (sweep_gpu.py). Slices of phi are independent of one another but
+for the last step, the map's Jacobian.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas.plan_gpu import Plan, int32
+from pallas.warpgroup_gpu import (
+    MATRIX,
+    PER_COLUMN,
+    PER_ROW,
+    ROWS,
+    Ring,
+    across,
+    down,
+    iota,
+    launch,
+    multiply_add,
+    sign_of,
+    tile,
+    zero_rows,
+    zeros,
+)
+
+
+def query_gradients(arrays: dict, plan: Plan):
+    """dq_rla [b, t, h, d] bfloat16; where features are given, their gradient [b, t, h, f] float32.
+
+    arrays: d_rla, the cotangent of o_rla; q_rla unless features are given; features_k, v, states, state_means;
+    start_states, start_means; segment_start.
+    """
+    batch, d = arrays["d_rla"].shape[0], plan.head_size
+    states = plan.slices_at_once
+    scratch = {
+        "ring": Ring.scratch(tile(plan.stages, plan.chunk, d), consumers=2),
+        "d_tile": tile(2, ROWS, d),
+        "q_tile": tile(2, ROWS, d),
+        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=1 if plan.map is None else 2),
+        "state_tiles": (tile(d, d),) * states,
+        "state_full": plgpu.Barrier(num_arrivals=states),
+        "state_free": plgpu.Barrier(num_arrivals=2),
+    }
+    heads = plan.num_heads // 2 if plan.pair else plan.num_heads
+    grid = {"head": heads, "tile": plan.num_queries // plan.span, "batch": batch}
+    width, dtype = (plan.num_features, jnp.float32) if plan.map is None else (d, jnp.bfloat16)
+    outputs = {"dq": jax.ShapeDtypeStruct((*arrays["d_rla"].shape[:3], width), dtype)}
+    body = functools.partial(_residual_query_gradients, plan=plan)
+    return launch(body, arrays, outputs, scratch, grid=grid, warpgroups=3, interpret=plan.interpret)["dq"]
+
+
+def _residual_query_gradients(refs, plan: Plan, ring, **scratch):
+    warpgroup, batch = lax.axis_index("warpgroup"), lax.axis_index("batch")
+    ring = Ring(*ring)
+    lowest = plan.first + lax.axis_index("tile") * plan.span
+    head = lax.axis_index("head") * 2 + warpgroup if plan.pair else lax.axis_index("head")
+    kv_head = lax.axis_index("head") * (2 if plan.pair else 1) // plan.group
+    position = lowest if plan.pair else lowest + warpgroup * ROWS
+    state, begin, end = plan.residual_range(lowest, lowest + plan.span - 1)
+    where = batch, kv_head, state, begin, end
+
+    @pl.when(warpgroup == 2)
+    def _():
+        plgpu.set_max_registers(24, action="decrease")
+        _copy_for_queries(refs, ring, where, plan, **scratch)
+
+    @pl.when(warpgroup < 2)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+        _compute_for_queries(refs, ring, (*where, warpgroup, head, position), plan, **scratch)
+
+
+def _copy_for_queries(refs, ring: Ring, where, plan: Plan, state_tiles, state_full, state_free, **_):
+    batch, kv_head, state, begin, end = where
+    d, count = plan.head_size, plan.slices_at_once
+    use, loads = jnp.int32(0), jnp.int32(0)
+
+    def load_state(source, first, loads):
+        @pl.when(loads > 0)
+        def _():
+            plgpu.barrier_wait(state_free)
+
+        for i in range(count):
+            plgpu.copy_gmem_to_smem(source.at[:, pl.ds((first + i) * d, d)], state_tiles[i], state_full)
+        return loads + 1
+
+    for first in range(0, plan.slices, count):
+        if plan.reaches_back:
+            source = refs["states"].at[batch, state, kv_head]
+            saved = lambda _, loads, source=source, first=first: load_state(source, first, loads)
+            loads = lax.fori_loop(0, int32(state > 0), saved, loads)
+        for i in range(plan.num_start_states):
+            loads = load_state(refs["start_states"].at[batch, i, kv_head], first, loads)
+        if plan.reaches_back:
+
+            def edge(j, use, first=first):
+                keys = pl.ds(j * plan.chunk, plan.chunk)
+                ring.load(use, refs["v"].at[batch, keys, kv_head])
+                for i in range(count):
+                    columns = pl.ds((first + i) * d, d)
+                    ring.load(use + 1 + i, refs["features_k"].at[batch, keys, kv_head, columns])
+                return use + 1 + count
+
+            use = lax.fori_loop(begin, end, edge, use)
+    ring.drain(use)
+
+    @pl.when(loads > 0)
+    def _():
+        plgpu.barrier_wait(state_free)
+
+
+def _compute_for_queries(
+    refs, ring: Ring, where, plan: Plan, d_tile, q_tile, loaded, state_tiles, state_full, state_free
+):
+    batch, kv_head, state, begin, end, warpgroup, head, position = where
+    d, count, chunk = plan.head_size, plan.slices_at_once, plan.chunk
+    rows = pl.ds(position - plan.first, ROWS)
+    d_out, queries = d_tile.at[warpgroup], q_tile.at[warpgroup]
+    plgpu.copy_gmem_to_smem(refs["d_rla"].at[batch, rows, head], d_out, loaded.at[warpgroup])
+    if plan.map is not None:
+        plgpu.copy_gmem_to_smem(refs["q_rla"].at[batch, rows, head], queries, loaded.at[warpgroup])
+    start = None
+    if plan.segmented:
+        start = plgpu.load(refs["segment_start"].at[batch, rows], layout=PER_ROW, optimized=False)
+    plgpu.barrier_wait(loaded.at[warpgroup])
+    use = jnp.int32(0)
+    flag = lambda condition: jnp.where(condition, zero_rows(ROWS, 1.0), zero_rows(ROWS))
+
+    def read_state(means, first, reads, grads):
+        """grads + d_out times the transposed (centred) states, for the rows where `reads` is 1."""
+        plgpu.barrier_wait(state_full)
+        left = d_out
+        if reads is not None:
+            left = (plgpu.load(d_out, layout=MATRIX).astype(jnp.float32) * across(reads, d)).astype(jnp.bfloat16)
+        sums = [(grad, [(left, state_tile)]) for grad, state_tile in zip(grads, state_tiles, strict=True)]
+        grads = multiply_add(plan.interpret, *sums)
+        grads = [grads] if count == 1 else list(grads)
+        plgpu.barrier_arrive(state_free)
+        if not plan.sums_to_one:  # the map's Jacobian would remove it
+            for i in range(count):
+                mean = plgpu.load(means.at[first + i], layout=PER_COLUMN, optimized=False)
+                constant = (plgpu.load(d_out, layout=MATRIX).astype(jnp.float32) * down(mean, ROWS)).sum(axis=1)
+                grads[i] += across(constant if reads is None else constant * reads, d)
+        return grads
+
+    for first in range(0, plan.slices, count):
+        grads = [zeros(ROWS, d) for _ in range(count)]
+        if plan.reaches_back:
+            reads = flag(start < state * plan.spacing) if plan.segmented else None
+            means = refs["state_means"].at[batch, state, kv_head]
+            saved = lambda _, grads, means=means, reads=reads, first=first: read_state(means, first, reads, grads)
+            grads = lax.fori_loop(0, int32(state > 0), saved, grads)
+        for i in range(plan.num_start_states):
+            reads = None
+            if plan.num_start_states > 1:
+                reads = flag(start > 0 if i else start <= 0)
+            grads = read_state(refs["start_means"].at[batch, i, kv_head], first, reads, grads)
+        if plan.reaches_back:
+
+            def edge(j, carry):
+                grads, use = carry
+                scores = multiply_add(
+                    plan.interpret, ((ROWS, chunk), [(d_out, ring.wait(use).transpose((1, 0)))])
+                )
+                ring.release(use)
+                ahead = position - j * chunk + iota(ROWS, chunk, 0) - iota(ROWS, chunk, 1)
+                seen = ahead >= plan.window
+                if plan.segmented:
+                    seen &= iota(ROWS, chunk, 1) + j * chunk >= across(start, chunk)
+                scores = jnp.where(seen, scores, 0.0).astype(jnp.bfloat16)
+                sums = [(grad, [(scores, ring.wait(use + 1 + i))]) for i, grad in enumerate(grads)]
+                grads = multiply_add(plan.interpret, *sums)
+                for i in range(count):
+                    ring.release(use + 1 + i)
+                return [grads] if count == 1 else list(grads), use + 1 + count
+
+            grads, use = lax.fori_loop(begin, end, edge, (grads, use))
+        if plan.map is None:
+            for i, grad in enumerate(grads):
+                refs["dq"].at[batch, rows, head, pl.ds((first + i) * d, d)][...] = grad
+    if plan.map is None:
+        return
+    dq = zeros(ROWS, d)
+    for i, grad in enumerate(grads):
+        x = plgpu.load(queries, layout=MATRIX).astype(jnp.float32)
+        x = -x if i else x
+        dx = plan.map.backward(plan.map.function(x), x, grad)
+        dq = dq - dx if i else dq + dx
+    queries[...] = dq.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(queries, refs["dq"].at[batch, rows, head])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def key_gradients(arrays: dict, plan: Plan):
+    """(dk_rla [b, s, kv, d] bfloat16 or the gradient of given features [b, s, kv, f] float32, dv [b, s, kv, d]).
+
+    Each warpgroup takes a slice of phi. arrays: d_rla; q_rla and k_rla, or features_q; features_k, v; d_states, d_means:
+    the reverse sweep's; row_keep [b, s], segment_start.
+    """
+    d, count = plan.head_size, plan.slices_at_once
+    batch = arrays["v"].shape[0]
+    scratch = {
+        "ring": Ring.scratch(tile(4 if plan.map is not None else 2 * (count + 1), ROWS, d), consumers=count),
+        "v_tile": tile(ROWS, d),
+        "features_tile": tile(count, ROWS, d),
+        "state_tile": tile(count, d, d),
+        "loaded": plgpu.Barrier(num_arrivals=1 + count),
+        "state_full": plgpu.Barrier(num_arrivals=count),
+        "final": plgpu.Barrier(num_barriers=count),
+    }
+    if plan.map is not None:
+        scratch["phi_tile"] = tile(count, ROWS, d)
+        scratch["exchanged"] = plgpu.Barrier(num_arrivals=count)
+    parts = plan.slices // count
+    kv = plan.num_kv_heads
+    grid = {"kv_head": kv, "block": plan.num_keys // ROWS, "part": parts, "batch": batch}
+    width, dtype = (plan.num_features, jnp.float32) if plan.map is None else (d, jnp.bfloat16)
+    outputs = {"dk": jax.ShapeDtypeStruct((batch, plan.num_keys, kv, width), dtype)}
+    if plan.map is None:
+        outputs["dv"] = jax.ShapeDtypeStruct((batch, plan.slices, plan.num_keys, kv, d), jnp.float32)
+    else:
+        outputs["dv"] = jax.ShapeDtypeStruct((batch, plan.num_keys, kv, d), jnp.bfloat16)
+    body = functools.partial(_residual_key_gradients, plan=plan)
+    results = launch(body, arrays, outputs, scratch, grid=grid, warpgroups=count + 1, interpret=plan.interpret)
+    dk, dv = results["dk"], results["dv"]
+    return dk, dv.sum(axis=1).astype(jnp.bfloat16) if plan.map is None else dv
+
+
+def _residual_key_gradients(refs, plan: Plan, ring, **scratch):
+    warpgroup, batch, kv_head = (lax.axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
+    ring = Ring(*ring)
+    count, group = plan.slices_at_once, plan.group
+    first_slice = lax.axis_index("part") * count
+    key = lax.axis_index("block") * ROWS
+    begin, end = (x * group for x in plan.residual_queries(key))
+    state = key // plan.spacing + 1  # the first that holds these keys
+    read = int32(state < plan.num_states) if plan.num_states > 1 else None
+    place = lambda step: (pl.ds(step // group * ROWS, ROWS), kv_head * group + step % group)
+    where = batch, kv_head, first_slice, key, begin, end, state, read, place
+
+    @pl.when(warpgroup == count)
+    def _():
+        plgpu.set_max_registers(24, action="decrease")
+        _copy_for_keys(refs, ring, where, plan, **scratch)
+
+    @pl.when(warpgroup < count)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+        _compute_for_keys(refs, ring, where, plan, warpgroup, **scratch)
+
+
+def _copy_for_keys(refs, ring: Ring, where, plan: Plan, v_tile, features_tile, state_tile, loaded, state_full, **_):
+    batch, kv_head, first_slice, key, begin, end, state, read, place = where
+    d, count = plan.head_size, plan.slices_at_once
+    keys = pl.ds(key, ROWS)
+    columns = [pl.ds((first_slice + i) * d, d) for i in range(count)]
+    plgpu.copy_gmem_to_smem(refs["v"].at[batch, keys, kv_head], v_tile, loaded)
+    for i in range(count):
+        plgpu.copy_gmem_to_smem(refs["features_k"].at[batch, keys, kv_head, columns[i]], features_tile.at[i], loaded)
+
+    if read is not None:
+
+        @pl.when(read > 0)
+        def _():
+            for i in range(count):
+                source = refs["d_states"].at[batch, state, kv_head, :, columns[i]]
+                plgpu.copy_gmem_to_smem(source, state_tile.at[i], state_full)
+
+    def step(i, use):
+        rows, head = place(i)
+        if plan.map is None:
+            for column in columns:
+                ring.load(use, refs["features_q"].at[batch, rows, head, column])
+                use += 1
+        else:
+            ring.load(use, refs["q_rla"].at[batch, rows, head])
+            use += 1
+        ring.load(use, refs["d_rla"].at[batch, rows, head])
+        return use + 1
+
+    ring.drain(lax.fori_loop(begin, end, step, jnp.int32(0)))
+
+
+def _compute_for_keys(
+    refs,
+    ring: Ring,
+    where,
+    plan: Plan,
+    warpgroup,
+    v_tile,
+    features_tile,
+    state_tile,
+    loaded,
+    state_full,
+    final,
+    phi_tile=None,
+    exchanged=None,
+):
+    batch, kv_head, first_slice, key, begin, end, state, read, place = where
+    d, count = plan.head_size, plan.slices_at_once
+    uses = 2 if plan.map is not None else count + 1
+    keys, square = pl.ds(key, ROWS), (ROWS, ROWS)
+    slice_ = first_slice + warpgroup
+    features, state_slice = features_tile.at[warpgroup], state_tile.at[warpgroup]
+    plgpu.barrier_wait(loaded)
+
+    def read_state(_, carry):
+        d_phi, dv = carry
+        plgpu.barrier_wait(state_full)
+        mean = plgpu.load(refs["d_means"].at[batch, state, kv_head, slice_], layout=PER_COLUMN, optimized=False)
+        d_phi, dv = multiply_add(
+            plan.interpret, (d_phi, [(v_tile, state_slice)]), (dv, [(features, state_slice.transpose((1, 0)))])
+        )
+        if plan.sums_to_one:
+            dv += down(mean, ROWS)
+        else:
+            dv += across(plgpu.load(features, layout=MATRIX).astype(jnp.float32).sum(axis=1), d) * down(mean, ROWS)
+            v = plgpu.load(v_tile, layout=MATRIX).astype(jnp.float32)
+            d_phi += across((v * down(mean, ROWS)).sum(axis=1), d)
+        if plan.segmented:
+            keep = plgpu.load(refs["row_keep"].at[batch, keys], layout=PER_ROW, optimized=False)
+            d_phi, dv = d_phi * across(keep, d), dv * across(keep, d)
+        return d_phi, dv
+
+    def step(i, carry):  # everything transposed: rows are keys, columns queries
+        d_phi, dv, use = carry
+        tiles = [ring.wait(use + j) for j in range(uses)]
+        d_out = tiles[-1]
+        if plan.map is None:
+            phi = ring.slots.at[lax.rem(use + warpgroup, jnp.int32(ring.size))]
+        else:
+            phi = phi_tile.at[warpgroup]
+            x = plgpu.load(tiles[0], layout=MATRIX).astype(jnp.float32) * sign_of(slice_)
+            phi[...] = plan.map.function(x).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+        scores, d_scores = multiply_add(
+            plan.interpret,
+            (square, [(features, phi.transpose((1, 0)))]),
+            (square, [(v_tile, d_out.transpose((1, 0)))]),
+        )
+        queries, _ = place(i)
+        ahead = plan.first + queries.start - key + iota(*square, 1) - iota(*square, 0)
+        seen = ahead >= plan.window
+        if plan.segmented:
+            start = plgpu.load(refs["segment_start"].at[batch, queries], layout=PER_COLUMN, optimized=False)
+            seen &= iota(*square, 0) + key >= down(start, ROWS)
+        scores, d_scores = (jnp.where(seen, x, 0.0).astype(jnp.bfloat16) for x in (scores, d_scores))
+        dv, d_phi = multiply_add(plan.interpret, (dv, [(scores, d_out)]), (d_phi, [(d_scores, phi)]))
+        for j in range(uses):
+            ring.release(use + j)
+        return d_phi, dv, use + uses
+
+    carry = zeros(ROWS, d), zeros(ROWS, d)
+    if read is not None:
+        carry = lax.fori_loop(0, read, read_state, carry)
+    d_phi, dv, _ = lax.fori_loop(begin, end, step, (*carry, jnp.int32(0)))
+    if plan.map is None:
+        refs["dk"].at[batch, keys, kv_head, pl.ds(slice_ * d, d)][...] = d_phi
+        refs["dv"].at[batch, slice_, keys, kv_head][...] = dv
+        return
+    plgpu.copy_gmem_to_smem(refs["k_rla"].at[batch, keys, kv_head], features, final.at[warpgroup])
+    plgpu.barrier_wait(final.at[warpgroup])
+    sign = sign_of(slice_)
+    x = plgpu.load(features, layout=MATRIX).astype(jnp.float32) * sign
+    dk = plan.map.backward(plan.map.function(x), x, d_phi) * sign
+    if count == 1:
+        finish = ((dk, "dk", 0), (dv, "dv", 0))
+        for value, name, _ in finish:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            phi_tile.at[warpgroup][...] = value.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(phi_tile.at[warpgroup], refs[name].at[batch, keys, kv_head])
+    else:
+        # Warpgroup 0 adds up dv, warpgroup 1 dk: each hands its part of the other's sum over.
+        @pl.when(warpgroup == 0)
+        def _():
+            phi_tile.at[0][...] = dk.astype(jnp.bfloat16)
+
+        @pl.when(warpgroup == 1)
+        def _():
+            phi_tile.at[1][...] = dv.astype(jnp.bfloat16)
+
+        plgpu.barrier_arrive(exchanged)
+        plgpu.barrier_wait(exchanged)
+        for mine, value, name in ((0, dv, "dv"), (1, dk, "dk")):
+
+            @pl.when(warpgroup == mine)
+            def _(mine=mine, value=value, name=name):
+                other = plgpu.load(phi_tile.at[1 - mine], layout=MATRIX).astype(jnp.float32)
+                features_tile.at[mine][...] = (value + other).astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(features_tile.at[mine], refs[name].at[batch, keys, kv_head])
+
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,214 @@
+"""What the Hopper kernels share: tiles, products on the tensor cores, a ring of copies in flight, phi in registers.
+
+A block runs two compute warpgroups and one that issues copies. Refs are not arrays, so shapes stand in comments.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 64  # query rows of one warpgroup: the M of a wgmma instruction
+LOG2E = math.log2(math.e)
+MASKED = -1e30  # finite, so that a wholly masked row of scores gives no NaN
+MATRIX = plgpu.Layout.WGMMA
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+def tile(*shape: int) -> plgpu.SMEM:
+    """Shared memory for bfloat16 tiles [..., rows, columns], laid out as wgmma and the copy engine want it."""
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def zeros(rows: int, columns: int):
+    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), MATRIX)
+
+
+def zero_rows(rows: int, value: float = 0.0):
+    return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), PER_ROW)
+
+
+def across(per_row, columns: int):
+    """[rows] -> [rows, columns]"""
+    return lax.broadcast_in_dim(per_row, (per_row.shape[0], columns), (0,))
+
+
+def down(per_column, rows: int):
+    """[columns] -> [rows, columns]"""
+    return lax.broadcast_in_dim(per_column, (rows, per_column.shape[0]), (1,))
+
+
+def iota(rows: int, columns: int, axis: int):
+    return plgpu.broadcasted_iota(jnp.int32, (rows, columns), axis, layout=MATRIX)
+
+
+def multiply_add(interpret: bool, *sums):
+    """For each (accumulator or its shape, [(a, b), ...]): accumulator + sum of a @ b, all in flight together.
+
+    a: a ref or an array in registers; b: a ref. The interpreter knows no products of registers, so it gets jnp.dot.
+    """
+    if interpret:
+        results = []
+        for start, products in sums:
+            total = jnp.zeros(start, jnp.float32) if isinstance(start, tuple) else start
+            for a, b in products:
+                a = a if isinstance(a, jax.Array) else a[...]
+                total += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+            results.append(total)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def body(refs):
+        for ref, (_, products) in zip(refs, sums, strict=True):
+            for a, b in products:
+                plgpu.wgmma(ref, a, b)
+
+    starts = tuple(zeros(*start) if isinstance(start, tuple) else start for start, _ in sums)
+    if len(sums) == 1 and isinstance(sums[0][0], tuple):
+
+        def fresh(ref):
+            body((ref,))
+            return ref[...]
+
+        return pl.run_scoped(fresh, plgpu.ACC(sums[0][0], jnp.float32))
+    results = pl.run_state(body)(tuple(plgpu.ACC.init(start) for start in starts))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Tiles on their way from device memory, used in the order in which they were asked for.
+
+    Use number i lives in slot i % size. `full` is awaited by every consumer; every consumer frees each use.
+    """
+
+    slots: Any  # [size, rows, columns] of bfloat16, or as the kernel laid it out
+    full: Any  # [size] barriers, one arrival: the copy's
+    free: Any  # [size] barriers, one arrival for each consumer
+
+    @staticmethod
+    def scratch(slots: plgpu.SMEM, consumers: int) -> tuple:
+        size = slots.shape[0]
+        return slots, plgpu.Barrier(num_barriers=size), plgpu.Barrier(num_barriers=size, num_arrivals=consumers)
+
+    @property
+    def size(self) -> int:
+        return self.slots.shape[0]
+
+    def load(self, use, source) -> None:
+        """Producer: copy `source` [rows, columns] as soon as its slot is free."""
+        slot = lax.rem(use, jnp.int32(self.size))
+
+        @pl.when(use >= self.size)
+        def _():
+            plgpu.barrier_wait(self.free.at[slot])
+
+        plgpu.copy_gmem_to_smem(source, self.slots.at[slot], self.full.at[slot])
+
+    def wait(self, use):
+        """Consumer: the tile of this use, once it is there."""
+        slot = lax.rem(use, jnp.int32(self.size))
+        plgpu.barrier_wait(self.full.at[slot])
+        return self.slots.at[slot]
+
+    def release(self, use) -> None:
+        plgpu.barrier_arrive(self.free.at[lax.rem(use, jnp.int32(self.size))])
+
+    def drain(self, uses) -> None:
+        """Producer, last: see every use freed."""
+
+        def one(use, _):
+            plgpu.barrier_wait(self.free.at[lax.rem(use, jnp.int32(self.size))])
+
+        lax.fori_loop(jnp.maximum(uses - self.size, 0), uses, one, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelMap:
+    """A feature map that kernels compute in registers: phi's slice of width d is `function(sign * x)`.
+
+    `signed` maps have two slices, for x and -x; the others one. `backward(phi, x, cotangent)` is the slice's
+    transposed Jacobian, x being the signed input.
+    """
+
+    function: Callable
+    backward: Callable
+    signed: bool
+    sums_to_one: bool = False
+
+    @property
+    def slices(self) -> int:
+        return 2 if self.signed else 1
+
+
+def _softmax(x):
+    columns = x.shape[1]
+    x = x * LOG2E
+    weights = jnp.exp2(x - across(x.max(axis=1), columns))
+    return weights * across(1.0 / weights.sum(axis=1), columns)
+
+
+def _softmax_backward(phi, x, g):
+    return phi * (g - across((phi * g).sum(axis=1), phi.shape[1]))
+
+
+def _exp(x):
+    return jnp.exp2(x * LOG2E)
+
+
+def _elu_plus_one(x):
+    return jnp.where(x > 0, x + 1.0, _exp(jnp.minimum(x, 0.0)))
+
+
+KERNEL_MAPS = {
+    "softmax": KernelMap(_softmax, _softmax_backward, signed=True, sums_to_one=True),
+    "relu": KernelMap(lambda x: jnp.maximum(x, 0.0), lambda phi, x, g: jnp.where(x > 0, g, 0.0), signed=True),
+    "identity": KernelMap(lambda x: x, lambda phi, x, g: g, signed=False),
+    "elu_plus_one": KernelMap(_elu_plus_one, lambda phi, x, g: jnp.where(x > 0, g, g * phi), signed=False),
+    "exp": KernelMap(_exp, lambda phi, x, g: g * phi, signed=False),
+    "squared_relu": KernelMap(
+        lambda x: jnp.maximum(x, 0.0) * jnp.maximum(x, 0.0),
+        lambda phi, x, g: jnp.where(x > 0, 2.0 * x * g, 0.0),
+        signed=False,
+    ),
+}
+
+
+def sign_of(slice_index):
+    """1.0 for slice 0, -1.0 for slice 1."""
+    return 1.0 - 2.0 * lax.convert_element_type(slice_index, jnp.float32)
+
+
+def named_refs(body: Callable, inputs: dict, outputs: dict):
+    """`body(refs by name, **scratch)` as plgpu.kernel calls it: arrays that are None take no part."""
+    names = [name for name, value in inputs.items() if value is not None] + list(outputs)
+
+    def kernel(*refs, **scratch):
+        body(dict(zip(names, refs, strict=True)), **scratch)
+
+    return kernel
+
+
+def launch(body, inputs: dict, outputs: dict, scratch: dict, *, grid: dict[str, int], warpgroups: int, interpret: bool):
+    """Run a kernel on the arrays of `inputs` that are not None; the results, by name."""
+    kernel = named_refs(body, inputs, outputs)
+    kernel.__name__ = body.__name__ if hasattr(body, "__name__") else body.func.__name__
+    results = plgpu.kernel(
+        kernel,
+        out_type=tuple(outputs.values()),
+        scratch_types=scratch,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(*(value for value in inputs.values() if value is not None))
+    return dict(zip(outputs, results, strict=True))

@@ -1,0 +1,212 @@
+"""Gradients of the window's softmax attention: one kernel for queries, one for keys and values. No atomics.
+
+Both form the weights anew from the saved log-sum: weight = exp2(scale log2(e) q k - lse), d_logit = weight (d_out v -
+delta). Blocks outside the window are skipped.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas.plan_gpu import Plan
+from pallas.warpgroup_gpu import (
+    LOG2E,
+    PER_COLUMN,
+    PER_ROW,
+    ROWS,
+    Ring,
+    across,
+    down,
+    iota,
+    launch,
+    multiply_add,
+    tile,
+    zeros,
+)
+
+
+def query_gradients(arrays: dict, plan: Plan):
+    """dq [b, t, h, d]. arrays: q, k, v; d_swa, the cotangent of o_swa; stats [b, h, 2, t]: lse, delta; segment_start."""
+    batch, d = arrays["q"].shape[0], plan.head_size
+    scratch = {
+        "ring": Ring.scratch(tile(plan.stages, plan.chunk, d), consumers=2),
+        "q_tile": tile(2, ROWS, d),
+        "d_tile": tile(2, ROWS, d),
+        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=2),
+    }
+    heads = plan.num_heads // 2 if plan.pair else plan.num_heads
+    grid = {"head": heads, "tile": plan.num_queries // plan.span, "batch": batch}
+    body = functools.partial(_window_query_gradients, plan=plan)
+    outputs = {"dq": jax.ShapeDtypeStruct(arrays["q"].shape, jnp.bfloat16)}
+    return launch(body, arrays, outputs, scratch, grid=grid, warpgroups=3, interpret=plan.interpret)["dq"]
+
+
+def _window_query_gradients(refs, ring, q_tile, d_tile, loaded, plan: Plan):
+    warpgroup, batch = lax.axis_index("warpgroup"), lax.axis_index("batch")
+    ring = Ring(*ring)
+    lowest = plan.first + lax.axis_index("tile") * plan.span
+    head = lax.axis_index("head") * 2 + warpgroup if plan.pair else lax.axis_index("head")
+    kv_head = lax.axis_index("head") * (2 if plan.pair else 1) // plan.group
+    position = lowest if plan.pair else lowest + warpgroup * ROWS
+    rows = pl.ds(position - plan.first, ROWS)
+    begin, unmasked, masked_again, end = plan.window_range(lowest, lowest + plan.span - 1)
+
+    @pl.when(warpgroup == 2)
+    def _():
+        plgpu.set_max_registers(24, action="decrease")
+
+        def block(j, use):
+            keys = pl.ds(j * plan.chunk, plan.chunk)
+            ring.load(use, refs["k"].at[batch, keys, kv_head])
+            ring.load(use + 1, refs["v"].at[batch, keys, kv_head])
+            return use + 2
+
+        ring.drain(lax.fori_loop(begin, end, block, jnp.int32(0)))
+
+    @pl.when(warpgroup < 2)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+        q, d_out = q_tile.at[warpgroup], d_tile.at[warpgroup]
+        plgpu.copy_gmem_to_smem(refs["q"].at[batch, rows, head], q, loaded.at[warpgroup])
+        plgpu.copy_gmem_to_smem(refs["d_swa"].at[batch, rows, head], d_out, loaded.at[warpgroup])
+        per_row = lambda ref: plgpu.load(ref, layout=PER_ROW, optimized=False)
+        lse, delta = (per_row(refs["stats"].at[batch, head, i, rows]) for i in range(2))
+        start = per_row(refs["segment_start"].at[batch, rows]) if plan.segmented else None
+        plgpu.barrier_wait(loaded.at[warpgroup])
+        shape = ROWS, plan.chunk
+
+        def block(j, carry, masked: bool):
+            dq, use = carry
+            keys, values = ring.wait(use), ring.wait(use + 1)
+            logits, d_weights = multiply_add(
+                plan.interpret,
+                (shape, [(q, keys.transpose((1, 0)))]),
+                (shape, [(d_out, values.transpose((1, 0)))]),
+            )
+            ring.release(use + 1)
+            weights = jnp.exp2(logits * (plan.scale * LOG2E) - across(lse, plan.chunk))
+            if masked:
+                ahead = position - j * plan.chunk + iota(*shape, 0) - iota(*shape, 1)
+                seen = (ahead >= 0) & (ahead < plan.window)
+                if plan.segmented:
+                    seen &= iota(*shape, 1) + j * plan.chunk >= across(start, plan.chunk)
+                weights = jnp.where(seen, weights, 0.0)
+            d_logits = (weights * (d_weights - across(delta, plan.chunk))).astype(jnp.bfloat16)
+            dq = multiply_add(plan.interpret, (dq, [(d_logits, keys)]))
+            ring.release(use)
+            return dq, use + 2
+
+        carry = zeros(ROWS, plan.head_size), jnp.int32(0)
+        carry = lax.fori_loop(begin, unmasked, functools.partial(block, masked=True), carry)
+        if not plan.segmented:
+            carry = lax.fori_loop(unmasked, masked_again, functools.partial(block, masked=False), carry)
+            carry = lax.fori_loop(masked_again, end, functools.partial(block, masked=True), carry)
+        q[...] = (carry[0] * plan.scale).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q, refs["dq"].at[batch, rows, head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def key_gradients(arrays: dict, plan: Plan):
+    """dk, dv [b, s, kv, d], summed over the group in float32.
+
+    arrays: as for `query_gradients`, and dv [b, s, kv, d], what the residual branch adds, or None.
+    """
+    d = plan.head_size
+    shape = arrays["k"].shape
+    scratch = {
+        "ring": Ring.scratch(tile(6, ROWS, d), consumers=2),
+        "stats_ring": Ring.scratch(plgpu.SMEM((3, 2, ROWS), jnp.float32), consumers=2),
+        "k_tile": tile(2, ROWS, d),
+        "v_tile": tile(2, ROWS, d),
+        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=2),
+    }
+    grid = {"kv_head": plan.num_kv_heads, "block": plan.num_keys // (2 * ROWS), "batch": shape[0]}
+    outputs = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name in ("dk", "dv")}
+    body = functools.partial(_window_key_gradients, plan=plan)
+    arrays = {("dv_residual" if name == "dv" else name): array for name, array in arrays.items()}
+    results = launch(body, arrays, outputs, scratch, grid=grid, warpgroups=3, interpret=plan.interpret)
+    return results["dk"], results["dv"]
+
+
+def _window_key_gradients(refs, ring, stats_ring, k_tile, v_tile, loaded, plan: Plan):
+    warpgroup, batch, kv_head = (lax.axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
+    ring, stats_ring = Ring(*ring), Ring(*stats_ring)
+    lowest, group, d = lax.axis_index("block") * 2 * ROWS, plan.group, plan.head_size
+    begin, unmasked, masked_again, end = (x * group for x in plan.window_queries(lowest, 2 * ROWS))
+    place = lambda step: (pl.ds(step // group * ROWS, ROWS), kv_head * group + step % group)
+
+    @pl.when(warpgroup == 2)
+    def _():
+        plgpu.set_max_registers(24, action="decrease")
+
+        def load(step, use):
+            rows, head = place(step)
+            ring.load(use, refs["q"].at[batch, rows, head])
+            stats_ring.load(use // 2, refs["stats"].at[batch, head, :, rows])
+            ring.load(use + 1, refs["d_swa"].at[batch, rows, head])
+            return use + 2
+
+        uses = lax.fori_loop(begin, end, load, jnp.int32(0))
+        ring.drain(uses)
+        stats_ring.drain(uses // 2)
+
+    @pl.when(warpgroup < 2)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+        keys, values = k_tile.at[warpgroup], v_tile.at[warpgroup]
+        key = lowest + warpgroup * ROWS
+        rows = pl.ds(key, ROWS)
+        plgpu.copy_gmem_to_smem(refs["k"].at[batch, rows, kv_head], keys, loaded.at[warpgroup])
+        plgpu.copy_gmem_to_smem(refs["v"].at[batch, rows, kv_head], values, loaded.at[warpgroup])
+        plgpu.barrier_wait(loaded.at[warpgroup])
+        square = ROWS, ROWS
+
+        def block(step, carry, masked: bool):  # everything transposed: rows are keys, columns queries
+            dk, dv, use = carry
+            q, stats = ring.wait(use), stats_ring.wait(use // 2)
+            lse, delta = (plgpu.load(stats.at[i], layout=PER_COLUMN) for i in range(2))
+            stats_ring.release(use // 2)
+            d_out = ring.wait(use + 1)
+            logits, d_weights = multiply_add(
+                plan.interpret,
+                (square, [(keys, q.transpose((1, 0)))]),
+                (square, [(values, d_out.transpose((1, 0)))]),
+            )
+            weights = jnp.exp2(logits * (plan.scale * LOG2E) - down(lse, ROWS))
+            if masked:
+                queries, _ = place(step)
+                ahead = plan.first + queries.start - key + iota(*square, 1) - iota(*square, 0)
+                seen = (ahead >= 0) & (ahead < plan.window)
+                if plan.segmented:
+                    start = plgpu.load(refs["segment_start"].at[batch, queries], layout=PER_COLUMN, optimized=False)
+                    seen &= iota(*square, 0) + key >= down(start, ROWS)
+                weights = jnp.where(seen, weights, 0.0)
+            d_logits = weights * (d_weights - down(delta, ROWS))
+            dv, dk = multiply_add(
+                plan.interpret,
+                (dv, [(weights.astype(jnp.bfloat16), d_out)]),
+                (dk, [(d_logits.astype(jnp.bfloat16), q)]),
+            )
+            ring.release(use)
+            ring.release(use + 1)
+            return dk, dv, use + 2
+
+        dv = zeros(ROWS, d)
+        if "dv_residual" in refs:
+            dv += plgpu.load(refs["dv_residual"].at[batch, rows, kv_head], optimized=False, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        carry = zeros(ROWS, d), dv, jnp.int32(0)
+        carry = lax.fori_loop(begin, unmasked, functools.partial(block, masked=True), carry)
+        if not plan.segmented:
+            carry = lax.fori_loop(unmasked, masked_again, functools.partial(block, masked=False), carry)
+            carry = lax.fori_loop(masked_again, end, functools.partial(block, masked=True), carry)
+        dk, dv, _ = carry
+        for tile_, value, name in ((keys, dk * plan.scale, "dk"), (values, dv, "dv")):
+            tile_[...] = value.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(tile_, refs[name].at[batch, rows, kv_head])
+        plgpu.wait_smem_to_gmem(0)
