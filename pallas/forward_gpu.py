@@ -63,11 +63,11 @@ def forward(arrays: dict, plan: Plan, *, save: bool) -> dict:
         scratch["state_full"] = plgpu.Barrier(num_arrivals=states)
         scratch["state_free"] = plgpu.Barrier(num_arrivals=2)
     grid = {"head": heads // 2 if plan.pair else heads, "tile": plan.num_queries // plan.span, "batch": batch}
-    body = functools.partial(_body, plan=plan, save=save)
+    body = functools.partial(_forward_block, plan=plan, save=save)
     return launch(body, arrays, outputs, scratch, grid=grid, warpgroups=3, interpret=plan.interpret)
 
 
-def _body(refs, ring, plan: Plan, save: bool, **scratch):
+def _forward_block(refs, ring, plan: Plan, save: bool, **scratch):
     warpgroup, batch = lax.axis_index("warpgroup"), lax.axis_index("batch")
     ring = Ring(*ring)
     lowest = plan.first + lax.axis_index("tile") * plan.span
@@ -159,8 +159,8 @@ def _compute(refs, ring: Ring, where, plan: Plan, save: bool, warpgroup, **scrat
     batch, kv_head, lowest = where
     d = plan.head_size
     head = lax.axis_index("head") * 2 + warpgroup if plan.pair else lax.axis_index("head")
-    position = lowest if plan.pair else lowest + warpgroup * ROWS  # of this warpgroup's first query
-    rows = pl.ds(position - plan.first, ROWS)
+    row = plan.first_row(lax.axis_index("tile"), warpgroup)
+    rows, position = pl.ds(row, ROWS), plan.first + row  # of this warpgroup's queries
     q_tile, q_rla_tile = scratch["q_tile"].at[warpgroup], scratch["q_rla_tile"].at[warpgroup]
     loaded = scratch["loaded"]
     if plan.local:
@@ -170,7 +170,7 @@ def _compute(refs, ring: Ring, where, plan: Plan, save: bool, warpgroup, **scrat
     start = None  # the first key of each query's segment
     if plan.segmented:
         start = plgpu.load(refs["segment_start"].at[batch, rows], layout=PER_ROW, optimized=False)
-    where = batch, kv_head, head, lowest, position
+    where = batch, kv_head, head, rows, lowest, position
     use = jnp.int32(0)
 
     def norm(x):  # [ROWS, d] -> (x / rms(x), 1 / rms(x))
@@ -286,10 +286,9 @@ def _window(ring: Ring, where, plan: Plan, q_tile, start, use, warpgroup, turn):
 
 def _residual(refs, ring: Ring, where, plan: Plan, tiles, start, use):
     """phi(q) times the saved state, plus the masked product with the blocks on the window's edge: [ROWS, d]."""
-    batch, kv_head, head, lowest, position = where
+    batch, kv_head, head, rows, lowest, position = where
     q_rla_tile, loaded, scratch = tiles
     d, chunk = plan.head_size, plan.chunk
-    rows = pl.ds(position - plan.first, ROWS)
     state, begin, end = plan.residual_range(lowest, lowest + plan.span - 1)
     out = zeros(ROWS, d)
 

@@ -56,6 +56,10 @@ class Plan:
         """Queries that one block of warpgroups covers."""
         return ROWS if self.pair else 2 * ROWS
 
+    def first_row(self, tile, warpgroup):
+        """The first query row of a warpgroup; written so that the compiler sees a multiple of ROWS."""
+        return tile * self.span if self.pair else tile * self.span + warpgroup * ROWS
+
     @property
     def map(self) -> KernelMap | None:
         return None if self.map_name is None else KERNEL_MAPS[self.map_name]

@@ -298,7 +298,8 @@ def _backward(plan: Plan, arrays: dict, segments: dict, saved: dict, d_out) -> d
         inputs = {name: arrays[name] for name in ("q", "k", "v", "segment_start") if name in arrays}
         inputs |= {"d_swa": d_branch["swa"], "stats": jnp.stack([saved["lse"], delta], axis=2)}
         narrow = plan.narrow()
-        gradients["q"] = window_backward_gpu.query_gradients(inputs, narrow)
+        mean_key = arrays["k"].astype(jnp.float32).mean(axis=1)
+        gradients["q"] = window_backward_gpu.query_gradients(inputs | {"mean_key": mean_key}, narrow)
         inputs["dv"] = gradients.get("v")
         gradients["k"], gradients["v"] = window_backward_gpu.key_gradients(inputs, narrow)
     return gradients

@@ -62,7 +62,7 @@ def _residual_query_gradients(refs, plan: Plan, ring, **scratch):
     lowest = plan.first + lax.axis_index("tile") * plan.span
     head = lax.axis_index("head") * 2 + warpgroup if plan.pair else lax.axis_index("head")
     kv_head = lax.axis_index("head") * (2 if plan.pair else 1) // plan.group
-    position = lowest if plan.pair else lowest + warpgroup * ROWS
+    row = plan.first_row(lax.axis_index("tile"), warpgroup)
     state, begin, end = plan.residual_range(lowest, lowest + plan.span - 1)
     where = batch, kv_head, state, begin, end
 
@@ -74,7 +74,7 @@ def _residual_query_gradients(refs, plan: Plan, ring, **scratch):
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(240, action="increase")
-        _compute_for_queries(refs, ring, (*where, warpgroup, head, position), plan, **scratch)
+        _compute_for_queries(refs, ring, (*where, warpgroup, head, row), plan, **scratch)
 
 
 def _copy_for_queries(refs, ring: Ring, where, plan: Plan, state_tiles, state_full, state_free, **_):
@@ -119,9 +119,9 @@ def _copy_for_queries(refs, ring: Ring, where, plan: Plan, state_tiles, state_fu
 def _compute_for_queries(
     refs, ring: Ring, where, plan: Plan, d_tile, q_tile, loaded, state_tiles, state_full, state_free
 ):
-    batch, kv_head, state, begin, end, warpgroup, head, position = where
+    batch, kv_head, state, begin, end, warpgroup, head, row = where
     d, count, chunk = plan.head_size, plan.slices_at_once, plan.chunk
-    rows = pl.ds(position - plan.first, ROWS)
+    rows, position = pl.ds(row, ROWS), plan.first + row
     d_out, queries = d_tile.at[warpgroup], q_tile.at[warpgroup]
     plgpu.copy_gmem_to_smem(refs["d_rla"].at[batch, rows, head], d_out, loaded.at[warpgroup])
     if plan.map is not None:

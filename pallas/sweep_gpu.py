@@ -130,11 +130,11 @@ def _launch(sweep: Sweep, arrays: dict, outputs: dict, length: int, pieces: int)
         "slices": plan.slices // count,
         "batch": arrays["x"].shape[0],
     }
-    body = functools.partial(_body, sweep=sweep, length=length, outputs=tuple(outputs))
+    body = functools.partial(_sweep_piece, sweep=sweep, length=length, outputs=tuple(outputs))
     return launch(body, arrays, outputs, scratch, grid=grid, warpgroups=count + 1, interpret=plan.interpret)
 
 
-def _body(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, outputs: tuple):
+def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, outputs: tuple):
     plan, count, d = sweep.plan, sweep.warpgroups, sweep.plan.head_size
     warpgroup, batch, kv_head = (lax.axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
     piece, first_slice = lax.axis_index("piece"), lax.axis_index("slices") * count

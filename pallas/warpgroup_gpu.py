@@ -199,7 +199,7 @@ def named_refs(body: Callable, inputs: dict, outputs: dict):
 def launch(body, inputs: dict, outputs: dict, scratch: dict, *, grid: dict[str, int], warpgroups: int, interpret: bool):
     """Run a kernel on the arrays of `inputs` that are not None; the results, by name."""
     kernel = named_refs(body, inputs, outputs)
-    kernel.__name__ = body.__name__ if hasattr(body, "__name__") else body.func.__name__
+    kernel.__name__ = body.func.__name__.removeprefix("_")
     results = plgpu.kernel(
         kernel,
         out_type=tuple(outputs.values()),

@@ -2,6 +2,9 @@
 
 Both form the weights anew from the saved log-sum: weight = exp2(scale log2(e) q k - lse), d_logit = weight (d_out v -
 delta). Blocks outside the window are skipped.
+
+The d_logits of a query sum to zero, so adding one vector to all keys changes no dq. Rounding (of delta above all, since
+outputs are saved in bfloat16) breaks that sum, and keys with a mean show it: dq subtracts the sum times the mean key.
 """
 
 import functools
@@ -25,12 +28,15 @@ from pallas.warpgroup_gpu import (
     launch,
     multiply_add,
     tile,
+    zero_rows,
     zeros,
 )
 
 
 def query_gradients(arrays: dict, plan: Plan):
-    """dq [b, t, h, d]. arrays: q, k, v; d_swa, the cotangent of o_swa; stats [b, h, 2, t]: lse, delta; segment_start."""
+    """dq [b, t, h, d]. arrays: q, k, v; mean_key [b, kv, d]; d_swa, the cotangent of o_swa; stats [b, h, 2, t]:
+    lse, delta; segment_start.
+    """
     batch, d = arrays["q"].shape[0], plan.head_size
     scratch = {
         "ring": Ring.scratch(tile(plan.stages, plan.chunk, d), consumers=2),
@@ -51,8 +57,8 @@ def _window_query_gradients(refs, ring, q_tile, d_tile, loaded, plan: Plan):
     lowest = plan.first + lax.axis_index("tile") * plan.span
     head = lax.axis_index("head") * 2 + warpgroup if plan.pair else lax.axis_index("head")
     kv_head = lax.axis_index("head") * (2 if plan.pair else 1) // plan.group
-    position = lowest if plan.pair else lowest + warpgroup * ROWS
-    rows = pl.ds(position - plan.first, ROWS)
+    row = plan.first_row(lax.axis_index("tile"), warpgroup)
+    rows, position = pl.ds(row, ROWS), plan.first + row
     begin, unmasked, masked_again, end = plan.window_range(lowest, lowest + plan.span - 1)
 
     @pl.when(warpgroup == 2)
@@ -80,7 +86,7 @@ def _window_query_gradients(refs, ring, q_tile, d_tile, loaded, plan: Plan):
         shape = ROWS, plan.chunk
 
         def block(j, carry, masked: bool):
-            dq, use = carry
+            dq, total, use = carry
             keys, values = ring.wait(use), ring.wait(use + 1)
             logits, d_weights = multiply_add(
                 plan.interpret,
@@ -95,17 +101,21 @@ def _window_query_gradients(refs, ring, q_tile, d_tile, loaded, plan: Plan):
                 if plan.segmented:
                     seen &= iota(*shape, 1) + j * plan.chunk >= across(start, plan.chunk)
                 weights = jnp.where(seen, weights, 0.0)
-            d_logits = (weights * (d_weights - across(delta, plan.chunk))).astype(jnp.bfloat16)
-            dq = multiply_add(plan.interpret, (dq, [(d_logits, keys)]))
+            d_logits = weights * (d_weights - across(delta, plan.chunk))
+            total += d_logits.sum(axis=1)
+            dq = multiply_add(plan.interpret, (dq, [(d_logits.astype(jnp.bfloat16), keys)]))
             ring.release(use)
-            return dq, use + 2
+            return dq, total, use + 2
 
-        carry = zeros(ROWS, plan.head_size), jnp.int32(0)
+        carry = zeros(ROWS, plan.head_size), zero_rows(ROWS), jnp.int32(0)
         carry = lax.fori_loop(begin, unmasked, functools.partial(block, masked=True), carry)
         if not plan.segmented:
             carry = lax.fori_loop(unmasked, masked_again, functools.partial(block, masked=False), carry)
             carry = lax.fori_loop(masked_again, end, functools.partial(block, masked=True), carry)
-        q[...] = (carry[0] * plan.scale).astype(jnp.bfloat16)
+        dq, total, _ = carry
+        mean_key = plgpu.load(refs["mean_key"].at[batch, kv_head], layout=PER_COLUMN, optimized=False)
+        dq = dq - across(total, plan.head_size) * down(mean_key, ROWS)
+        q[...] = (dq * plan.scale).astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q, refs["dq"].at[batch, rows, head])
         plgpu.wait_smem_to_gmem(0)
