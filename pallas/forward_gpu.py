@@ -57,11 +57,6 @@ def forward(arrays: dict, plan: Plan, *, save: bool) -> dict:
         "q_rla_tile": tile(2, ROWS, d),
         "turn": plgpu.Barrier(num_arrivals=2),
     }
-    if plan.reaches_back or plan.num_start_states:
-        states = plan.slices_at_once
-        scratch["state_tiles"] = (tile(d, d),) * states
-        scratch["state_full"] = plgpu.Barrier(num_arrivals=states)
-        scratch["state_free"] = plgpu.Barrier(num_arrivals=2)
     grid = {"head": heads // 2 if plan.pair else heads, "tile": plan.num_queries // plan.span, "batch": batch}
     body = functools.partial(_forward_block, plan=plan, save=save)
     return launch(body, arrays, outputs, scratch, grid=grid, warpgroups=3, interpret=plan.interpret)
@@ -82,7 +77,7 @@ def _forward_block(refs, ring, plan: Plan, save: bool, **scratch):
     @pl.when(warpgroup == 2)
     def _():
         plgpu.set_max_registers(24, action="decrease")
-        _copy(refs, ring, where, plan, scratch)
+        _copy(refs, ring, where, plan)
 
 
 def _rounds(plan: Plan):
@@ -90,7 +85,7 @@ def _rounds(plan: Plan):
     return [(i, min(2, plan.slices - i)) for i in range(0, plan.slices, 2)]
 
 
-def _copy(refs, ring: Ring, where, plan: Plan, scratch: dict):
+def _copy(refs, ring: Ring, where, plan: Plan):
     """The third warpgroup: ask for every tile in the order of its use."""
     batch, kv_head, lowest = where
     rows = lambda j: pl.ds(j * plan.chunk, plan.chunk)
@@ -104,55 +99,32 @@ def _copy(refs, ring: Ring, where, plan: Plan, scratch: dict):
             return use + 2
 
         use = lax.fori_loop(begin, end, key_block, use)
-    if plan.residual:
-        use = _copy_residual(refs, ring, where, plan, scratch, use)
-    ring.drain(use)
-
-
-def _copy_residual(refs, ring: Ring, where, plan: Plan, scratch: dict, use):
-    batch, kv_head, lowest = where
-    chunk, d = plan.chunk, plan.head_size
-    rows = lambda j: pl.ds(j * chunk, chunk)
+    if not plan.residual:
+        return ring.drain(use)
     state, begin, end = plan.residual_range(lowest, lowest + plan.span - 1)
-    loads = jnp.int32(0)  # of the state's tiles so far
-
-    def load_state(source, first, count, loads):
-        @pl.when(loads > 0)
-        def _():
-            plgpu.barrier_wait(scratch["state_free"])
-
-        for i in range(plan.slices_at_once):
-            column = pl.ds((first + min(i, count - 1)) * d, d)
-            plgpu.copy_gmem_to_smem(source.at[:, column], scratch["state_tiles"][i], scratch["state_full"])
-        return loads + 1
-
+    d = plan.head_size
+    columns = lambda i: pl.ds(i * d, d)
     for first, count in _rounds(plan):
+
+        def load_state(source, use, first=first, count=count):
+            for i in range(count):
+                ring.load(use + i, source.at[:, columns(first + i)], d)
+            return use + count
+
+        def edge_block(j, use, first=first, count=count):
+            for i in range(count):
+                ring.load(use + i, refs["features_k"].at[batch, rows(j), kv_head, columns(first + i)])
+            ring.load(use + count, refs["v"].at[batch, rows(j), kv_head])
+            return use + count + 1
+
         if plan.reaches_back:
-
-            def saved(_, loads, first=first, count=count):
-                return load_state(refs["states"].at[batch, state, kv_head], first, count, loads)
-
-            loads = lax.fori_loop(0, int32(state > 0), saved, loads)
+            saved = refs["states"].at[batch, state, kv_head]
+            use = lax.fori_loop(0, int32(state > 0), lambda _, use, saved=saved: load_state(saved, use), use)
         for i in range(plan.num_start_states):
-            loads = load_state(refs["start_states"].at[batch, i, kv_head], first, count, loads)
+            use = load_state(refs["start_states"].at[batch, i, kv_head], use)
         if plan.reaches_back:
-
-            def edge_block(j, use, first=first, count=count):
-                for i in range(count):
-                    column = pl.ds((first + i) * d, d)
-                    ring.load(use + i, refs["features_k"].at[batch, rows(j), kv_head, column])
-                ring.load(use + count, refs["v"].at[batch, rows(j), kv_head])
-                return use + count + 1
-
             use = lax.fori_loop(begin, end, edge_block, use)
-
-    if plan.reaches_back or plan.num_start_states:
-
-        @pl.when(loads > 0)
-        def _():
-            plgpu.barrier_wait(scratch["state_free"])
-
-    return use
+    ring.drain(use)
 
 
 def _compute(refs, ring: Ring, where, plan: Plan, save: bool, warpgroup, **scratch):
@@ -207,7 +179,7 @@ def _compute(refs, ring: Ring, where, plan: Plan, save: bool, warpgroup, **scrat
     if plan.residual:
         if plan.map is not None:
             plgpu.barrier_wait(loaded.at[2 + warpgroup])
-        tiles = q_rla_tile, loaded.at[2 + warpgroup], scratch
+        tiles = q_rla_tile, loaded.at[2 + warpgroup]
         out = _residual(refs, ring, where, plan, tiles, start, use)
         if plan.normed:
             out, r = norm(out)
@@ -227,6 +199,7 @@ def _window(ring: Ring, where, plan: Plan, q_tile, start, use, warpgroup, turn):
     """Softmax attention over the window: (o_swa [ROWS, d], log2 of the sum of exp2 of the logits [ROWS], uses)."""
     *_, lowest, position = where
     d, chunk = plan.head_size, plan.chunk
+    scale = LOG2E * (plan.scale if plan.scale > 0 else 1.0)  # after the maximum, where it costs nothing
     begin, unmasked, masked_again, end = plan.window_range(lowest, lowest + plan.span - 1)
 
     def take_turns():  # one warpgroup's softmax runs beside the other's products
@@ -248,16 +221,19 @@ def _window(ring: Ring, where, plan: Plan, q_tile, start, use, warpgroup, turn):
 
             logits = pl.run_scoped(product, plgpu.ACC((ROWS, chunk), jnp.float32))
         ring.release(use)
-        logits *= plan.scale * LOG2E
+        if not plan.scale > 0:
+            logits *= plan.scale
         if masked:
             ahead = position - j * chunk + iota(ROWS, chunk, 0) - iota(ROWS, chunk, 1)
             seen = (ahead >= 0) & (ahead < plan.window)
             if plan.segmented:
                 seen &= iota(ROWS, chunk, 1) + j * chunk >= across(start, chunk)
             logits = jnp.where(seen, logits, MASKED)
-        higher = jnp.maximum(highest, logits.max(axis=1))
+        higher = jnp.maximum(highest, logits.max(axis=1) * scale)
         shrink = jnp.exp2(highest - higher)
-        weights = jnp.exp2(logits - across(higher, chunk))
+        weights = jnp.exp2(logits * scale - across(higher, chunk))
+        if masked:
+            weights = jnp.where(seen, weights, 0.0)  # a row may have met no key yet
         out *= across(shrink, d)
         total = total * shrink + weights.sum(axis=1)
         weights = weights.astype(jnp.bfloat16)
@@ -287,7 +263,7 @@ def _window(ring: Ring, where, plan: Plan, q_tile, start, use, warpgroup, turn):
 def _residual(refs, ring: Ring, where, plan: Plan, tiles, start, use):
     """phi(q) times the saved state, plus the masked product with the blocks on the window's edge: [ROWS, d]."""
     batch, kv_head, head, rows, lowest, position = where
-    q_rla_tile, loaded, scratch = tiles
+    q_rla_tile, loaded = tiles
     d, chunk = plan.head_size, plan.chunk
     state, begin, end = plan.residual_range(lowest, lowest + plan.span - 1)
     out = zeros(ROWS, d)
@@ -304,19 +280,19 @@ def _residual(refs, ring: Ring, where, plan: Plan, tiles, start, use):
             return phi, zero_rows(ROWS, 1.0)
         return phi, phi.astype(jnp.float32).sum(axis=1)
 
-    def read_state(phis, means, first, reads, out):
+    def read_state(phis, means, first, reads, out, use):
         """out + phi(q) (centred state + its mean), for the rows where `reads` is 1."""
-        plgpu.barrier_wait(scratch["state_full"])
         products = []
         for i, (phi, total) in enumerate(phis):
             mean = plgpu.load(means.at[first + i], layout=PER_COLUMN, optimized=False)
             if reads is not None:
                 phi, total = (phi.astype(jnp.float32) * across(reads, d)).astype(jnp.bfloat16), total * reads
-            products.append((phi, scratch["state_tiles"][i].transpose((1, 0))))
+            products.append((phi, ring.wait(use + i, d).transpose((1, 0))))
             out += across(total, d) * down(mean, ROWS)
         out = multiply_add(plan.interpret, (out, products))
-        plgpu.barrier_arrive(scratch["state_free"])
-        return out
+        for i in range(len(phis)):
+            ring.release(use + i)
+        return out, use + len(phis)
 
     def flag(condition):
         return jnp.where(condition, zero_rows(ROWS, 1.0), zero_rows(ROWS))
@@ -326,15 +302,15 @@ def _residual(refs, ring: Ring, where, plan: Plan, tiles, start, use):
         if plan.reaches_back:
             reads = flag(start < state * plan.spacing) if plan.segmented else None
 
-            def saved(_, out, phis=phis, first=first, reads=reads):
-                return read_state(phis, refs["state_means"].at[batch, state, kv_head], first, reads, out)
+            def saved(_, carry, phis=phis, first=first, reads=reads):
+                return read_state(phis, refs["state_means"].at[batch, state, kv_head], first, reads, *carry)
 
-            out = lax.fori_loop(0, int32(state > 0), saved, out)
+            out, use = lax.fori_loop(0, int32(state > 0), saved, (out, use))
         for i in range(plan.num_start_states):
             reads = None
             if plan.num_start_states > 1:
                 reads = flag(start > 0 if i else start <= 0)
-            out = read_state(phis, refs["start_means"].at[batch, i, kv_head], first, reads, out)
+            out, use = read_state(phis, refs["start_means"].at[batch, i, kv_head], first, reads, out, use)
         if plan.reaches_back:
 
             def edge(j, carry, phis=phis, count=count):

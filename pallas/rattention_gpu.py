@@ -128,6 +128,7 @@ def _attend(
     pair = (h // kv) % 2 == 0
     span = ROWS if pair else 2 * ROWS
     num_queries = round_up(t, span)
+    chunk = max(block_sizes.kernel_chunk, head_size)  # a state's tile fits where keys do
     if segment_ids is None:
         segment_state = None
     starts = [initial_state, segment_state]
@@ -150,9 +151,9 @@ def _attend(
         local=local,
         residual=residual,
         normed=normed,
-        chunk=block_sizes.kernel_chunk,
-        spacing=max(block_sizes.kernel_chunk * block_sizes.chunks_per_state, span),
-        stages=3 if block_sizes.kernel_chunk * head_size > 64 * 128 else 6,
+        chunk=chunk,
+        spacing=max(chunk * block_sizes.chunks_per_state, span),
+        stages=10 if chunk * head_size <= 64 * 128 else 5,
         interpret=interpreted(),
     )
 
@@ -279,55 +280,56 @@ def _start_of(segments: dict) -> dict:
 def _backward(plan: Plan, arrays: dict, segments: dict, saved: dict, d_out) -> dict:
     """Batched. The gradient of every array, by name."""
     original, arrays = arrays, _as_kernels_read(plan, arrays) | _start_of(segments)
+    arrays |= saved | {"d_out": d_out}
     gradients = {}
-    d_branch = {}
-    for branch in ["swa"] * plan.local + ["rla"] * plan.residual:
-        if plan.normed:
-            y, r, gain = saved[f"y_{branch}"], saved[f"r_{branch}"], arrays[f"{branch}_gain"]
-            d_branch[branch], gradients[f"{branch}_gain"] = _norm_backward(plan, d_out, y, r, gain)
-        else:
-            d_branch[branch] = d_out
     if plan.residual:
-        gradients |= _residual_backward(plan, original, arrays | saved, segments, d_branch["rla"])
+        gradients |= _residual_backward(plan, original, arrays, segments)
     if plan.local:
-        if plan.normed:
-            o_swa = saved["y_swa"].astype(jnp.float32) / _by_head(saved["r_swa"])
-        else:
-            o_swa = saved["out"].astype(jnp.float32)
-        delta = (d_branch["swa"].astype(jnp.float32) * o_swa).sum(axis=-1).swapaxes(1, 2)
-        inputs = {name: arrays[name] for name in ("q", "k", "v", "segment_start") if name in arrays}
-        inputs |= {"d_swa": d_branch["swa"], "stats": jnp.stack([saved["lse"], delta], axis=2)}
-        narrow = plan.narrow()
-        mean_key = arrays["k"].astype(jnp.float32).mean(axis=1)
-        gradients["q"] = window_backward_gpu.query_gradients(inputs | {"mean_key": mean_key}, narrow)
-        inputs["dv"] = gradients.get("v")
-        gradients["k"], gradients["v"] = window_backward_gpu.key_gradients(inputs, narrow)
+        gradients |= _window_backward(plan, arrays, gradients.get("v"))
     return gradients
 
 
-def _by_head(per_query):
-    """[b, h, t] -> [b, t, h, 1]"""
-    return per_query.swapaxes(1, 2)[..., None]
-
-
-def _norm_backward(plan: Plan, d_out, y, r, gain):
-    """Through gain * y, y = x r, r = 1 / sqrt(mean(x^2) + eps): the gradients of x (bfloat16) and of the gain."""
-    d_out, y = d_out.astype(jnp.float32), y.astype(jnp.float32)
-    g = d_out * gain[:, None]
-    projection = (g * y).sum(axis=-1, keepdims=True) * (1.0 / plan.value_size)
-    return ((g - y * projection) * _by_head(r)).astype(jnp.bfloat16), (d_out * y).sum(axis=1)
-
-
-def _residual_backward(plan: Plan, original: dict, arrays: dict, segments: dict, d_rla) -> dict:
-    given = plan.map is None
-    narrow = plan.narrow()
-    inputs = arrays | {"d_rla": d_rla}
-    of_queries = ("d_rla", "q_rla", "v", "features_k", "states", "state_means", "start_states", "start_means")
-    pick = lambda *names: {name: inputs.get(name) for name in (*names, "segment_start")}
+def _window_backward(plan: Plan, arrays: dict, dv) -> dict:
+    arrays = arrays | {"mean_key": arrays["k"].astype(jnp.float32).mean(axis=1)}
     gradients = {}
+    of_queries = ("q", "k", "v", "lse", "mean_key", "segment_start")
+    if plan.normed:
+        of_queries += ("d_out", "y_swa", "r_swa", "swa_gain")
+    else:
+        d_swa, o_swa = arrays["d_out"].astype(jnp.float32), arrays["out"].astype(jnp.float32)
+        arrays |= {"d_swa": arrays["d_out"], "delta": (d_swa * o_swa).sum(axis=-1).swapaxes(1, 2)}
+        of_queries += ("d_swa", "delta")
+    narrow = plan.narrow()
+    found = window_backward_gpu.query_gradients(_pick(arrays, *of_queries), narrow)
+    gradients["q"] = found.pop("dq")
+    if plan.normed:
+        gradients["swa_gain"] = found.pop("d_gain").sum(axis=1)
+    of_keys = _pick(arrays | found | {"dv": dv}, "q", "k", "v", "lse", "d_swa", "delta", "segment_start", "dv")
+    gradients["k"], gradients["v"] = window_backward_gpu.key_gradients(of_keys, narrow)
+    return gradients
+
+
+def _pick(arrays: dict, *names: str) -> dict:
+    return {name: arrays.get(name) for name in names}
+
+
+def _residual_backward(plan: Plan, original: dict, arrays: dict, segments: dict) -> dict:
+    given = plan.map is None
     query_name, key_name = ("features_q", "features_k") if given else ("q_rla", "k_rla")
-    x = arrays[query_name]
-    gradients[query_name] = residual_backward_gpu.query_gradients(pick(*of_queries), narrow)
+    gradients = {}
+    of_queries = ("q_rla", "v", "features_k", "states", "state_means", "start_states", "start_means", "segment_start")
+    if plan.normed:
+        of_queries += ("d_out", "y_rla", "r_rla", "rla_gain")
+    else:
+        arrays = arrays | {"d_rla": arrays["d_out"]}
+        of_queries += ("d_rla",)
+    narrow = plan.narrow()
+    found = residual_backward_gpu.query_gradients(_pick(arrays, *of_queries), narrow)
+    gradients[query_name] = found.pop("dq")
+    if plan.normed:
+        gradients["rla_gain"] = found.pop("d_gain").sum(axis=1)
+    arrays = arrays | found
+    x, d_rla = arrays[query_name], arrays["d_rla"]
     if plan.num_start_states == 1:
         gradients["start_states"] = sweep_gpu.total(plan, x, d_rla)[:, None]
     elif plan.num_start_states == 2:
@@ -340,9 +342,9 @@ def _residual_backward(plan: Plan, original: dict, arrays: dict, segments: dict,
         return gradients
     if plan.num_states > 1:
         keeps = {"row_keep": segments.get("query_keep"), "carry_keep": segments.get("carry_keep")}
-        found = sweep_gpu.sweep(sweep_gpu.query_sweep(plan), x, d_rla, **keeps)
-        inputs |= {"d_states": found["states"], "d_means": found["means"]}
-    inputs["row_keep"] = segments.get("key_keep")
-    of_keys = ("d_rla", query_name, "k_rla", "features_k", "v", "d_states", "d_means", "row_keep")
-    gradients[key_name], gradients["v"] = residual_backward_gpu.key_gradients(pick(*of_keys), narrow)
+        swept = sweep_gpu.sweep(sweep_gpu.query_sweep(plan), x, d_rla, **keeps)
+        arrays |= {"d_states": swept["states"], "d_means": swept["means"]}
+    arrays |= {"row_keep": segments.get("key_keep")}
+    of_keys = ("d_rla", query_name, "k_rla", "features_k", "v", "d_states", "d_means", "row_keep", "segment_start")
+    gradients[key_name], gradients["v"] = residual_backward_gpu.key_gradients(_pick(arrays, *of_keys), narrow)
     return gradients

@@ -24,6 +24,7 @@ from pallas.warpgroup_gpu import (
     iota,
     launch,
     multiply_add,
+    norm_backward,
     sign_of,
     tile,
     zero_rows,
@@ -31,29 +32,35 @@ from pallas.warpgroup_gpu import (
 )
 
 
-def query_gradients(arrays: dict, plan: Plan):
-    """dq_rla [b, t, h, d] bfloat16; where features are given, their gradient [b, t, h, f] float32.
+def query_gradients(arrays: dict, plan: Plan) -> dict:
+    """dq [b, t, h, d] bfloat16 (where features are given, their gradient [b, t, h, f] float32), and d_rla.
 
-    arrays: d_rla, the cotangent of o_rla; q_rla unless features are given; features_k, v, states, state_means;
-    start_states, start_means; segment_start.
+    arrays: d_rla, the cotangent of o_rla, or, where a norm follows, d_out, y_rla, r_rla and rla_gain, with whose help it
+    is computed here, and `d_gain` [b, tiles, h, d], to be summed over tiles; q_rla unless features are given; features_k,
+    v, states, state_means; start_states, start_means; segment_start.
     """
-    batch, d = arrays["d_rla"].shape[0], plan.head_size
-    states = plan.slices_at_once
+    d, states, heads = plan.head_size, plan.slices_at_once, plan.num_heads
+    batch, t = arrays["v"].shape[0], plan.num_queries
+    by_head = batch, t, heads
     scratch = {
         "ring": Ring.scratch(tile(plan.stages, plan.chunk, d), consumers=2),
         "d_tile": tile(2, ROWS, d),
         "q_tile": tile(2, ROWS, d),
-        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=1 if plan.map is None else 2),
+        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=2 if plan.normed else 1),
+        "q_loaded": plgpu.Barrier(num_barriers=2),
         "state_tiles": (tile(d, d),) * states,
         "state_full": plgpu.Barrier(num_arrivals=states),
         "state_free": plgpu.Barrier(num_arrivals=2),
     }
-    heads = plan.num_heads // 2 if plan.pair else plan.num_heads
-    grid = {"head": heads, "tile": plan.num_queries // plan.span, "batch": batch}
+    grid = {"head": heads // 2 if plan.pair else heads, "tile": t // plan.span, "batch": batch}
     width, dtype = (plan.num_features, jnp.float32) if plan.map is None else (d, jnp.bfloat16)
-    outputs = {"dq": jax.ShapeDtypeStruct((*arrays["d_rla"].shape[:3], width), dtype)}
+    outputs = {"dq": jax.ShapeDtypeStruct((*by_head, width), dtype)}
+    if plan.normed:
+        outputs["d_rla"] = jax.ShapeDtypeStruct((*by_head, d), jnp.bfloat16)
+        outputs["d_gain"] = jax.ShapeDtypeStruct((batch, t // ROWS, heads, d), jnp.float32)
     body = functools.partial(_residual_query_gradients, plan=plan)
-    return launch(body, arrays, outputs, scratch, grid=grid, warpgroups=3, interpret=plan.interpret)["dq"]
+    results = launch(body, arrays, outputs, scratch, grid=grid, warpgroups=3, interpret=plan.interpret)
+    return {"d_rla": arrays.get("d_rla")} | results
 
 
 def _residual_query_gradients(refs, plan: Plan, ring, **scratch):
@@ -117,19 +124,30 @@ def _copy_for_queries(refs, ring: Ring, where, plan: Plan, state_tiles, state_fu
 
 
 def _compute_for_queries(
-    refs, ring: Ring, where, plan: Plan, d_tile, q_tile, loaded, state_tiles, state_full, state_free
+    refs, ring: Ring, where, plan: Plan, d_tile, q_tile, loaded, q_loaded, state_tiles, state_full, state_free
 ):
     batch, kv_head, state, begin, end, warpgroup, head, row = where
     d, count, chunk = plan.head_size, plan.slices_at_once, plan.chunk
     rows, position = pl.ds(row, ROWS), plan.first + row
     d_out, queries = d_tile.at[warpgroup], q_tile.at[warpgroup]
-    plgpu.copy_gmem_to_smem(refs["d_rla"].at[batch, rows, head], d_out, loaded.at[warpgroup])
+    given = refs["d_out" if plan.normed else "d_rla"]
+    plgpu.copy_gmem_to_smem(given.at[batch, rows, head], d_out, loaded.at[warpgroup])
+    per_row = lambda ref: plgpu.load(ref, layout=PER_ROW, optimized=False)
+    start = per_row(refs["segment_start"].at[batch, rows]) if plan.segmented else None
+    if plan.normed:  # y lies where q will lie
+        plgpu.copy_gmem_to_smem(refs["y_rla"].at[batch, rows, head], queries, loaded.at[warpgroup])
+        plgpu.barrier_wait(loaded.at[warpgroup])
+        r = per_row(refs["r_rla"].at[batch, head, rows])
+        gain = plgpu.load(refs["rla_gain"].at[batch, head], layout=PER_COLUMN, optimized=False)
+        d_rla, d_gain, _ = norm_backward(d_out, queries, r, gain, plan.value_size)
+        d_out[...] = d_rla
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(d_out, refs["d_rla"].at[batch, rows, head])
+        refs["d_gain"].at[batch, row // ROWS, head][...] = d_gain
+    else:
+        plgpu.barrier_wait(loaded.at[warpgroup])
     if plan.map is not None:
-        plgpu.copy_gmem_to_smem(refs["q_rla"].at[batch, rows, head], queries, loaded.at[warpgroup])
-    start = None
-    if plan.segmented:
-        start = plgpu.load(refs["segment_start"].at[batch, rows], layout=PER_ROW, optimized=False)
-    plgpu.barrier_wait(loaded.at[warpgroup])
+        plgpu.copy_gmem_to_smem(refs["q_rla"].at[batch, rows, head], queries, q_loaded.at[warpgroup])
     use = jnp.int32(0)
     flag = lambda condition: jnp.where(condition, zero_rows(ROWS, 1.0), zero_rows(ROWS))
 
@@ -186,7 +204,9 @@ def _compute_for_queries(
             for i, grad in enumerate(grads):
                 refs["dq"].at[batch, rows, head, pl.ds((first + i) * d, d)][...] = grad
     if plan.map is None:
+        plgpu.wait_smem_to_gmem(0)
         return
+    plgpu.barrier_wait(q_loaded.at[warpgroup])
     dq = zeros(ROWS, d)
     for i, grad in enumerate(grads):
         x = plgpu.load(queries, layout=MATRIX).astype(jnp.float32)

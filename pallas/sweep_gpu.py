@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas.plan_gpu import Plan, cdiv
 from pallas.warpgroup_gpu import MATRIX, PER_ROW, ROWS, Ring, across, launch, multiply_add, sign_of, tile, zeros
 
-PIECES = 160  # blocks that a launch should have: a little more than there are multiprocessors
+MULTIPROCESSORS = 132  # of an H100: a launch has at most one block for each, or the last ones would run alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def sweep(sweep: Sweep, x, y, *, row_keep=None, carry_keep=None, save_features: 
     d, f, kv = plan.head_size, plan.num_features, plan.num_kv_heads
     arrays = {"x": x, "y": y, "row_keep": row_keep, "carry_keep": carry_keep}
     blocks = batch * kv * (plan.slices // sweep.warpgroups)
-    length = cdiv(sweep.num_intervals, max(1, min(sweep.num_intervals, PIECES // blocks)))  # intervals of a piece
+    length = cdiv(sweep.num_intervals, max(1, min(sweep.num_intervals, MULTIPROCESSORS // blocks)))  # intervals of a piece
     pieces = cdiv(sweep.num_intervals, length)
     before = None
     if pieces > 1:
@@ -97,7 +97,7 @@ def total(plan: Plan, x, y, *, row_keep=None):
     intervals = cdiv(plan.num_queries, plan.spacing)
     whole = Sweep(plan, False, plan.num_queries, plan.group, 0, intervals, intervals)
     batch = x.shape[0]
-    length = cdiv(intervals, max(1, min(intervals, PIECES // (batch * plan.num_kv_heads))))
+    length = cdiv(intervals, max(1, min(intervals, MULTIPROCESSORS // (batch * plan.num_kv_heads))))
     pieces = cdiv(intervals, length)
     ones = None if row_keep is None else jnp.ones((batch, intervals), jnp.float32)
     arrays = {"x": x, "y": y, "row_keep": row_keep, "carry_keep": ones}

@@ -102,21 +102,24 @@ class Ring:
     def size(self) -> int:
         return self.slots.shape[0]
 
-    def load(self, use, source) -> None:
-        """Producer: copy `source` [rows, columns] as soon as its slot is free."""
+    def load(self, use, source, rows: int | None = None) -> None:
+        """Producer: copy `source` as soon as its slot is free; `rows`, if it has fewer than a slot."""
         slot = lax.rem(use, jnp.int32(self.size))
 
         @pl.when(use >= self.size)
         def _():
             plgpu.barrier_wait(self.free.at[slot])
 
-        plgpu.copy_gmem_to_smem(source, self.slots.at[slot], self.full.at[slot])
+        plgpu.copy_gmem_to_smem(source, self._tile(slot, rows), self.full.at[slot])
 
-    def wait(self, use):
+    def wait(self, use, rows: int | None = None):
         """Consumer: the tile of this use, once it is there."""
         slot = lax.rem(use, jnp.int32(self.size))
         plgpu.barrier_wait(self.full.at[slot])
-        return self.slots.at[slot]
+        return self._tile(slot, rows)
+
+    def _tile(self, slot, rows: int | None):
+        return self.slots.at[slot] if rows in (None, self.slots.shape[1]) else self.slots.at[slot, pl.ds(0, rows)]
 
     def release(self, use) -> None:
         plgpu.barrier_arrive(self.free.at[lax.rem(use, jnp.int32(self.size))])
@@ -184,6 +187,21 @@ KERNEL_MAPS = {
 def sign_of(slice_index):
     """1.0 for slice 0, -1.0 for slice 1."""
     return 1.0 - 2.0 * lax.convert_element_type(slice_index, jnp.float32)
+
+
+def norm_backward(d_tile, y_tile, r, gain, value_size: int):
+    """Through gain * y, y = x r, r = 1 / sqrt(mean(x^2) + eps): the gradients of x and of the gain, and x's times y.
+
+    d_tile, y_tile: refs [rows, columns]; r [rows], gain [columns] in registers. The gradient of x is bfloat16; its product
+    with y is summed over columns, the gain's gradient over rows.
+    """
+    rows, columns = d_tile.shape
+    d_out, y = (plgpu.load(ref, layout=MATRIX).astype(jnp.float32) for ref in (d_tile, y_tile))
+    d_gain = (d_out * y).sum(axis=0)
+    d_out = d_out * down(gain, rows)
+    projection = (d_out * y).sum(axis=1) * (1.0 / value_size)
+    d_x = ((d_out - y * across(projection, columns)) * across(r, columns)).astype(jnp.bfloat16)
+    return d_x, d_gain, (d_x.astype(jnp.float32) * y).sum(axis=1)
 
 
 def named_refs(body: Callable, inputs: dict, outputs: dict):

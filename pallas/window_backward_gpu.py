@@ -27,31 +27,39 @@ from pallas.warpgroup_gpu import (
     iota,
     launch,
     multiply_add,
+    norm_backward,
     tile,
     zero_rows,
     zeros,
 )
 
 
-def query_gradients(arrays: dict, plan: Plan):
-    """dq [b, t, h, d]. arrays: q, k, v; mean_key [b, kv, d]; d_swa, the cotangent of o_swa; stats [b, h, 2, t]:
-    lse, delta; segment_start.
+def query_gradients(arrays: dict, plan: Plan) -> dict:
+    """dq [b, t, h, d], and what the key gradients read: d_swa, the cotangent of o_swa, and delta [b, h, t].
+
+    arrays: q, k, v, lse; mean_key [b, kv, d]; segment_start; d_swa and delta, or, where a norm follows, d_out, y_swa,
+    r_swa and swa_gain, with whose help they are computed here. Then `d_gain` [b, tiles, h, d] is to be summed over tiles.
     """
-    batch, d = arrays["q"].shape[0], plan.head_size
+    (batch, t, heads, d), narrow = arrays["q"].shape, jnp.bfloat16
+    outputs = {"dq": jax.ShapeDtypeStruct(arrays["q"].shape, narrow)}
     scratch = {
         "ring": Ring.scratch(tile(plan.stages, plan.chunk, d), consumers=2),
         "q_tile": tile(2, ROWS, d),
         "d_tile": tile(2, ROWS, d),
-        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=2),
+        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=3 if plan.normed else 2),
     }
-    heads = plan.num_heads // 2 if plan.pair else plan.num_heads
-    grid = {"head": heads, "tile": plan.num_queries // plan.span, "batch": batch}
+    if plan.normed:
+        scratch["y_tile"] = tile(2, ROWS, d)
+        outputs["d_swa"] = jax.ShapeDtypeStruct(arrays["q"].shape, narrow)
+        outputs["delta"] = jax.ShapeDtypeStruct((batch, heads, t), jnp.float32)
+        outputs["d_gain"] = jax.ShapeDtypeStruct((batch, t // ROWS, heads, d), jnp.float32)
+    grid = {"head": heads // 2 if plan.pair else heads, "tile": t // plan.span, "batch": batch}
     body = functools.partial(_window_query_gradients, plan=plan)
-    outputs = {"dq": jax.ShapeDtypeStruct(arrays["q"].shape, jnp.bfloat16)}
-    return launch(body, arrays, outputs, scratch, grid=grid, warpgroups=3, interpret=plan.interpret)["dq"]
+    results = launch(body, arrays, outputs, scratch, grid=grid, warpgroups=3, interpret=plan.interpret)
+    return {name: arrays.get(name) for name in ("d_swa", "delta")} | results
 
 
-def _window_query_gradients(refs, ring, q_tile, d_tile, loaded, plan: Plan):
+def _window_query_gradients(refs, ring, q_tile, d_tile, loaded, plan: Plan, y_tile=None):
     warpgroup, batch = lax.axis_index("warpgroup"), lax.axis_index("batch")
     ring = Ring(*ring)
     lowest = plan.first + lax.axis_index("tile") * plan.span
@@ -78,11 +86,27 @@ def _window_query_gradients(refs, ring, q_tile, d_tile, loaded, plan: Plan):
         plgpu.set_max_registers(240, action="increase")
         q, d_out = q_tile.at[warpgroup], d_tile.at[warpgroup]
         plgpu.copy_gmem_to_smem(refs["q"].at[batch, rows, head], q, loaded.at[warpgroup])
-        plgpu.copy_gmem_to_smem(refs["d_swa"].at[batch, rows, head], d_out, loaded.at[warpgroup])
+        given = refs["d_out" if plan.normed else "d_swa"]
+        plgpu.copy_gmem_to_smem(given.at[batch, rows, head], d_out, loaded.at[warpgroup])
         per_row = lambda ref: plgpu.load(ref, layout=PER_ROW, optimized=False)
-        lse, delta = (per_row(refs["stats"].at[batch, head, i, rows]) for i in range(2))
+        lse = per_row(refs["lse"].at[batch, head, rows])
         start = per_row(refs["segment_start"].at[batch, rows]) if plan.segmented else None
-        plgpu.barrier_wait(loaded.at[warpgroup])
+        if plan.normed:
+            y = y_tile.at[warpgroup]
+            plgpu.copy_gmem_to_smem(refs["y_swa"].at[batch, rows, head], y, loaded.at[warpgroup])
+            plgpu.barrier_wait(loaded.at[warpgroup])
+            r = per_row(refs["r_swa"].at[batch, head, rows])
+            gain = plgpu.load(refs["swa_gain"].at[batch, head], layout=PER_COLUMN, optimized=False)
+            d_swa, d_gain, along = norm_backward(d_out, y, r, gain, plan.value_size)
+            delta = along / r
+            d_out[...] = d_swa
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(d_out, refs["d_swa"].at[batch, rows, head])
+            refs["delta"].at[batch, head, rows][...] = delta
+            refs["d_gain"].at[batch, row // ROWS, head][...] = d_gain
+        else:
+            plgpu.barrier_wait(loaded.at[warpgroup])
+            delta = per_row(refs["delta"].at[batch, head, rows])
         shape = ROWS, plan.chunk
 
         def block(j, carry, masked: bool):
@@ -124,13 +148,14 @@ def _window_query_gradients(refs, ring, q_tile, d_tile, loaded, plan: Plan):
 def key_gradients(arrays: dict, plan: Plan):
     """dk, dv [b, s, kv, d], summed over the group in float32.
 
-    arrays: as for `query_gradients`, and dv [b, s, kv, d], what the residual branch adds, or None.
+    arrays: q, k, v, lse, d_swa, delta, segment_start; dv [b, s, kv, d], what the residual branch adds, or None.
     """
     d = plan.head_size
     shape = arrays["k"].shape
     scratch = {
         "ring": Ring.scratch(tile(6, ROWS, d), consumers=2),
-        "stats_ring": Ring.scratch(plgpu.SMEM((3, 2, ROWS), jnp.float32), consumers=2),
+        "lse_ring": Ring.scratch(plgpu.SMEM((3, ROWS), jnp.float32), consumers=2),
+        "delta_ring": Ring.scratch(plgpu.SMEM((3, ROWS), jnp.float32), consumers=2),
         "k_tile": tile(2, ROWS, d),
         "v_tile": tile(2, ROWS, d),
         "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=2),
@@ -143,9 +168,9 @@ def key_gradients(arrays: dict, plan: Plan):
     return results["dk"], results["dv"]
 
 
-def _window_key_gradients(refs, ring, stats_ring, k_tile, v_tile, loaded, plan: Plan):
+def _window_key_gradients(refs, ring, lse_ring, delta_ring, k_tile, v_tile, loaded, plan: Plan):
     warpgroup, batch, kv_head = (lax.axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
-    ring, stats_ring = Ring(*ring), Ring(*stats_ring)
+    ring, lse_ring, delta_ring = Ring(*ring), Ring(*lse_ring), Ring(*delta_ring)
     lowest, group, d = lax.axis_index("block") * 2 * ROWS, plan.group, plan.head_size
     begin, unmasked, masked_again, end = (x * group for x in plan.window_queries(lowest, 2 * ROWS))
     place = lambda step: (pl.ds(step // group * ROWS, ROWS), kv_head * group + step % group)
@@ -157,13 +182,15 @@ def _window_key_gradients(refs, ring, stats_ring, k_tile, v_tile, loaded, plan: 
         def load(step, use):
             rows, head = place(step)
             ring.load(use, refs["q"].at[batch, rows, head])
-            stats_ring.load(use // 2, refs["stats"].at[batch, head, :, rows])
+            lse_ring.load(use // 2, refs["lse"].at[batch, head, rows])
             ring.load(use + 1, refs["d_swa"].at[batch, rows, head])
+            delta_ring.load(use // 2, refs["delta"].at[batch, head, rows])
             return use + 2
 
         uses = lax.fori_loop(begin, end, load, jnp.int32(0))
         ring.drain(uses)
-        stats_ring.drain(uses // 2)
+        lse_ring.drain(uses // 2)
+        delta_ring.drain(uses // 2)
 
     @pl.when(warpgroup < 2)
     def _():
@@ -178,10 +205,11 @@ def _window_key_gradients(refs, ring, stats_ring, k_tile, v_tile, loaded, plan: 
 
         def block(step, carry, masked: bool):  # everything transposed: rows are keys, columns queries
             dk, dv, use = carry
-            q, stats = ring.wait(use), stats_ring.wait(use // 2)
-            lse, delta = (plgpu.load(stats.at[i], layout=PER_COLUMN) for i in range(2))
-            stats_ring.release(use // 2)
-            d_out = ring.wait(use + 1)
+            q, d_out = ring.wait(use), ring.wait(use + 1)
+            lse = plgpu.load(lse_ring.wait(use // 2), layout=PER_COLUMN)
+            delta = plgpu.load(delta_ring.wait(use // 2), layout=PER_COLUMN)
+            lse_ring.release(use // 2)
+            delta_ring.release(use // 2)
             logits, d_weights = multiply_add(
                 plan.interpret,
                 (square, [(keys, q.transpose((1, 0)))]),
