@@ -5,7 +5,9 @@ softmax, reads the state that the sweep (sweep_gpu.py) saved behind the window, 
 window's edge through a masked product. Notebook 03 walks through this file.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.plan_gpu import Plan, int32
+from pallas.plan_gpu import Place, Plan, int32
 from pallas.warpgroup_gpu import (
     LOG2E,
     MASKED,
@@ -24,10 +26,11 @@ from pallas.warpgroup_gpu import (
     Ring,
     across,
     down,
+    for_each_tile,
     iota,
     launch,
     multiply_add,
-    sign_of,
+    resident_blocks,
     tile,
     zero_rows,
     zeros,
@@ -50,34 +53,43 @@ def forward(arrays: dict, plan: Plan, *, save: bool) -> dict:
     if save and plan.normed:
         for branch in ["swa"] * plan.local + ["rla"] * plan.residual:
             outputs |= {f"y_{branch}": by_head, f"r_{branch}": per_query}
+    gains = [name for name in ("swa_gain", "rla_gain") if arrays.get(name) is not None]
     scratch = {
         "ring": Ring.scratch(tile(plan.stages, plan.chunk, d), consumers=2),
-        "loaded": plgpu.Barrier(num_barriers=4),  # q of both warpgroups, q_rla of both
         "q_tile": tile(2, ROWS, d),
         "q_rla_tile": tile(2, ROWS, d),
+        "stage": tile(2, ROWS, d),
+        "loaded": plgpu.Barrier(num_barriers=2),
+        "rla_loaded": plgpu.Barrier(num_barriers=2),
         "turn": plgpu.Barrier(num_arrivals=2),
     }
-    grid = {"head": heads // 2 if plan.pair else heads, "tile": plan.num_queries // plan.span, "batch": batch}
-    body = functools.partial(_forward_block, plan=plan, save=save)
-    return launch(body, arrays, outputs, scratch, grid=grid, warpgroups=3, interpret=plan.interpret)
+    if gains:
+        scratch["gain_rows"] = plgpu.SMEM((2, 2, d), jnp.float32)
+        scratch["gains_loaded"] = plgpu.Barrier(num_barriers=2, num_arrivals=len(gains))
+    num_tiles = plan.num_tiles(batch)
+    grid = {"block": resident_blocks(num_tiles, plan.interpret)}
+    body = functools.partial(_forward_block, plan=plan, save=save, num_tiles=num_tiles)
+    return launch(body, arrays, outputs, scratch, grid=grid, warpgroups=3, interpret=plan.interpret, reduction_bytes=0)
 
 
-def _forward_block(refs, ring, plan: Plan, save: bool, **scratch):
-    warpgroup, batch = lax.axis_index("warpgroup"), lax.axis_index("batch")
+def _forward_block(refs, ring, plan: Plan, save: bool, num_tiles: int, **scratch):
+    """A block stays on its multiprocessor and takes one tile of queries after the other, copies running ahead."""
+    warpgroup = lax.axis_index("warpgroup")
     ring = Ring(*ring)
-    lowest = plan.first + lax.axis_index("tile") * plan.span
-    kv_head = lax.axis_index("head") * (2 if plan.pair else 1) // plan.group
-    where = batch, kv_head, lowest
 
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(240, action="increase")
-        _compute(refs, ring, where, plan, save, warpgroup, **scratch)
+        compute = _Compute(refs, ring, plan, save, warpgroup, **scratch)
+        compute.load_queries(plan.place(lax.axis_index("block"), warpgroup))
+        for_each_tile(num_tiles, compute.tile, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == 2)
     def _():
         plgpu.set_max_registers(24, action="decrease")
-        _copy(refs, ring, where, plan)
+        copy = lambda index, _, use: _copy(refs, ring, plan.place(index, 0), plan, use)
+        ring.drain(for_each_tile(num_tiles, copy, jnp.int32(0)))
 
 
 def _rounds(plan: Plan):
@@ -85,11 +97,10 @@ def _rounds(plan: Plan):
     return [(i, min(2, plan.slices - i)) for i in range(0, plan.slices, 2)]
 
 
-def _copy(refs, ring: Ring, where, plan: Plan):
+def _copy(refs, ring: Ring, place: Place, plan: Plan, use):
     """The third warpgroup: ask for every tile in the order of its use."""
-    batch, kv_head, lowest = where
+    batch, kv_head, lowest = place.batch, place.kv_head, place.lowest
     rows = lambda j: pl.ds(j * plan.chunk, plan.chunk)
-    use = jnp.int32(0)
     if plan.local:
         begin, _, _, end = plan.window_range(lowest, lowest + plan.span - 1)
 
@@ -100,7 +111,7 @@ def _copy(refs, ring: Ring, where, plan: Plan):
 
         use = lax.fori_loop(begin, end, key_block, use)
     if not plan.residual:
-        return ring.drain(use)
+        return use
     state, begin, end = plan.residual_range(lowest, lowest + plan.span - 1)
     d = plan.head_size
     columns = lambda i: pl.ds(i * d, d)
@@ -124,81 +135,121 @@ def _copy(refs, ring: Ring, where, plan: Plan):
             use = load_state(refs["start_states"].at[batch, i, kv_head], use)
         if plan.reaches_back:
             use = lax.fori_loop(begin, end, edge_block, use)
-    ring.drain(use)
+    return use
 
 
-def _compute(refs, ring: Ring, where, plan: Plan, save: bool, warpgroup, **scratch):
-    batch, kv_head, lowest = where
-    d = plan.head_size
-    head = lax.axis_index("head") * 2 + warpgroup if plan.pair else lax.axis_index("head")
-    row = plan.first_row(lax.axis_index("tile"), warpgroup)
-    rows, position = pl.ds(row, ROWS), plan.first + row  # of this warpgroup's queries
-    q_tile, q_rla_tile = scratch["q_tile"].at[warpgroup], scratch["q_rla_tile"].at[warpgroup]
-    loaded = scratch["loaded"]
-    if plan.local:
-        plgpu.copy_gmem_to_smem(refs["q"].at[batch, rows, head], q_tile, loaded.at[warpgroup])
-    if plan.residual and plan.map is not None:
-        plgpu.copy_gmem_to_smem(refs["q_rla"].at[batch, rows, head], q_rla_tile, loaded.at[2 + warpgroup])
-    start = None  # the first key of each query's segment
-    if plan.segmented:
-        start = plgpu.load(refs["segment_start"].at[batch, rows], layout=PER_ROW, optimized=False)
-    where = batch, kv_head, head, rows, lowest, position
-    use = jnp.int32(0)
+@dataclasses.dataclass(frozen=True)
+class _Compute:
+    """One of the two warpgroups that compute, and the memory it uses."""
 
-    def norm(x):  # [ROWS, d] -> (x / rms(x), 1 / rms(x))
-        r = lax.rsqrt((x * x).sum(axis=1) * (1.0 / plan.value_size) + plan.eps)
-        return x * across(r, d), r
+    refs: dict
+    ring: Ring
+    plan: Plan
+    save: bool
+    warpgroup: Any
+    q_tile: Any
+    q_rla_tile: Any
+    stage: Any
+    loaded: Any
+    rla_loaded: Any
+    turn: Any
+    gain_rows: Any = None
+    gains_loaded: Any = None
 
-    def gained(x, name):
-        gain = plgpu.load(refs[name].at[batch, head], layout=PER_COLUMN, optimized=False)
+    def mine(self, ref):
+        return ref.at[self.warpgroup]
+
+    def load_queries(self, place: Place) -> None:
+        self.load_q(place)
+        self.load_q_rla(place)
+        self.load_gains(place)
+
+    def load_q(self, place: Place) -> None:
+        if self.plan.local:
+            source = self.refs["q"].at[place.batch, place.rows, place.head]
+            plgpu.copy_gmem_to_smem(source, self.mine(self.q_tile), self.mine(self.loaded))
+
+    def load_q_rla(self, place: Place) -> None:
+        if self.plan.residual and self.plan.map is not None:
+            source = self.refs["q_rla"].at[place.batch, place.rows, place.head]
+            plgpu.copy_gmem_to_smem(source, self.mine(self.q_rla_tile), self.mine(self.rla_loaded))
+
+    def load_gains(self, place: Place) -> None:
+        for i, name in enumerate(("swa_gain", "rla_gain")):
+            if name in self.refs:
+                source = self.refs[name].at[place.batch, place.head]
+                plgpu.copy_gmem_to_smem(source, self.gain_rows.at[self.warpgroup, i], self.mine(self.gains_loaded))
+
+    def gained(self, x, branch: int):
+        gain = plgpu.load(self.gain_rows.at[self.warpgroup, branch], layout=PER_COLUMN)
         return x * down(gain, ROWS)
 
-    def store(value, name, through):
-        through[...] = value.astype(jnp.bfloat16)
+    def norm(self, x):
+        """(x / rms(x), 1 / rms(x)) of [ROWS, d]."""
+        r = lax.rsqrt((x * x).sum(axis=1) * (1.0 / self.plan.value_size) + self.plan.eps)
+        return x * across(r, x.shape[1]), r
+
+    def put(self, value, name: str | None, place: Place) -> None:
+        """Into the stage, and from there to `name`."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        stage = self.mine(self.stage)
+        stage[...] = value.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(through, refs[name].at[batch, rows, head])
+        if name is not None:
+            plgpu.copy_smem_to_gmem(stage, self.refs[name].at[place.batch, place.rows, place.head])
 
-    def store_rows(value, name):
-        refs[name].at[batch, head, rows][...] = value
+    def put_rows(self, value, name: str, place: Place) -> None:
+        if self.save:
+            self.refs[name].at[place.batch, place.head, place.rows][...] = value
 
-    out = None
-    if plan.local:
-        plgpu.barrier_wait(loaded.at[warpgroup])
-        out, lse, use = _window(ring, where, plan, q_tile, start, use, warpgroup, scratch["turn"])
-        if save:
-            store_rows(lse, "lse")
-        if plan.normed:
-            out, r = norm(out)
-            q_tile[...] = out.astype(jnp.bfloat16)  # out of the registers until the end
-            plgpu.commit_smem()
-            if save:
-                plgpu.copy_smem_to_gmem(q_tile, refs["y_swa"].at[batch, rows, head])
-                store_rows(r, "r_swa")
-            if not plan.residual:
-                out = gained(out, "swa_gain")
-    if plan.residual:
-        if plan.map is not None:
-            plgpu.barrier_wait(loaded.at[2 + warpgroup])
-        tiles = q_rla_tile, loaded.at[2 + warpgroup]
-        out = _residual(refs, ring, where, plan, tiles, start, use)
-        if plan.normed:
-            out, r = norm(out)
-            if save:
-                store(out, "y_rla", q_rla_tile)
-                store_rows(r, "r_rla")
-            out = gained(out, "rla_gain")
+    def tile(self, index, is_last, use):
+        """All of one tile of queries. The next one's queries are asked for as soon as their place is free."""
+        plan = self.plan
+        place = plan.place(index, self.warpgroup)
+        start = None  # the first key of each query's segment
+        if plan.segmented:
+            source = self.refs["segment_start"].at[place.batch, place.rows]
+            start = plgpu.load(source, layout=PER_ROW, optimized=False)
+
+        def ahead(load):
+            plgpu.commit_smem()  # all threads are done with what lay there
+            pl.when(jnp.logical_not(is_last))(lambda: load(plan.place(index + lax.axis_size("block"), self.warpgroup)))
+
+        out = None
+        if plan.local:
+            plgpu.barrier_wait(self.mine(self.loaded))
+            out, lse, use = _window(self.ring, place, plan, self.mine(self.q_tile), start, use, self.warpgroup, self.turn)
+            ahead(self.load_q)
+            self.put_rows(lse, "lse", place)
+            if plan.normed:
+                out, r = self.norm(out)
+                self.put_rows(r, "r_swa", place)
+                if plan.residual or self.save:  # out of the registers until the end
+                    self.put(out, "y_swa" if self.save else None, place)
+        if plan.residual:
+            o_rla, use = _residual(self, place, start, use, ahead)
+            if plan.normed:
+                o_rla, r = self.norm(o_rla)
+                self.put_rows(r, "r_rla", place)
             if plan.local:
-                y_swa = plgpu.load(q_tile, layout=MATRIX).astype(jnp.float32)
-                out += gained(y_swa, "swa_gain")
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    store(out, "out", q_tile)
-    plgpu.wait_smem_to_gmem(0)
+                out = plgpu.load(self.mine(self.stage), layout=MATRIX).astype(jnp.float32)
+            if plan.normed and self.save:
+                self.put(o_rla, "y_rla", place)
+        if plan.normed:
+            plgpu.barrier_wait(self.mine(self.gains_loaded))
+            terms = [self.gained(out, 0)] if plan.local else []
+            terms += [self.gained(o_rla, 1)] if plan.residual else []
+            out = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+            ahead(self.load_gains)
+        elif plan.residual:
+            out = o_rla
+        self.put(out, "out", place)
+        return use
 
 
-def _window(ring: Ring, where, plan: Plan, q_tile, start, use, warpgroup, turn):
+def _window(ring: Ring, place: Place, plan: Plan, q_tile, start, use, warpgroup, turn):
     """Softmax attention over the window: (o_swa [ROWS, d], log2 of the sum of exp2 of the logits [ROWS], uses)."""
-    *_, lowest, position = where
-    d, chunk = plan.head_size, plan.chunk
+    lowest, position, d, chunk = place.lowest, place.position, plan.head_size, plan.chunk
     scale = LOG2E * (plan.scale if plan.scale > 0 else 1.0)  # after the maximum, where it costs nothing
     begin, unmasked, masked_again, end = plan.window_range(lowest, lowest + plan.span - 1)
 
@@ -260,17 +311,20 @@ def _window(ring: Ring, where, plan: Plan, q_tile, start, use, warpgroup, turn):
     return out * across(1.0 / total, d), highest + jnp.log2(total), use
 
 
-def _residual(refs, ring: Ring, where, plan: Plan, tiles, start, use):
+def _residual(compute: _Compute, place: Place, start, use, ahead):
     """phi(q) times the saved state, plus the masked product with the blocks on the window's edge: [ROWS, d]."""
-    batch, kv_head, head, rows, lowest, position = where
-    q_rla_tile, loaded = tiles
+    refs, ring, plan = compute.refs, compute.ring, compute.plan
+    batch, kv_head, position = place.batch, place.kv_head, place.position
     d, chunk = plan.head_size, plan.chunk
-    state, begin, end = plan.residual_range(lowest, lowest + plan.span - 1)
+    q_rla_tile, loaded = compute.mine(compute.q_rla_tile), compute.mine(compute.rla_loaded)
+    state, begin, end = plan.residual_range(place.lowest, place.lowest + plan.span - 1)
     out = zeros(ROWS, d)
 
     def features(i):  # slice i of phi(q): bfloat16 in registers, and the sums of its rows
         if plan.map is None:
-            plgpu.copy_gmem_to_smem(refs["features_q"].at[batch, rows, head, pl.ds(i * d, d)], q_rla_tile, loaded)
+            source = refs["features_q"].at[batch, place.rows, place.head, pl.ds(i * d, d)]
+            plgpu.commit_smem()
+            plgpu.copy_gmem_to_smem(source, q_rla_tile, loaded)
             plgpu.barrier_wait(loaded)
             phi = plgpu.load(q_rla_tile, layout=MATRIX)
         else:
@@ -282,14 +336,16 @@ def _residual(refs, ring: Ring, where, plan: Plan, tiles, start, use):
 
     def read_state(phis, means, first, reads, out, use):
         """out + phi(q) (centred state + its mean), for the rows where `reads` is 1."""
-        products = []
+        products, constants = [], []
         for i, (phi, total) in enumerate(phis):
             mean = plgpu.load(means.at[first + i], layout=PER_COLUMN, optimized=False)
             if reads is not None:
                 phi, total = (phi.astype(jnp.float32) * across(reads, d)).astype(jnp.bfloat16), total * reads
             products.append((phi, ring.wait(use + i, d).transpose((1, 0))))
-            out += across(total, d) * down(mean, ROWS)
+            constants.append((total, mean))
         out = multiply_add(plan.interpret, (out, products))
+        for total, mean in constants:
+            out += across(total, d) * down(mean, ROWS)
         for i in range(len(phis)):
             ring.release(use + i)
         return out, use + len(phis)
@@ -297,8 +353,12 @@ def _residual(refs, ring: Ring, where, plan: Plan, tiles, start, use):
     def flag(condition):
         return jnp.where(condition, zero_rows(ROWS, 1.0), zero_rows(ROWS))
 
+    if plan.map is not None:
+        plgpu.barrier_wait(loaded)
     for first, count in _rounds(plan):
         phis = [features(first + i) for i in range(count)]
+        if plan.map is not None:
+            ahead(compute.load_q_rla)
         if plan.reaches_back:
             reads = flag(start < state * plan.spacing) if plan.segmented else None
 
@@ -329,4 +389,4 @@ def _residual(refs, ring: Ring, where, plan: Plan, tiles, start, use):
                 return out, use + count + 1
 
             out, use = lax.fori_loop(begin, end, edge, (out, use))
-    return out
+    return out, use

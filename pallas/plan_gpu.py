@@ -1,9 +1,11 @@
 """What is fixed when a Hopper kernel is compiled, and which blocks of keys a tile of queries meets."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas.warpgroup_gpu import KERNEL_MAPS, ROWS, KernelMap
 
@@ -59,6 +61,26 @@ class Plan:
     def first_row(self, tile, warpgroup):
         """The first query row of a warpgroup; written so that the compiler sees a multiple of ROWS."""
         return tile * self.span if self.pair else tile * self.span + warpgroup * ROWS
+
+    def num_tiles(self, batch: int) -> int:
+        heads = self.num_heads // 2 if self.pair else self.num_heads
+        return heads * (self.num_queries // self.span) * batch
+
+    def place(self, index, warpgroup) -> "Place":
+        """Where a warpgroup works in tile `index`: heads of a group first, so that neighbours share keys."""
+        heads = self.num_heads // 2 if self.pair else self.num_heads
+        tiles = self.num_queries // self.span
+        head, index = lax.rem(index, jnp.int32(heads)), index // heads
+        tile, batch = lax.rem(index, jnp.int32(tiles)), index // tiles
+        row = self.first_row(tile, warpgroup)
+        return Place(
+            batch=batch,
+            kv_head=head * (2 if self.pair else 1) // self.group,
+            head=head * 2 + warpgroup if self.pair else head,
+            row=row,
+            lowest=self.first + tile * self.span,
+            position=self.first + row,
+        )
 
     @property
     def map(self) -> KernelMap | None:
@@ -128,6 +150,22 @@ class Plan:
         newest = (key // self.spacing + 1) * self.spacing + self.window - 2 - self.first
         spans = jnp.where(newest >= 0, jnp.maximum(newest, 0) // self.span + 1, 0)
         return begin, jnp.clip(spans * (self.span // ROWS), begin, tiles)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which queries a warpgroup has before it. All are int32 scalars."""
+
+    batch: Any
+    kv_head: Any
+    head: Any
+    row: Any  # of its first query among the queries
+    lowest: Any  # position of the first query of both warpgroups
+    position: Any  # of its own first query
+
+    @property
+    def rows(self):
+        return pl.ds(self.row, ROWS)
 
 
 def floor_tile(row):

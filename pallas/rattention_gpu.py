@@ -153,7 +153,7 @@ def _attend(
         normed=normed,
         chunk=chunk,
         spacing=max(chunk * block_sizes.chunks_per_state, span),
-        stages=10 if chunk * head_size <= 64 * 128 else 5,
+        stages=8 if chunk * head_size <= 64 * 128 else 4,
         interpret=interpreted(),
     )
 

@@ -18,9 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.plan_gpu import Plan, cdiv
-from pallas.warpgroup_gpu import MATRIX, PER_ROW, ROWS, Ring, across, launch, multiply_add, sign_of, tile, zeros
+from pallas.warpgroup_gpu import MATRIX, MULTIPROCESSORS, PER_ROW, ROWS, Ring, across, launch, multiply_add, sign_of, tile, zeros
 
-MULTIPROCESSORS = 132  # of an H100: a launch has at most one block for each, or the last ones would run alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +78,8 @@ def sweep(sweep: Sweep, x, y, *, row_keep=None, carry_keep=None, save_features: 
     if pieces > 1:
         totals = jax.ShapeDtypeStruct((batch, pieces, kv, d, f), jnp.float32)
         totals = _launch(sweep, arrays, {"totals": totals}, length, pieces)["totals"]
-        earlier = jnp.tril(jnp.ones((pieces, pieces), jnp.float32), -1)[None]
-        if carry_keep is not None:
-            earlier = earlier * _kept(sweep, carry_keep, length, pieces)
-        before = jnp.einsum("bpq,bqkvf->bpkvf", jnp.broadcast_to(earlier, (batch, pieces, pieces)), totals, precision="highest")
+        kept = None if carry_keep is None else _kept(sweep, carry_keep, length, pieces)
+        before = _sums_before(totals, kept)
     outputs = {
         "states": jax.ShapeDtypeStruct((batch, sweep.num_states, kv, d, f), jnp.bfloat16),
         "means": jax.ShapeDtypeStruct((batch, sweep.num_states, kv, plan.slices, d), jnp.float32),
@@ -107,13 +104,27 @@ def total(plan: Plan, x, y, *, row_keep=None):
 
 
 def _kept(sweep: Sweep, carry_keep, length: int, pieces: int):
-    """[b, pieces, pieces]: does the sum of piece q survive until piece p begins?"""
+    """[b, pieces]: 1 where what comes into a piece also comes out of it, 0 where a segment ends inside."""
     order = carry_keep[:, jnp.array([sweep.interval(n) for n in range(sweep.num_intervals)])]
     padding = length * pieces - sweep.num_intervals
     order = jnp.pad(order, ((0, 0), (0, padding)), constant_values=1.0)
-    whole = order.reshape(order.shape[0], pieces, length).prod(axis=2)  # does anything pass through piece n?
-    p, q, n = jnp.meshgrid(*(jnp.arange(pieces),) * 3, indexing="ij")
-    return jnp.where((q < n) & (n < p), whole[:, None, None, :], 1.0).prod(axis=3)
+    return order.reshape(order.shape[0], pieces, length).prod(axis=2)
+
+
+def _sums_before(totals, kept):
+    """[b, pieces, ...]: the sum that each piece starts from. A short chain of additions, or one small product."""
+    pieces = totals.shape[1]
+    if pieces <= 8:
+        before = [jnp.zeros_like(totals[:, 0])]
+        for piece in range(pieces - 1):
+            carried = before[-1] if kept is None else before[-1] * kept[:, piece, None, None, None]
+            before.append(carried + totals[:, piece])
+        return jnp.stack(before, axis=1)
+    earlier = jnp.broadcast_to(jnp.tril(jnp.ones((pieces, pieces), jnp.float32), -1), (totals.shape[0], pieces, pieces))
+    if kept is not None:
+        p, q, n = jnp.meshgrid(*(jnp.arange(pieces),) * 3, indexing="ij")
+        earlier = earlier * jnp.where((q < n) & (n < p), kept[:, None, None, :], 1.0).prod(axis=3)
+    return jnp.einsum("bpq,bqkvf->bpkvf", earlier, totals, precision="highest")
 
 
 def _launch(sweep: Sweep, arrays: dict, outputs: dict, length: int, pieces: int) -> dict:

@@ -4,9 +4,8 @@ A block runs two compute warpgroups and one that issues copies. Refs are not arr
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # query rows of one warpgroup: the M of a wgmma instruction
+MULTIPROCESSORS = 132  # of an H100; blocks of a launch that are resident at once, one on each
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that a wholly masked row of scores gives no NaN
 MATRIX = plgpu.Layout.WGMMA
@@ -214,8 +214,32 @@ def named_refs(body: Callable, inputs: dict, outputs: dict):
     return kernel
 
 
-def launch(body, inputs: dict, outputs: dict, scratch: dict, *, grid: dict[str, int], warpgroups: int, interpret: bool):
-    """Run a kernel on the arrays of `inputs` that are not None; the results, by name."""
+def for_each_tile(num_tiles: int, body: Callable, carry):
+    """`body(index, is_last, carry)` for every tile of this block: resident blocks deal the tiles out among them."""
+    block, blocks = lax.axis_index("block"), lax.axis_size("block")
+    count = (num_tiles - 1 - block) // blocks + 1
+    return lax.fori_loop(0, count, lambda i, carry: body(block + i * blocks, i == count - 1, carry), carry)
+
+
+def resident_blocks(num_tiles: int, interpret: bool) -> int:
+    return min(num_tiles, 3 if interpret else MULTIPROCESSORS)
+
+
+def launch(
+    body,
+    inputs: dict,
+    outputs: dict,
+    scratch: dict,
+    *,
+    grid: dict[str, int],
+    warpgroups: int,
+    interpret: bool,
+    reduction_bytes: int = 2048,
+) -> dict:
+    """Run a kernel on the arrays of `inputs` that are not None; the results, by name.
+
+    reduction_bytes: shared memory for sums over the rows of a tile, which cross warps.
+    """
     kernel = named_refs(body, inputs, outputs)
     kernel.__name__ = body.func.__name__.removeprefix("_")
     results = plgpu.kernel(
@@ -226,7 +250,7 @@ def launch(body, inputs: dict, outputs: dict, scratch: dict, *, grid: dict[str, 
         grid_names=tuple(grid),
         num_threads=warpgroups,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=reduction_bytes),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(*(value for value in inputs.values() if value is not None))
     return dict(zip(outputs, results, strict=True))
