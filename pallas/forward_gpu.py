@@ -258,11 +258,16 @@ def _window(ring: Ring, place: Place, plan: Plan, q_tile, start, use, warpgroup,
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
-    def block(j, carry, masked: bool):
+    def block(j, carry, masked: bool, half: int | None = None):
         out, highest, total, use = carry
-        keys = ring.wait(use)
+        key, columns = j * chunk, chunk
+        keys, values = ring.tile_of(use), ring.tile_of(use + 1)
+        if half is not None:
+            key, columns = key + half * ROWS, ROWS
+            keys, values = (x.at[pl.ds(half * ROWS, ROWS)] for x in (keys, values))
+        ring.wait(use)
         if plan.interpret:
-            logits = multiply_add(True, ((ROWS, chunk), [(q_tile, keys.transpose((1, 0)))]))
+            logits = multiply_add(True, ((ROWS, columns), [(q_tile, keys.transpose((1, 0)))]))
         else:
 
             def product(ref):
@@ -270,19 +275,19 @@ def _window(ring: Ring, place: Place, plan: Plan, q_tile, start, use, warpgroup,
                 take_turns()
                 return ref[...]
 
-            logits = pl.run_scoped(product, plgpu.ACC((ROWS, chunk), jnp.float32))
+            logits = pl.run_scoped(product, plgpu.ACC((ROWS, columns), jnp.float32))
         ring.release(use)
         if not plan.scale > 0:
             logits *= plan.scale
         if masked:
-            ahead = position - j * chunk + iota(ROWS, chunk, 0) - iota(ROWS, chunk, 1)
+            ahead = position - key + iota(ROWS, columns, 0) - iota(ROWS, columns, 1)
             seen = (ahead >= 0) & (ahead < plan.window)
             if plan.segmented:
-                seen &= iota(ROWS, chunk, 1) + j * chunk >= across(start, chunk)
+                seen &= iota(ROWS, columns, 1) + key >= across(start, columns)
             logits = jnp.where(seen, logits, MASKED)
         higher = jnp.maximum(highest, logits.max(axis=1) * scale)
         shrink = jnp.exp2(highest - higher)
-        weights = jnp.exp2(logits * scale - across(higher, chunk))
+        weights = jnp.exp2(logits * scale - across(higher, columns))
         if masked:
             weights = jnp.where(seen, weights, 0.0)  # a row may have met no key yet
         out *= across(shrink, d)
@@ -291,7 +296,7 @@ def _window(ring: Ring, place: Place, plan: Plan, q_tile, start, use, warpgroup,
         if not plan.interpret:
             out, total, higher, weights = lax.optimization_barrier((out, total, higher, weights))
             plgpu.barrier_arrive(turn)
-        values = ring.wait(use + 1)
+        ring.wait(use + 1)
         if not plan.interpret:
             plgpu.barrier_wait(turn)
         out = multiply_add(plan.interpret, (out, [(weights, values)]))
@@ -301,10 +306,20 @@ def _window(ring: Ring, place: Place, plan: Plan, q_tile, start, use, warpgroup,
     if not plan.interpret:
         pl.when(warpgroup == 1)(take_turns)
     carry = zeros(ROWS, d), zero_rows(ROWS, MASKED), zero_rows(ROWS), use
-    carry = lax.fori_loop(begin, unmasked, functools.partial(block, masked=True), carry)
+    masked, plain = functools.partial(block, masked=True), functools.partial(block, masked=False)
+    last_half = jnp.int32(0)
+    if chunk > ROWS:
+        oldest = jnp.maximum(lowest - plan.window + 1, 0)
+        first_half, last_half = plan.half_blocks(oldest, lowest + plan.span - 1, begin, end)
+        carry = lax.fori_loop(begin, begin + first_half, functools.partial(masked, half=1), carry)
+        begin, end = begin + first_half, end - last_half
+        unmasked, masked_again = jnp.clip(unmasked, begin, end), jnp.clip(masked_again, begin, end)
+    carry = lax.fori_loop(begin, unmasked, masked, carry)
     if not plan.segmented:
-        carry = lax.fori_loop(unmasked, masked_again, functools.partial(block, masked=False), carry)
-        carry = lax.fori_loop(masked_again, end, functools.partial(block, masked=True), carry)
+        carry = lax.fori_loop(unmasked, masked_again, plain, carry)
+        carry = lax.fori_loop(masked_again, end, masked, carry)
+    if chunk > ROWS:
+        carry = lax.fori_loop(end, end + last_half, functools.partial(masked, half=0), carry)
     out, highest, total, use = carry
     if not plan.interpret:
         pl.when(warpgroup == 0)(take_turns)
@@ -334,59 +349,77 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
             return phi, zero_rows(ROWS, 1.0)
         return phi, phi.astype(jnp.float32).sum(axis=1)
 
-    def read_state(phis, means, first, reads, out, use):
+    def read_state(phis, means, reads, out, use):
         """out + phi(q) (centred state + its mean), for the rows where `reads` is 1."""
         products, constants = [], []
         for i, (phi, total) in enumerate(phis):
-            mean = plgpu.load(means.at[first + i], layout=PER_COLUMN, optimized=False)
             if reads is not None:
                 phi, total = (phi.astype(jnp.float32) * across(reads, d)).astype(jnp.bfloat16), total * reads
             products.append((phi, ring.wait(use + i, d).transpose((1, 0))))
-            constants.append((total, mean))
+            constants.append(total)
         out = multiply_add(plan.interpret, (out, products))
-        for total, mean in constants:
-            out += across(total, d) * down(mean, ROWS)
         for i in range(len(phis)):
             ring.release(use + i)
+        if plan.sums_to_one:
+            out += across(constants[0], d) * down(means[0], ROWS)
+        else:
+            for total, mean in zip(constants, means, strict=True):
+                out += across(total, d) * down(mean, ROWS)
         return out, use + len(phis)
+
+    def load_means(ref, first, count):  # ahead of their use: they come from device memory
+        means = [plgpu.load(ref.at[first + i], layout=PER_COLUMN, optimized=False) for i in range(count)]
+        return [means[0] + means[1]] if plan.sums_to_one and count == 2 else means
 
     def flag(condition):
         return jnp.where(condition, zero_rows(ROWS, 1.0), zero_rows(ROWS))
 
+    def edge(j, carry, phis, half: int | None = None):
+        out, use = carry
+        key, columns, count = j * chunk, chunk, len(phis)
+        tiles = [ring.tile_of(use + i) for i in range(count + 1)]
+        if half is not None:
+            key, columns = key + half * ROWS, ROWS
+            tiles = [x.at[pl.ds(half * ROWS, ROWS)] for x in tiles]
+        for i in range(count):
+            ring.wait(use + i)
+        products = [(phi, x.transpose((1, 0))) for (phi, _), x in zip(phis, tiles[:-1], strict=True)]
+        scores = multiply_add(plan.interpret, ((ROWS, columns), products))
+        for i in range(count):
+            ring.release(use + i)
+        seen = position - key + iota(ROWS, columns, 0) - iota(ROWS, columns, 1) >= plan.window
+        if plan.segmented:
+            seen &= iota(ROWS, columns, 1) + key >= across(start, columns)
+        scores = jnp.where(seen, scores, 0.0).astype(jnp.bfloat16)
+        ring.wait(use + count)
+        out = multiply_add(plan.interpret, (out, [(scores, tiles[-1])]))
+        ring.release(use + count)
+        return out, use + count + 1
+
+    last_half = jnp.int32(0)
+    if chunk > ROWS and plan.reaches_back:
+        _, last_half = plan.half_blocks(begin * chunk, place.lowest + plan.span - 1 - plan.window, begin, end)
     if plan.map is not None:
         plgpu.barrier_wait(loaded)
     for first, count in _rounds(plan):
+        if plan.reaches_back:
+            means = load_means(refs["state_means"].at[batch, state, kv_head], first, count)
         phis = [features(first + i) for i in range(count)]
         if plan.map is not None:
             ahead(compute.load_q_rla)
         if plan.reaches_back:
             reads = flag(start < state * plan.spacing) if plan.segmented else None
-
-            def saved(_, carry, phis=phis, first=first, reads=reads):
-                return read_state(phis, refs["state_means"].at[batch, state, kv_head], first, reads, *carry)
-
-            out, use = lax.fori_loop(0, int32(state > 0), saved, (out, use))
+            saved = functools.partial(read_state, phis, means, reads)
+            out, use = lax.fori_loop(0, int32(state > 0), lambda _, carry, saved=saved: saved(*carry), (out, use))
         for i in range(plan.num_start_states):
             reads = None
             if plan.num_start_states > 1:
                 reads = flag(start > 0 if i else start <= 0)
-            out, use = read_state(phis, refs["start_means"].at[batch, i, kv_head], first, reads, out, use)
+            means = load_means(refs["start_means"].at[batch, i, kv_head], first, count)
+            out, use = read_state(phis, means, reads, out, use)
         if plan.reaches_back:
-
-            def edge(j, carry, phis=phis, count=count):
-                out, use = carry
-                products = [(phi, ring.wait(use + i).transpose((1, 0))) for i, (phi, _) in enumerate(phis)]
-                scores = multiply_add(plan.interpret, ((ROWS, chunk), products))
-                for i in range(count):
-                    ring.release(use + i)
-                ahead = position - j * chunk + iota(ROWS, chunk, 0) - iota(ROWS, chunk, 1)
-                seen = ahead >= plan.window
-                if plan.segmented:
-                    seen &= iota(ROWS, chunk, 1) + j * chunk >= across(start, chunk)
-                scores = jnp.where(seen, scores, 0.0).astype(jnp.bfloat16)
-                out = multiply_add(plan.interpret, (out, [(scores, ring.wait(use + count))]))
-                ring.release(use + count)
-                return out, use + count + 1
-
-            out, use = lax.fori_loop(begin, end, edge, (out, use))
+            carry = lax.fori_loop(begin, end - last_half, functools.partial(edge, phis=phis), (out, use))
+            if chunk > ROWS:
+                carry = lax.fori_loop(end - last_half, end, functools.partial(edge, phis=phis, half=0), carry)
+            out, use = carry
     return out, use

@@ -122,6 +122,13 @@ class Plan:
         unmasked = jnp.clip(cdiv(jnp.maximum(highest - self.window + 1, 0), self.chunk), begin, end)
         return begin, unmasked, jnp.clip((lowest + 1) // self.chunk, unmasked, end), end
 
+    def half_blocks(self, oldest, newest, begin, end):
+        """1 where keys oldest ... newest fill only the second half of block `begin`; only the first half of `end` - 1."""
+        some = end > begin
+        first = some & (oldest >= begin * self.chunk + ROWS)
+        last = some & (newest < (end - 1) * self.chunk + ROWS)
+        return int32(first), int32(last)
+
     def residual_range(self, lowest, highest):
         """The saved state that queries at lowest ... highest read, and the key blocks [begin, end) on the edge."""
         state = jnp.minimum(jnp.maximum(lowest - self.window + 1, 0) // self.spacing, self.num_states - 1)

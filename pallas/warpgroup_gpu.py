@@ -110,16 +110,16 @@ class Ring:
         def _():
             plgpu.barrier_wait(self.free.at[slot])
 
-        plgpu.copy_gmem_to_smem(source, self._tile(slot, rows), self.full.at[slot])
+        plgpu.copy_gmem_to_smem(source, self.tile_of(use, rows), self.full.at[slot])
 
     def wait(self, use, rows: int | None = None):
         """Consumer: the tile of this use, once it is there."""
-        slot = lax.rem(use, jnp.int32(self.size))
-        plgpu.barrier_wait(self.full.at[slot])
-        return self._tile(slot, rows)
+        plgpu.barrier_wait(self.full.at[lax.rem(use, jnp.int32(self.size))])
+        return self.tile_of(use, rows)
 
-    def _tile(self, slot, rows: int | None):
-        return self.slots.at[slot] if rows in (None, self.slots.shape[1]) else self.slots.at[slot, pl.ds(0, rows)]
+    def tile_of(self, use, rows: int | None = None):
+        slot = self.slots.at[lax.rem(use, jnp.int32(self.size))]
+        return slot if rows in (None, self.slots.shape[1]) else slot.at[pl.ds(0, rows)]
 
     def release(self, use) -> None:
         plgpu.barrier_arrive(self.free.at[lax.rem(use, jnp.int32(self.size))])
