@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.plan_gpu import Plan, int32
+from pallas.plan_gpu import Place, Plan, int32
 from pallas.warpgroup_gpu import (
     MATRIX,
     PER_COLUMN,
@@ -21,10 +21,12 @@ from pallas.warpgroup_gpu import (
     Ring,
     across,
     down,
+    for_each_tile,
     iota,
     launch,
     multiply_add,
     norm_backward,
+    resident_blocks,
     sign_of,
     tile,
     zero_rows,
@@ -39,184 +41,203 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
     is computed here, and `d_gain` [b, tiles, h, d], to be summed over tiles; q_rla unless features are given; features_k,
     v, states, state_means; start_states, start_means; segment_start.
     """
-    d, states, heads = plan.head_size, plan.slices_at_once, plan.num_heads
-    batch, t = arrays["v"].shape[0], plan.num_queries
-    by_head = batch, t, heads
+    d, heads, batch, t = plan.head_size, plan.num_heads, arrays["v"].shape[0], plan.num_queries
     scratch = {
         "ring": Ring.scratch(tile(plan.stages, plan.chunk, d), consumers=2),
         "d_tile": tile(2, ROWS, d),
         "q_tile": tile(2, ROWS, d),
+        "stage": tile(2, ROWS, d),
         "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=2 if plan.normed else 1),
         "q_loaded": plgpu.Barrier(num_barriers=2),
-        "state_tiles": (tile(d, d),) * states,
-        "state_full": plgpu.Barrier(num_arrivals=states),
-        "state_free": plgpu.Barrier(num_arrivals=2),
     }
-    grid = {"head": heads // 2 if plan.pair else heads, "tile": t // plan.span, "batch": batch}
     width, dtype = (plan.num_features, jnp.float32) if plan.map is None else (d, jnp.bfloat16)
-    outputs = {"dq": jax.ShapeDtypeStruct((*by_head, width), dtype)}
+    outputs = {"dq": jax.ShapeDtypeStruct((batch, t, heads, width), dtype)}
     if plan.normed:
-        outputs["d_rla"] = jax.ShapeDtypeStruct((*by_head, d), jnp.bfloat16)
+        scratch["y_tile"] = tile(2, ROWS, d)
+        outputs["d_rla"] = jax.ShapeDtypeStruct((batch, t, heads, d), jnp.bfloat16)
         outputs["d_gain"] = jax.ShapeDtypeStruct((batch, t // ROWS, heads, d), jnp.float32)
-    body = functools.partial(_residual_query_gradients, plan=plan)
+    num_tiles = plan.num_tiles(batch)
+    grid = {"block": resident_blocks(num_tiles, plan.interpret)}
+    body = functools.partial(_residual_query_gradients, plan=plan, num_tiles=num_tiles)
     results = launch(body, arrays, outputs, scratch, grid=grid, warpgroups=3, interpret=plan.interpret)
     return {"d_rla": arrays.get("d_rla")} | results
 
 
-def _residual_query_gradients(refs, plan: Plan, ring, **scratch):
-    warpgroup, batch = lax.axis_index("warpgroup"), lax.axis_index("batch")
+def _residual_query_gradients(refs, ring, plan: Plan, num_tiles: int, **scratch):
+    warpgroup = lax.axis_index("warpgroup")
     ring = Ring(*ring)
-    lowest = plan.first + lax.axis_index("tile") * plan.span
-    head = lax.axis_index("head") * 2 + warpgroup if plan.pair else lax.axis_index("head")
-    kv_head = lax.axis_index("head") * (2 if plan.pair else 1) // plan.group
-    row = plan.first_row(lax.axis_index("tile"), warpgroup)
-    state, begin, end = plan.residual_range(lowest, lowest + plan.span - 1)
-    where = batch, kv_head, state, begin, end
 
     @pl.when(warpgroup == 2)
     def _():
         plgpu.set_max_registers(24, action="decrease")
-        _copy_for_queries(refs, ring, where, plan, **scratch)
+        copy = lambda index, _, use: _copy_for_queries(refs, ring, plan.place(index, 0), plan, use)
+        ring.drain(for_each_tile(num_tiles, copy, jnp.int32(0)))
 
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(240, action="increase")
-        _compute_for_queries(refs, ring, (*where, warpgroup, head, row), plan, **scratch)
+        _compute_for_queries(refs, ring, plan, num_tiles, warpgroup, **scratch)
+        plgpu.wait_smem_to_gmem(0)
 
 
-def _copy_for_queries(refs, ring: Ring, where, plan: Plan, state_tiles, state_full, state_free, **_):
-    batch, kv_head, state, begin, end = where
+def _state_parts(plan: Plan) -> list:
+    """A state's tile [dv, d] is longer than a slot of the ring: the rows of dv that each of its parts holds."""
+    return [pl.ds(row, plan.chunk) for row in range(0, plan.head_size, plan.chunk)]
+
+
+def _copy_for_queries(refs, ring: Ring, place: Place, plan: Plan, use):
     d, count = plan.head_size, plan.slices_at_once
-    use, loads = jnp.int32(0), jnp.int32(0)
+    batch, kv_head = place.batch, place.kv_head
+    state, begin, end = plan.residual_range(place.lowest, place.lowest + plan.span - 1)
+    columns = lambda i: pl.ds(i * d, d)
 
-    def load_state(source, first, loads):
-        @pl.when(loads > 0)
-        def _():
-            plgpu.barrier_wait(state_free)
-
+    def load_state(source, first, use):
         for i in range(count):
-            plgpu.copy_gmem_to_smem(source.at[:, pl.ds((first + i) * d, d)], state_tiles[i], state_full)
-        return loads + 1
+            for part in _state_parts(plan):
+                ring.load(use, source.at[part, columns(first + i)])
+                use += 1
+        return use
 
     for first in range(0, plan.slices, count):
         if plan.reaches_back:
             source = refs["states"].at[batch, state, kv_head]
-            saved = lambda _, loads, source=source, first=first: load_state(source, first, loads)
-            loads = lax.fori_loop(0, int32(state > 0), saved, loads)
+            saved = lambda _, use, source=source, first=first: load_state(source, first, use)
+            use = lax.fori_loop(0, int32(state > 0), saved, use)
         for i in range(plan.num_start_states):
-            loads = load_state(refs["start_states"].at[batch, i, kv_head], first, loads)
+            use = load_state(refs["start_states"].at[batch, i, kv_head], first, use)
         if plan.reaches_back:
 
             def edge(j, use, first=first):
                 keys = pl.ds(j * plan.chunk, plan.chunk)
                 ring.load(use, refs["v"].at[batch, keys, kv_head])
                 for i in range(count):
-                    columns = pl.ds((first + i) * d, d)
-                    ring.load(use + 1 + i, refs["features_k"].at[batch, keys, kv_head, columns])
+                    ring.load(use + 1 + i, refs["features_k"].at[batch, keys, kv_head, columns(first + i)])
                 return use + 1 + count
 
             use = lax.fori_loop(begin, end, edge, use)
-    ring.drain(use)
-
-    @pl.when(loads > 0)
-    def _():
-        plgpu.barrier_wait(state_free)
+    return use
 
 
 def _compute_for_queries(
-    refs, ring: Ring, where, plan: Plan, d_tile, q_tile, loaded, q_loaded, state_tiles, state_full, state_free
+    refs, ring: Ring, plan: Plan, num_tiles: int, warpgroup, d_tile, q_tile, stage, loaded, q_loaded, y_tile=None
 ):
-    batch, kv_head, state, begin, end, warpgroup, head, row = where
+    d_tile, q_tile, stage, loaded, q_loaded = (ref.at[warpgroup] for ref in (d_tile, q_tile, stage, loaded, q_loaded))
+    y_tile = None if y_tile is None else y_tile.at[warpgroup]
     d, count, chunk = plan.head_size, plan.slices_at_once, plan.chunk
-    rows, position = pl.ds(row, ROWS), plan.first + row
-    d_out, queries = d_tile.at[warpgroup], q_tile.at[warpgroup]
-    given = refs["d_out" if plan.normed else "d_rla"]
-    plgpu.copy_gmem_to_smem(given.at[batch, rows, head], d_out, loaded.at[warpgroup])
-    per_row = lambda ref: plgpu.load(ref, layout=PER_ROW, optimized=False)
-    start = per_row(refs["segment_start"].at[batch, rows]) if plan.segmented else None
-    if plan.normed:  # y lies where q will lie
-        plgpu.copy_gmem_to_smem(refs["y_rla"].at[batch, rows, head], queries, loaded.at[warpgroup])
-        plgpu.barrier_wait(loaded.at[warpgroup])
-        r = per_row(refs["r_rla"].at[batch, head, rows])
-        gain = plgpu.load(refs["rla_gain"].at[batch, head], layout=PER_COLUMN, optimized=False)
-        d_rla, d_gain, _ = norm_backward(d_out, queries, r, gain, plan.value_size)
-        d_out[...] = d_rla
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(d_out, refs["d_rla"].at[batch, rows, head])
-        refs["d_gain"].at[batch, row // ROWS, head][...] = d_gain
-    else:
-        plgpu.barrier_wait(loaded.at[warpgroup])
-    if plan.map is not None:
-        plgpu.copy_gmem_to_smem(refs["q_rla"].at[batch, rows, head], queries, q_loaded.at[warpgroup])
-    use = jnp.int32(0)
     flag = lambda condition: jnp.where(condition, zero_rows(ROWS, 1.0), zero_rows(ROWS))
 
-    def read_state(means, first, reads, grads):
-        """grads + d_out times the transposed (centred) states, for the rows where `reads` is 1."""
-        plgpu.barrier_wait(state_full)
-        left = d_out
-        if reads is not None:
-            left = (plgpu.load(d_out, layout=MATRIX).astype(jnp.float32) * across(reads, d)).astype(jnp.bfloat16)
-        sums = [(grad, [(left, state_tile)]) for grad, state_tile in zip(grads, state_tiles, strict=True)]
+    def load(place):
+        where = place.batch, place.rows, place.head
+        plgpu.copy_gmem_to_smem(refs["d_out" if plan.normed else "d_rla"].at[where], d_tile, loaded)
+        if plan.normed:
+            plgpu.copy_gmem_to_smem(refs["y_rla"].at[where], y_tile, loaded)
+
+    def load_q(place):
+        if plan.map is not None:
+            plgpu.copy_gmem_to_smem(refs["q_rla"].at[place.batch, place.rows, place.head], q_tile, q_loaded)
+
+    def put(value, name, place):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        stage[...] = value
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(stage, refs[name].at[place.batch, place.rows, place.head])
+
+    def read_state(d_rla, means, reads, grads, use):
+        """grads + d_rla times the transposed (centred) states, for the rows where `reads` is 1."""
+        parts = _state_parts(plan)
+        left = d_rla if reads is None else (d_rla.astype(jnp.float32) * across(reads, d)).astype(jnp.bfloat16)
+        lefts = [lax.slice(left, (0, part.start), (ROWS, part.start + chunk)) for part in parts]
+        sums, at = [], use
+        for grad in grads:
+            sums.append((grad, [(x, ring.wait(at + i)) for i, x in enumerate(lefts)]))
+            at += len(parts)
         grads = multiply_add(plan.interpret, *sums)
         grads = [grads] if count == 1 else list(grads)
-        plgpu.barrier_arrive(state_free)
+        for i in range(count * len(parts)):
+            ring.release(use + i)
         if not plan.sums_to_one:  # the map's Jacobian would remove it
+            for i, mean in enumerate(means):
+                grads[i] += across((left.astype(jnp.float32) * down(mean, ROWS)).sum(axis=1), d)
+        return grads, at
+
+    def load_means(ref, first):
+        if plan.sums_to_one:
+            return []
+        return [plgpu.load(ref.at[first + i], layout=PER_COLUMN, optimized=False) for i in range(count)]
+
+    def one_tile(index, is_last, use):
+        place = plan.place(index, warpgroup)
+        batch, kv_head, rows, head = place.batch, place.kv_head, place.rows, place.head
+        state, begin, end = plan.residual_range(place.lowest, place.lowest + plan.span - 1)
+        per_row = lambda ref: plgpu.load(ref, layout=PER_ROW, optimized=False)
+        start = per_row(refs["segment_start"].at[batch, rows]) if plan.segmented else None
+
+        def ahead(load):
+            plgpu.commit_smem()  # all threads are done with what lay there
+            pl.when(jnp.logical_not(is_last))(lambda: load(plan.place(index + lax.axis_size("block"), warpgroup)))
+
+        if plan.normed:
+            r = per_row(refs["r_rla"].at[batch, head, rows])
+            gain = plgpu.load(refs["rla_gain"].at[batch, head], layout=PER_COLUMN, optimized=False)
+            plgpu.barrier_wait(loaded)
+            d_rla, d_gain, _ = norm_backward(d_tile, y_tile, r, gain, plan.value_size)
+            refs["d_gain"].at[batch, place.row // ROWS, head][...] = d_gain
+            put(d_rla, "d_rla", place)
+        else:
+            plgpu.barrier_wait(loaded)
+            d_rla = plgpu.load(d_tile, layout=MATRIX)
+        ahead(load)
+
+        def edge(j, carry):
+            grads, use = carry
+            scores = multiply_add(plan.interpret, ((ROWS, chunk), [(d_rla, ring.wait(use).transpose((1, 0)))]))
+            ring.release(use)
+            seen = place.position - j * chunk + iota(ROWS, chunk, 0) - iota(ROWS, chunk, 1) >= plan.window
+            if plan.segmented:
+                seen &= iota(ROWS, chunk, 1) + j * chunk >= across(start, chunk)
+            scores = jnp.where(seen, scores, 0.0).astype(jnp.bfloat16)
+            sums = [(grad, [(scores, ring.wait(use + 1 + i))]) for i, grad in enumerate(grads)]
+            grads = multiply_add(plan.interpret, *sums)
             for i in range(count):
-                mean = plgpu.load(means.at[first + i], layout=PER_COLUMN, optimized=False)
-                constant = (plgpu.load(d_out, layout=MATRIX).astype(jnp.float32) * down(mean, ROWS)).sum(axis=1)
-                grads[i] += across(constant if reads is None else constant * reads, d)
-        return grads
+                ring.release(use + 1 + i)
+            return [grads] if count == 1 else list(grads), use + 1 + count
 
-    for first in range(0, plan.slices, count):
-        grads = [zeros(ROWS, d) for _ in range(count)]
-        if plan.reaches_back:
-            reads = flag(start < state * plan.spacing) if plan.segmented else None
-            means = refs["state_means"].at[batch, state, kv_head]
-            saved = lambda _, grads, means=means, reads=reads, first=first: read_state(means, first, reads, grads)
-            grads = lax.fori_loop(0, int32(state > 0), saved, grads)
-        for i in range(plan.num_start_states):
-            reads = None
-            if plan.num_start_states > 1:
-                reads = flag(start > 0 if i else start <= 0)
-            grads = read_state(refs["start_means"].at[batch, i, kv_head], first, reads, grads)
-        if plan.reaches_back:
-
-            def edge(j, carry):
-                grads, use = carry
-                scores = multiply_add(
-                    plan.interpret, ((ROWS, chunk), [(d_out, ring.wait(use).transpose((1, 0)))])
-                )
-                ring.release(use)
-                ahead = position - j * chunk + iota(ROWS, chunk, 0) - iota(ROWS, chunk, 1)
-                seen = ahead >= plan.window
-                if plan.segmented:
-                    seen &= iota(ROWS, chunk, 1) + j * chunk >= across(start, chunk)
-                scores = jnp.where(seen, scores, 0.0).astype(jnp.bfloat16)
-                sums = [(grad, [(scores, ring.wait(use + 1 + i))]) for i, grad in enumerate(grads)]
-                grads = multiply_add(plan.interpret, *sums)
-                for i in range(count):
-                    ring.release(use + 1 + i)
-                return [grads] if count == 1 else list(grads), use + 1 + count
-
-            grads, use = lax.fori_loop(begin, end, edge, (grads, use))
+        for first in range(0, plan.slices, count):
+            grads = [zeros(ROWS, d) for _ in range(count)]
+            if plan.reaches_back:
+                reads = flag(start < state * plan.spacing) if plan.segmented else None
+                means = load_means(refs["state_means"].at[batch, state, kv_head], first)
+                saved = functools.partial(read_state, d_rla, means, reads)
+                read = lambda _, carry, saved=saved: saved(*carry)
+                grads, use = lax.fori_loop(0, int32(state > 0), read, (grads, use))
+            for i in range(plan.num_start_states):
+                reads = None
+                if plan.num_start_states > 1:
+                    reads = flag(start > 0 if i else start <= 0)
+                means = load_means(refs["start_means"].at[batch, i, kv_head], first)
+                grads, use = read_state(d_rla, means, reads, grads, use)
+            if plan.reaches_back:
+                grads, use = lax.fori_loop(begin, end, edge, (grads, use))
+            if plan.map is None:
+                for i, grad in enumerate(grads):
+                    refs["dq"].at[batch, rows, head, pl.ds((first + i) * d, d)][...] = grad
         if plan.map is None:
-            for i, grad in enumerate(grads):
-                refs["dq"].at[batch, rows, head, pl.ds((first + i) * d, d)][...] = grad
-    if plan.map is None:
-        plgpu.wait_smem_to_gmem(0)
-        return
-    plgpu.barrier_wait(q_loaded.at[warpgroup])
-    dq = zeros(ROWS, d)
-    for i, grad in enumerate(grads):
-        x = plgpu.load(queries, layout=MATRIX).astype(jnp.float32)
-        x = -x if i else x
-        dx = plan.map.backward(plan.map.function(x), x, grad)
-        dq = dq - dx if i else dq + dx
-    queries[...] = dq.astype(jnp.bfloat16)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(queries, refs["dq"].at[batch, rows, head])
-    plgpu.wait_smem_to_gmem(0)
+            return use
+        plgpu.barrier_wait(q_loaded)
+        dq = zeros(ROWS, d)
+        for i, grad in enumerate(grads):
+            x = plgpu.load(q_tile, layout=MATRIX).astype(jnp.float32)
+            x = -x if i else x
+            dx = plan.map.backward(plan.map.function(x), x, grad)
+            dq = dq - dx if i else dq + dx
+        ahead(load_q)
+        put(dq.astype(jnp.bfloat16), "dq", place)
+        return use
+
+    first_place = plan.place(lax.axis_index("block"), warpgroup)
+    load(first_place)
+    load_q(first_place)
+    for_each_tile(num_tiles, one_tile, jnp.int32(0))
 
 
 def key_gradients(arrays: dict, plan: Plan):

@@ -18,16 +18,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas.plan_gpu import Plan
 from pallas.warpgroup_gpu import (
     LOG2E,
+    MATRIX,
     PER_COLUMN,
     PER_ROW,
     ROWS,
     Ring,
     across,
     down,
+    for_each_tile,
     iota,
     launch,
     multiply_add,
     norm_backward,
+    resident_blocks,
     tile,
     zero_rows,
     zeros,
@@ -46,6 +49,7 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
         "ring": Ring.scratch(tile(plan.stages, plan.chunk, d), consumers=2),
         "q_tile": tile(2, ROWS, d),
         "d_tile": tile(2, ROWS, d),
+        "stage": tile(2, ROWS, d),
         "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=3 if plan.normed else 2),
     }
     if plan.normed:
@@ -53,61 +57,85 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
         outputs["d_swa"] = jax.ShapeDtypeStruct(arrays["q"].shape, narrow)
         outputs["delta"] = jax.ShapeDtypeStruct((batch, heads, t), jnp.float32)
         outputs["d_gain"] = jax.ShapeDtypeStruct((batch, t // ROWS, heads, d), jnp.float32)
-    grid = {"head": heads // 2 if plan.pair else heads, "tile": t // plan.span, "batch": batch}
-    body = functools.partial(_window_query_gradients, plan=plan)
+    num_tiles = plan.num_tiles(batch)
+    grid = {"block": resident_blocks(num_tiles, plan.interpret)}
+    body = functools.partial(_window_query_gradients, plan=plan, num_tiles=num_tiles)
     results = launch(body, arrays, outputs, scratch, grid=grid, warpgroups=3, interpret=plan.interpret)
     return {name: arrays.get(name) for name in ("d_swa", "delta")} | results
 
 
-def _window_query_gradients(refs, ring, q_tile, d_tile, loaded, plan: Plan, y_tile=None):
-    warpgroup, batch = lax.axis_index("warpgroup"), lax.axis_index("batch")
+def _window_query_gradients(refs, ring, plan: Plan, num_tiles: int, **scratch):
+    warpgroup = lax.axis_index("warpgroup")
     ring = Ring(*ring)
-    lowest = plan.first + lax.axis_index("tile") * plan.span
-    head = lax.axis_index("head") * 2 + warpgroup if plan.pair else lax.axis_index("head")
-    kv_head = lax.axis_index("head") * (2 if plan.pair else 1) // plan.group
-    row = plan.first_row(lax.axis_index("tile"), warpgroup)
-    rows, position = pl.ds(row, ROWS), plan.first + row
-    begin, unmasked, masked_again, end = plan.window_range(lowest, lowest + plan.span - 1)
 
     @pl.when(warpgroup == 2)
     def _():
         plgpu.set_max_registers(24, action="decrease")
 
-        def block(j, use):
-            keys = pl.ds(j * plan.chunk, plan.chunk)
-            ring.load(use, refs["k"].at[batch, keys, kv_head])
-            ring.load(use + 1, refs["v"].at[batch, keys, kv_head])
-            return use + 2
+        def copy(index, _, use):
+            place = plan.place(index, 0)
+            begin, _, _, end = plan.window_range(place.lowest, place.lowest + plan.span - 1)
 
-        ring.drain(lax.fori_loop(begin, end, block, jnp.int32(0)))
+            def block(j, use):
+                keys = pl.ds(j * plan.chunk, plan.chunk)
+                ring.load(use, refs["k"].at[place.batch, keys, place.kv_head])
+                ring.load(use + 1, refs["v"].at[place.batch, keys, place.kv_head])
+                return use + 2
+
+            return lax.fori_loop(begin, end, block, use)
+
+        ring.drain(for_each_tile(num_tiles, copy, jnp.int32(0)))
 
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(240, action="increase")
-        q, d_out = q_tile.at[warpgroup], d_tile.at[warpgroup]
-        plgpu.copy_gmem_to_smem(refs["q"].at[batch, rows, head], q, loaded.at[warpgroup])
-        given = refs["d_out" if plan.normed else "d_swa"]
-        plgpu.copy_gmem_to_smem(given.at[batch, rows, head], d_out, loaded.at[warpgroup])
+        _compute_for_queries(refs, ring, plan, num_tiles, warpgroup, **scratch)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _compute_for_queries(
+    refs, ring: Ring, plan: Plan, num_tiles: int, warpgroup, q_tile, d_tile, stage, loaded, y_tile=None
+):
+    q_tile, d_tile, stage, loaded = (ref.at[warpgroup] for ref in (q_tile, d_tile, stage, loaded))
+    y_tile = None if y_tile is None else y_tile.at[warpgroup]
+    shape = ROWS, plan.chunk
+
+    def load(place):
+        where = place.batch, place.rows, place.head
+        plgpu.copy_gmem_to_smem(refs["q"].at[where], q_tile, loaded)
+        plgpu.copy_gmem_to_smem(refs["d_out" if plan.normed else "d_swa"].at[where], d_tile, loaded)
+        if plan.normed:
+            plgpu.copy_gmem_to_smem(refs["y_swa"].at[where], y_tile, loaded)
+
+    def put(value, name, place):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        stage[...] = value
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(stage, refs[name].at[place.batch, place.rows, place.head])
+
+    def one_tile(index, is_last, use):
+        place = plan.place(index, warpgroup)
+        batch, rows, head = place.batch, place.rows, place.head
+        begin, unmasked, masked_again, end = plan.window_range(place.lowest, place.lowest + plan.span - 1)
         per_row = lambda ref: plgpu.load(ref, layout=PER_ROW, optimized=False)
         lse = per_row(refs["lse"].at[batch, head, rows])
         start = per_row(refs["segment_start"].at[batch, rows]) if plan.segmented else None
         if plan.normed:
-            y = y_tile.at[warpgroup]
-            plgpu.copy_gmem_to_smem(refs["y_swa"].at[batch, rows, head], y, loaded.at[warpgroup])
-            plgpu.barrier_wait(loaded.at[warpgroup])
             r = per_row(refs["r_swa"].at[batch, head, rows])
             gain = plgpu.load(refs["swa_gain"].at[batch, head], layout=PER_COLUMN, optimized=False)
-            d_swa, d_gain, along = norm_backward(d_out, y, r, gain, plan.value_size)
+            plgpu.barrier_wait(loaded)
+            d_swa, d_gain, along = norm_backward(d_tile, y_tile, r, gain, plan.value_size)
             delta = along / r
-            d_out[...] = d_swa
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(d_out, refs["d_swa"].at[batch, rows, head])
             refs["delta"].at[batch, head, rows][...] = delta
-            refs["d_gain"].at[batch, row // ROWS, head][...] = d_gain
+            refs["d_gain"].at[batch, place.row // ROWS, head][...] = d_gain
+            put(d_swa, "d_swa", place)
         else:
-            plgpu.barrier_wait(loaded.at[warpgroup])
             delta = per_row(refs["delta"].at[batch, head, rows])
-        shape = ROWS, plan.chunk
+            plgpu.barrier_wait(loaded)
+            d_swa = plgpu.load(d_tile, layout=MATRIX)
+        q = plgpu.load(q_tile, layout=MATRIX)
+        plgpu.commit_smem()  # all threads hold what lay there: the next tile's may come
+        pl.when(jnp.logical_not(is_last))(lambda: load(plan.place(index + lax.axis_size("block"), warpgroup)))
 
         def block(j, carry, masked: bool):
             dq, total, use = carry
@@ -115,12 +143,12 @@ def _window_query_gradients(refs, ring, q_tile, d_tile, loaded, plan: Plan, y_ti
             logits, d_weights = multiply_add(
                 plan.interpret,
                 (shape, [(q, keys.transpose((1, 0)))]),
-                (shape, [(d_out, values.transpose((1, 0)))]),
+                (shape, [(d_swa, values.transpose((1, 0)))]),
             )
             ring.release(use + 1)
             weights = jnp.exp2(logits * (plan.scale * LOG2E) - across(lse, plan.chunk))
             if masked:
-                ahead = position - j * plan.chunk + iota(*shape, 0) - iota(*shape, 1)
+                ahead = place.position - j * plan.chunk + iota(*shape, 0) - iota(*shape, 1)
                 seen = (ahead >= 0) & (ahead < plan.window)
                 if plan.segmented:
                     seen &= iota(*shape, 1) + j * plan.chunk >= across(start, plan.chunk)
@@ -131,18 +159,19 @@ def _window_query_gradients(refs, ring, q_tile, d_tile, loaded, plan: Plan, y_ti
             ring.release(use)
             return dq, total, use + 2
 
-        carry = zeros(ROWS, plan.head_size), zero_rows(ROWS), jnp.int32(0)
+        carry = zeros(ROWS, plan.head_size), zero_rows(ROWS), use
         carry = lax.fori_loop(begin, unmasked, functools.partial(block, masked=True), carry)
         if not plan.segmented:
             carry = lax.fori_loop(unmasked, masked_again, functools.partial(block, masked=False), carry)
             carry = lax.fori_loop(masked_again, end, functools.partial(block, masked=True), carry)
-        dq, total, _ = carry
-        mean_key = plgpu.load(refs["mean_key"].at[batch, kv_head], layout=PER_COLUMN, optimized=False)
+        dq, total, use = carry
+        mean_key = plgpu.load(refs["mean_key"].at[batch, place.kv_head], layout=PER_COLUMN, optimized=False)
         dq = dq - across(total, plan.head_size) * down(mean_key, ROWS)
-        q[...] = (dq * plan.scale).astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q, refs["dq"].at[batch, rows, head])
-        plgpu.wait_smem_to_gmem(0)
+        put((dq * plan.scale).astype(jnp.bfloat16), "dq", place)
+        return use
+
+    load(plan.place(lax.axis_index("block"), warpgroup))
+    for_each_tile(num_tiles, one_tile, jnp.int32(0))
 
 
 def key_gradients(arrays: dict, plan: Plan):
@@ -236,7 +265,7 @@ def _window_key_gradients(refs, ring, lse_ring, delta_ring, k_tile, v_tile, load
 
         dv = zeros(ROWS, d)
         if "dv_residual" in refs:
-            dv += plgpu.load(refs["dv_residual"].at[batch, rows, kv_head], optimized=False, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+            dv += plgpu.load(refs["dv_residual"].at[batch, rows, kv_head], optimized=False, layout=MATRIX).astype(jnp.float32)
         carry = zeros(ROWS, d), dv, jnp.int32(0)
         carry = lax.fori_loop(begin, unmasked, functools.partial(block, masked=True), carry)
         if not plan.segmented:
