@@ -218,7 +218,9 @@ class _Compute:
         out = None
         if plan.local:
             plgpu.barrier_wait(self.mine(self.loaded))
-            out, lse, use = _window(self.ring, place, plan, self.mine(self.q_tile), start, use, self.warpgroup, self.turn)
+            out, lse, use = _window(
+                self.ring, place, plan, self.mine(self.q_tile), start, use, self.warpgroup, self.turn
+            )
             ahead(self.load_q)
             self.put_rows(lse, "lse", place)
             if plan.normed:

@@ -77,7 +77,14 @@ def rattention(
 
 
 def final_state(
-    k: Float[Array, "s kv d"], v: Float[Array, "s kv dv"], *, window, feature_map, segment_ids, initial_state, segment_state
+    k: Float[Array, "s kv d"],
+    v: Float[Array, "s kv dv"],
+    *,
+    window,
+    feature_map,
+    segment_ids,
+    initial_state,
+    segment_state,
 ) -> Float[Array, "kv f dv"]:
     """The state that the last query reads, in float32 and in plain XLA: the kernels never need it."""
     last = k.shape[0] - window

@@ -20,12 +20,14 @@ from pallas.warpgroup_gpu import (
     ROWS,
     Ring,
     across,
+    close_gates,
     down,
     for_each_tile,
     iota,
     launch,
     multiply_add,
     norm_backward,
+    one_after_the_other,
     resident_blocks,
     sign_of,
     tile,
@@ -54,6 +56,7 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
     outputs = {"dq": jax.ShapeDtypeStruct((batch, t, heads, width), dtype)}
     if plan.normed:
         scratch["y_tile"] = tile(2, ROWS, d)
+        scratch["gates"] = plgpu.Barrier(num_barriers=2)
         outputs["d_rla"] = jax.ShapeDtypeStruct((batch, t, heads, d), jnp.bfloat16)
         outputs["d_gain"] = jax.ShapeDtypeStruct((batch, t // ROWS, heads, d), jnp.float32)
     num_tiles = plan.num_tiles(batch)
@@ -119,7 +122,18 @@ def _copy_for_queries(refs, ring: Ring, place: Place, plan: Plan, use):
 
 
 def _compute_for_queries(
-    refs, ring: Ring, plan: Plan, num_tiles: int, warpgroup, d_tile, q_tile, stage, loaded, q_loaded, y_tile=None
+    refs,
+    ring: Ring,
+    plan: Plan,
+    num_tiles: int,
+    warpgroup,
+    d_tile,
+    q_tile,
+    stage,
+    loaded,
+    q_loaded,
+    y_tile=None,
+    gates=None,
 ):
     d_tile, q_tile, stage, loaded, q_loaded = (ref.at[warpgroup] for ref in (d_tile, q_tile, stage, loaded, q_loaded))
     y_tile = None if y_tile is None else y_tile.at[warpgroup]
@@ -178,9 +192,11 @@ def _compute_for_queries(
 
         if plan.normed:
             r = per_row(refs["r_rla"].at[batch, head, rows])
+            is_first = index == lax.axis_index("block")
+            sum_rows = lambda x: one_after_the_other(gates, warpgroup, is_first, lambda: x.sum(axis=0))
             gain = plgpu.load(refs["rla_gain"].at[batch, head], layout=PER_COLUMN, optimized=False)
             plgpu.barrier_wait(loaded)
-            d_rla, d_gain, _ = norm_backward(d_tile, y_tile, r, gain, plan.value_size)
+            d_rla, d_gain, _ = norm_backward(d_tile, y_tile, r, gain, plan.value_size, sum_rows)
             refs["d_gain"].at[batch, place.row // ROWS, head][...] = d_gain
             put(d_rla, "d_rla", place)
         else:
@@ -238,6 +254,8 @@ def _compute_for_queries(
     load(first_place)
     load_q(first_place)
     for_each_tile(num_tiles, one_tile, jnp.int32(0))
+    if plan.normed:
+        close_gates(gates, warpgroup)
 
 
 def key_gradients(arrays: dict, plan: Plan):

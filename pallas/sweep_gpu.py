@@ -18,8 +18,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.plan_gpu import Plan, cdiv
-from pallas.warpgroup_gpu import MATRIX, MULTIPROCESSORS, PER_ROW, ROWS, Ring, across, launch, multiply_add, sign_of, tile, zeros
-
+from pallas.warpgroup_gpu import (
+    MATRIX,
+    MULTIPROCESSORS,
+    PER_ROW,
+    ROWS,
+    Ring,
+    across,
+    launch,
+    multiply_add,
+    sign_of,
+    tile,
+    zeros,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +83,9 @@ def sweep(sweep: Sweep, x, y, *, row_keep=None, carry_keep=None, save_features: 
     d, f, kv = plan.head_size, plan.num_features, plan.num_kv_heads
     arrays = {"x": x, "y": y, "row_keep": row_keep, "carry_keep": carry_keep}
     blocks = batch * kv * (plan.slices // sweep.warpgroups)
-    length = cdiv(sweep.num_intervals, max(1, min(sweep.num_intervals, MULTIPROCESSORS // blocks)))  # intervals of a piece
+    length = cdiv(
+        sweep.num_intervals, max(1, min(sweep.num_intervals, MULTIPROCESSORS // blocks))
+    )  # intervals of a piece
     pieces = cdiv(sweep.num_intervals, length)
     before = None
     if pieces > 1:

@@ -189,15 +189,32 @@ def sign_of(slice_index):
     return 1.0 - 2.0 * lax.convert_element_type(slice_index, jnp.float32)
 
 
-def norm_backward(d_tile, y_tile, r, gain, value_size: int):
+def one_after_the_other(gates, warpgroup, is_first, compute: Callable):
+    """`compute()` by warpgroup 0, then by warpgroup 1: the compiler gives sums across warps one scratch for both.
+
+    gates: two barriers of one arrival. `is_first`: the first time in this block. `close_gates` comes last.
+    """
+    pl.when((warpgroup == 0) & jnp.logical_not(is_first))(lambda: plgpu.barrier_wait(gates.at[1]))
+    pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(gates.at[0]))
+    result = compute()
+    pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(gates.at[0]))
+    pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(gates.at[1]))
+    return result
+
+
+def close_gates(gates, warpgroup) -> None:
+    pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(gates.at[1]))
+
+
+def norm_backward(d_tile, y_tile, r, gain, value_size: int, sum_rows: Callable):
     """Through gain * y, y = x r, r = 1 / sqrt(mean(x^2) + eps): the gradients of x and of the gain, and x's times y.
 
     d_tile, y_tile: refs [rows, columns]; r [rows], gain [columns] in registers. The gradient of x is bfloat16; its product
-    with y is summed over columns, the gain's gradient over rows.
+    with y is summed over columns; `sum_rows` sums the gain's gradient over rows.
     """
     rows, columns = d_tile.shape
     d_out, y = (plgpu.load(ref, layout=MATRIX).astype(jnp.float32) for ref in (d_tile, y_tile))
-    d_gain = (d_out * y).sum(axis=0)
+    d_gain = sum_rows(d_out * y)
     d_out = d_out * down(gain, rows)
     projection = (d_out * y).sum(axis=1) * (1.0 / value_size)
     d_x = ((d_out - y * across(projection, columns)) * across(r, columns)).astype(jnp.bfloat16)

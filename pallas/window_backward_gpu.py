@@ -24,12 +24,14 @@ from pallas.warpgroup_gpu import (
     ROWS,
     Ring,
     across,
+    close_gates,
     down,
     for_each_tile,
     iota,
     launch,
     multiply_add,
     norm_backward,
+    one_after_the_other,
     resident_blocks,
     tile,
     zero_rows,
@@ -54,6 +56,7 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
     }
     if plan.normed:
         scratch["y_tile"] = tile(2, ROWS, d)
+        scratch["gates"] = plgpu.Barrier(num_barriers=2)
         outputs["d_swa"] = jax.ShapeDtypeStruct(arrays["q"].shape, narrow)
         outputs["delta"] = jax.ShapeDtypeStruct((batch, heads, t), jnp.float32)
         outputs["d_gain"] = jax.ShapeDtypeStruct((batch, t // ROWS, heads, d), jnp.float32)
@@ -94,7 +97,7 @@ def _window_query_gradients(refs, ring, plan: Plan, num_tiles: int, **scratch):
 
 
 def _compute_for_queries(
-    refs, ring: Ring, plan: Plan, num_tiles: int, warpgroup, q_tile, d_tile, stage, loaded, y_tile=None
+    refs, ring: Ring, plan: Plan, num_tiles: int, warpgroup, q_tile, d_tile, stage, loaded, y_tile=None, gates=None
 ):
     q_tile, d_tile, stage, loaded = (ref.at[warpgroup] for ref in (q_tile, d_tile, stage, loaded))
     y_tile = None if y_tile is None else y_tile.at[warpgroup]
@@ -122,9 +125,11 @@ def _compute_for_queries(
         start = per_row(refs["segment_start"].at[batch, rows]) if plan.segmented else None
         if plan.normed:
             r = per_row(refs["r_swa"].at[batch, head, rows])
+            is_first = index == lax.axis_index("block")
+            sum_rows = lambda x: one_after_the_other(gates, warpgroup, is_first, lambda: x.sum(axis=0))
             gain = plgpu.load(refs["swa_gain"].at[batch, head], layout=PER_COLUMN, optimized=False)
             plgpu.barrier_wait(loaded)
-            d_swa, d_gain, along = norm_backward(d_tile, y_tile, r, gain, plan.value_size)
+            d_swa, d_gain, along = norm_backward(d_tile, y_tile, r, gain, plan.value_size, sum_rows)
             delta = along / r
             refs["delta"].at[batch, head, rows][...] = delta
             refs["d_gain"].at[batch, place.row // ROWS, head][...] = d_gain
@@ -172,6 +177,8 @@ def _compute_for_queries(
 
     load(plan.place(lax.axis_index("block"), warpgroup))
     for_each_tile(num_tiles, one_tile, jnp.int32(0))
+    if plan.normed:
+        close_gates(gates, warpgroup)
 
 
 def key_gradients(arrays: dict, plan: Plan):
@@ -265,7 +272,9 @@ def _window_key_gradients(refs, ring, lse_ring, delta_ring, k_tile, v_tile, load
 
         dv = zeros(ROWS, d)
         if "dv_residual" in refs:
-            dv += plgpu.load(refs["dv_residual"].at[batch, rows, kv_head], optimized=False, layout=MATRIX).astype(jnp.float32)
+            dv += plgpu.load(refs["dv_residual"].at[batch, rows, kv_head], optimized=False, layout=MATRIX).astype(
+                jnp.float32
+            )
         carry = zeros(ROWS, d), dv, jnp.int32(0)
         carry = lax.fori_loop(begin, unmasked, functools.partial(block, masked=True), carry)
         if not plan.segmented:
