@@ -20,6 +20,8 @@ from pallas.plan_gpu import Plan, cdiv, round_up
 from pallas.reference import segment_runs
 from pallas.warpgroup_gpu import KERNEL_MAPS, ROWS
 
+WIDEST = 1024  # windows up to here are faster in our kernels, wider ones in cuDNN: LOG.md, 2026-11-25
+
 
 def interpreted() -> bool:
     """Run kernels in the interpreter, unless there is a GPU or the program is being compiled for one."""
@@ -28,9 +30,14 @@ def interpreted() -> bool:
 
 
 def sliding_window_attention(q, k, v, *, window, scale, segment_ids, block_sizes):
-    """o_swa [t, h, dv]."""
+    """o_swa [t, h, dv]: by cuDNN where it is the faster and knows the problem, else by the window's half of our kernels."""
     if window == 0:
         return jnp.zeros((*q.shape[:2], v.shape[2]), v.dtype)
+    on_gpu = jax.default_backend() == "gpu"
+    if on_gpu and segment_ids is None and window > WIDEST and q.shape[0] == k.shape[0] and q.shape[2:] == v.shape[2:]:
+        local = None if window >= q.shape[0] else (window - 1, 0)
+        attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+        return attend(q, k, v, scale=scale, local_window_size=local)
     arrays = {"q": q, "k": k, "v": v}
     return _attend(arrays, window=window, scale=scale, segment_ids=segment_ids, block_sizes=block_sizes)
 
@@ -265,6 +272,7 @@ def _as_kernels_read(plan: Plan, arrays: dict) -> dict:
     return arrays
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames="save")  # layers alike are traced and lowered once
 def _forward(plan: Plan, arrays: dict, segments: dict, *, save: bool) -> dict:
     """Batched. What is saved: the kernel's outputs and, of the residual branch, states and features of the keys."""
     arrays = _as_kernels_read(plan, arrays)
@@ -284,6 +292,7 @@ def _start_of(segments: dict) -> dict:
     return {name: segments[name] for name in ("segment_start",) if name in segments}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(plan: Plan, arrays: dict, segments: dict, saved: dict, d_out) -> dict:
     """Batched. The gradient of every array, by name."""
     original, arrays = arrays, _as_kernels_read(plan, arrays) | _start_of(segments)
