@@ -20,7 +20,7 @@ from pallas.plan_gpu import Plan, cdiv, round_up
 from pallas.reference import segment_runs
 from pallas.warpgroup_gpu import KERNEL_MAPS, ROWS
 
-WIDEST = 1024  # windows up to here are faster in our kernels, wider ones in cuDNN: LOG.md, 2026-11-25
+WIDEST = 2048  # windows up to here are faster in our kernels; full attention is cuDNN's: LOG.md, 2026-11-25
 
 
 def interpreted() -> bool:
