@@ -1,8 +1,8 @@
 """The forward kernel: both branches, both norms and one store, for 64 queries of two heads (or 128 of one).
 
 Two warpgroups compute, one copies. Each compute warpgroup walks over the blocks of keys in its window with an online
-softmax, reads the state that the sweep (sweep_gpu.py) saved behind the window, and the blocks between that state and the
-window's edge through a masked product. Notebook 03 walks through this file.
+softmax, reads the state that the sweep (sweep_gpu.py) saved behind the window, and the blocks between that state and
+the window's edge through a masked product. Notebook 03 walks through this file.
 """
 
 import dataclasses

@@ -123,7 +123,7 @@ class Plan:
         return begin, unmasked, jnp.clip((lowest + 1) // self.chunk, unmasked, end), end
 
     def half_blocks(self, oldest, newest, begin, end):
-        """1 where keys oldest ... newest fill only the second half of block `begin`; only the first half of `end` - 1."""
+        """1 where keys oldest ... newest meet only the second half of block `begin`; only the first of `end` - 1."""
         some = end > begin
         first = some & (oldest >= begin * self.chunk + ROWS)
         last = some & (newest < (end - 1) * self.chunk + ROWS)

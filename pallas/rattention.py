@@ -73,6 +73,8 @@ def rattention(
         segment_state=segment_state,
         segment_ids=segment_ids,
     )
+    out: Any
+    state: Any
     chosen = choose(op, implementation, q, k, v, q_rla, k_rla)
     blocks = block_sizes or default_block_sizes(window, q.shape[0])
     if chosen == "gpu":

@@ -5,7 +5,9 @@ here takes one sequence; `jax.vmap` of it becomes one launch for the whole batch
 """
 
 import functools
+import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +26,26 @@ WIDEST = 2048  # windows up to here are faster in our kernels; full attention is
 
 
 def interpreted() -> bool:
-    """Run kernels in the interpreter, unless there is a GPU or the program is being compiled for one."""
+    """Run kernels in the interpreter, unless there is a GPU or the program is being compiled for one.
+
+    The interpreter holds a thread of XLA's pool for each warpgroup and one for the program around them: it would hang
+    for want of them on a machine of few cores, whose pool the environment variable PJRT_NPROC (or NPROC) widens.
+    """
     target = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() != "gpu" and (target is None or target.platform != "gpu")
+    if jax.default_backend() == "gpu" or (target is not None and target.platform == "gpu"):
+        return False
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = int(os.environ.get("PJRT_NPROC") or os.environ.get("NPROC") or cores or 1)
+    if threads < 4:
+        raise RuntimeError(
+            f"implementation='gpu' is interpreted on a CPU by 4 threads of XLA's pool, which has {threads}: "
+            "set the environment variable PJRT_NPROC=8 before JAX makes its first array"
+        )
+    return True
 
 
 def sliding_window_attention(q, k, v, *, window, scale, segment_ids, block_sizes):
-    """o_swa [t, h, dv]: by cuDNN where it is the faster and knows the problem, else by the window's half of our kernels."""
+    """o_swa [t, h, dv]: by cuDNN where it is the faster and knows the problem, else by our kernels."""
     if window == 0:
         return jnp.zeros((*q.shape[:2], v.shape[2]), v.dtype)
     on_gpu = jax.default_backend() == "gpu"
@@ -188,7 +203,8 @@ def _attend(
         wide = [empty if x is None else pad(x.astype(jnp.float32), kv, f, head_size) for x in starts]
         padded["start_states"] = jnp.stack(wide[: plan.num_start_states]).swapaxes(-1, -2)  # [n, kv, dv, f]
     segments = {} if segment_ids is None else _segments(segment_ids, plan)
-    return _differentiable(plan, padded, segments)[:t, :, :dv]
+    out: Any = _differentiable(plan, padded, segments)
+    return out[:t, :, :dv]
 
 
 def _kernel_map(feature_map) -> str | None:
@@ -322,6 +338,8 @@ def _window_backward(plan: Plan, arrays: dict, dv) -> dict:
         gradients["swa_gain"] = found.pop("d_gain").sum(axis=1)
     of_keys = _pick(arrays | found | {"dv": dv}, "q", "k", "v", "lse", "d_swa", "delta", "segment_start", "dv")
     gradients["k"], gradients["v"] = window_backward_gpu.key_gradients(of_keys, narrow)
+    if plan.window == 1:  # a softmax over one key is constant: what the kernels find is rounding
+        gradients |= {name: jnp.zeros_like(gradients[name]) for name in ("q", "k")}
     return gradients
 
 
@@ -357,7 +375,7 @@ def _residual_backward(plan: Plan, original: dict, arrays: dict, segments: dict)
         gradients["v"] = jnp.zeros_like(original["v"])
         return gradients
     if plan.num_states > 1:
-        keeps = {"row_keep": segments.get("query_keep"), "carry_keep": segments.get("carry_keep")}
+        keeps: dict[str, Any] = {"row_keep": segments.get("query_keep"), "carry_keep": segments.get("carry_keep")}
         swept = sweep_gpu.sweep(sweep_gpu.query_sweep(plan), x, d_rla, **keeps)
         arrays |= {"d_states": swept["states"], "d_means": swept["means"]}
     arrays |= {"row_keep": segments.get("key_keep")}

@@ -39,9 +39,9 @@ from pallas.warpgroup_gpu import (
 def query_gradients(arrays: dict, plan: Plan) -> dict:
     """dq [b, t, h, d] bfloat16 (where features are given, their gradient [b, t, h, f] float32), and d_rla.
 
-    arrays: d_rla, the cotangent of o_rla, or, where a norm follows, d_out, y_rla, r_rla and rla_gain, with whose help it
-    is computed here, and `d_gain` [b, tiles, h, d], to be summed over tiles; q_rla unless features are given; features_k,
-    v, states, state_means; start_states, start_means; segment_start.
+    arrays: d_rla, the cotangent of o_rla, or, where a norm follows, d_out, y_rla, r_rla and rla_gain, with whose help
+    it is computed here, and `d_gain` [b, tiles, h, d], to be summed over tiles; q_rla unless features are given;
+    features_k, v, states, state_means; start_states, start_means; segment_start.
     """
     d, heads, batch, t = plan.head_size, plan.num_heads, arrays["v"].shape[0], plan.num_queries
     scratch = {
@@ -261,8 +261,8 @@ def _compute_for_queries(
 def key_gradients(arrays: dict, plan: Plan):
     """(dk_rla [b, s, kv, d] bfloat16 or the gradient of given features [b, s, kv, f] float32, dv [b, s, kv, d]).
 
-    Each warpgroup takes a slice of phi. arrays: d_rla; q_rla and k_rla, or features_q; features_k, v; d_states, d_means:
-    the reverse sweep's; row_keep [b, s], segment_start.
+    Each warpgroup takes a slice of phi. arrays: d_rla; q_rla and k_rla, or features_q; features_k, v; d_states,
+    d_means: the reverse sweep's; row_keep [b, s], segment_start.
     """
     d, count = plan.head_size, plan.slices_at_once
     batch = arrays["v"].shape[0]

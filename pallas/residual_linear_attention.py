@@ -72,6 +72,8 @@ def residual_linear_attention(
         segment_state=segment_state,
         segment_ids=segment_ids,
     )
+    out: Any
+    state: Any
     chosen = choose(op, implementation, q, k, v)
     blocks = block_sizes or default_block_sizes(window, q.shape[0])
     if chosen == "gpu":

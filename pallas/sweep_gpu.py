@@ -2,7 +2,7 @@
 
 Forward it sums keys and values from left to right into the states that queries read; backward it sums queries and
 cotangents from right to left into the gradients of those states. So that a single long sequence fills the chip, the
-sequence is cut into pieces: a first launch sums each piece, a second sweeps every piece from the sum of those before it.
+sequence is cut into pieces: a first launch sums each, a second sweeps every piece from the sum of those before it.
 
 States are kept transposed, [dv, f], and centred: the mean over each slice of f is taken out before rounding to bfloat16
 and kept in float32. Rounding would otherwise fall on a large constant part, which the softmax map's Jacobian removes.

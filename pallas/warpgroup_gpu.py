@@ -50,7 +50,7 @@ def iota(rows: int, columns: int, axis: int):
     return plgpu.broadcasted_iota(jnp.int32, (rows, columns), axis, layout=MATRIX)
 
 
-def multiply_add(interpret: bool, *sums):
+def multiply_add(interpret: bool, *sums) -> Any:
     """For each (accumulator or its shape, [(a, b), ...]): accumulator + sum of a @ b, all in flight together.
 
     a: a ref or an array in registers; b: a ref. The interpreter knows no products of registers, so it gets jnp.dot.
@@ -179,7 +179,7 @@ KERNEL_MAPS = {
     "squared_relu": KernelMap(
         lambda x: jnp.maximum(x, 0.0) * jnp.maximum(x, 0.0),
         lambda phi, x, g: jnp.where(x > 0, 2.0 * x * g, 0.0),
-        signed=False,
+        signed=True,
     ),
 }
 
@@ -209,8 +209,8 @@ def close_gates(gates, warpgroup) -> None:
 def norm_backward(d_tile, y_tile, r, gain, value_size: int, sum_rows: Callable):
     """Through gain * y, y = x r, r = 1 / sqrt(mean(x^2) + eps): the gradients of x and of the gain, and x's times y.
 
-    d_tile, y_tile: refs [rows, columns]; r [rows], gain [columns] in registers. The gradient of x is bfloat16; its product
-    with y is summed over columns; `sum_rows` sums the gain's gradient over rows.
+    d_tile, y_tile: refs [rows, columns]; r [rows], gain [columns] in registers. The gradient of x is bfloat16; its
+    product with y is summed over columns; `sum_rows` sums the gain's gradient over rows.
     """
     rows, columns = d_tile.shape
     d_out, y = (plgpu.load(ref, layout=MATRIX).astype(jnp.float32) for ref in (d_tile, y_tile))

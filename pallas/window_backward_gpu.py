@@ -43,7 +43,7 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
     """dq [b, t, h, d], and what the key gradients read: d_swa, the cotangent of o_swa, and delta [b, h, t].
 
     arrays: q, k, v, lse; mean_key [b, kv, d]; segment_start; d_swa and delta, or, where a norm follows, d_out, y_swa,
-    r_swa and swa_gain, with whose help they are computed here. Then `d_gain` [b, tiles, h, d] is to be summed over tiles.
+    r_swa and swa_gain, with whose help they are computed here; then `d_gain` [b, tiles, h, d], to be summed over tiles.
     """
     (batch, t, heads, d), narrow = arrays["q"].shape, jnp.bfloat16
     outputs = {"dq": jax.ShapeDtypeStruct(arrays["q"].shape, narrow)}

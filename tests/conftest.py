@@ -1,13 +1,23 @@
 """Strict promotion around every test, the implementations under test, and how hypothesis draws."""
 
+import os
+
 import jax
 import pytest
 from hypothesis import settings
 
 IMPLEMENTATIONS = ["chunked"]
+KERNELS = ["gpu"] if jax.__version_info__ >= (0, 11) else []  # in bfloat16 alone
+
+# The interpreter of kernels holds a thread of XLA's pool for each warpgroup. Read when JAX first makes an array.
+os.environ.setdefault("PJRT_NPROC", "16")
 
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 settings.load_profile("tests")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--random-shapes", type=int, default=12, help="how many random calls test_gpu_random.py draws")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,4 +42,9 @@ def _forget_compiled_programs():
 
 @pytest.fixture(scope="session", params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session", params=IMPLEMENTATIONS + KERNELS)
+def implementation_or_kernel(request: pytest.FixtureRequest) -> str:
     return request.param
