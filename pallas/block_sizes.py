@@ -29,6 +29,13 @@ class BlockSizes:
             raise ValueError(f"BlockSizes: kernel_chunk must be 64 or 128; got {self.kernel_chunk}")
 
 
+def gpu_candidates(head_size: int, window: int) -> list[BlockSizes]:
+    """What `python -m pallas bench --sweep` times for the "gpu" implementation."""
+    default = default_block_sizes(window, 4096)
+    chunks = [chunk for chunk in (64, 128) if chunk >= min(head_size, 128)]
+    return [dataclasses.replace(default, kernel_chunk=chunk, chunks_per_state=m) for chunk in chunks for m in (1, 2, 4)]
+
+
 def default_block_sizes(window: int, t: int) -> BlockSizes:
     """A chunk of about the window, so that little is computed only to be masked: 32 to 64, or to 128 in long sequences.
 

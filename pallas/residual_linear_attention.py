@@ -50,7 +50,7 @@ def residual_linear_attention(
       initial state. With `return_final_state`, also the state in float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError: where arguments do not fit together. NotImplementedError: for an implementation not built yet.
+      ValueError: where arguments do not fit together. NotImplementedError: for an implementation that cannot do it.
 
     Numerics: phi, states and sums in float32 (float64 for float64 inputs), within the bounds of
       `sliding_window_attention` for values, the state and all gradients: tests/test_ops.py.

@@ -34,17 +34,20 @@ def sliding_window_attention(
       window: keys that a query sees, itself included; 0 gives exactly 0.
       scale: multiplies the logits; 1 / sqrt(d) by default.
       segment_ids: one id for each key; a query sees its own segment only. A segment is a maximal run of equal ids.
-      implementation: None, "reference" or "chunked"; None picks "chunked".
-      block_sizes: how `chunked` cuts the sequence; changes no result beyond rounding.
+      implementation: None, "reference", "chunked" or "gpu". None picks "gpu" on a Hopper GPU whose kernels serve the
+        call (bfloat16, sizes up to 128), else "chunked". "gpu" elsewhere is interpreted, slowly.
+      block_sizes: how the sequence is cut; changes no result beyond rounding.
 
     Returns:
       One output for each query and head, in v's dtype.
 
     Raises:
-      ValueError: where arguments do not fit together. NotImplementedError: for an implementation not built yet.
+      ValueError: where arguments do not fit together. NotImplementedError: for an implementation that cannot do it.
 
     Numerics: products and softmax in float32 (float64 for float64 inputs). `chunked` is within 1e-5 (float32 at highest
-      matmul precision), 5e-3 (bfloat16) and 1e-12 (float64) of `reference`, relative RMS: tests/test_ops.py.
+      matmul precision), 5e-3 (bfloat16) and 1e-12 (float64) of `reference`, relative RMS: tests/test_ops.py. "gpu"
+      multiplies bfloat16 and adds in float32: within twice the error of `chunked` plus 3e-3, there and in
+      tests/test_gpu_kernels.py.
     Cost: about 2 t h (d + dv) (min(W, t) + chunk) FLOPs for `chunked`, memory linear in t; `reference` is quadratic.
 
     >>> x = jnp.ones((5, 2, 4))
