@@ -45,6 +45,8 @@ def _obstacle(*arrays: Array) -> str | None:
     """Why the GPU kernels cannot serve a call, or None."""
     if jax.__version_info__ < (0, 11):
         return f"needs jax 0.11 or newer (Python 3.12 or newer); this is {jax.__version__}"
+    if jax.default_backend() == "gpu" and not on_hopper():
+        return f"needs a Hopper GPU; this is {jax.devices()[0].device_kind}"
     dtypes = [str(x.dtype) for x in arrays]
     if "float16" in dtypes:
         return "takes no float16, in which the states of unbounded feature maps overflow; cast to bfloat16, or"

@@ -122,6 +122,14 @@ def test_what_the_kernels_do_not_serve(op, dtype, head_size, reason, monkeypatch
     assert arguments.choose(op, None, q, q, q) == "chunked"  # never an interpreted kernel
 
 
+def test_a_gpu_of_another_kind_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(arguments, "on_hopper", lambda: False)
+    q = jnp.ones((3, 2, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU; this is .*implementation='chunked'"):
+        arguments.choose(SWA, "gpu", q, q, q)
+
+
 def test_too_few_threads_for_the_interpreter_are_an_error_not_a_hang(monkeypatch):
     monkeypatch.setenv("PJRT_NPROC", "2")
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
