@@ -126,7 +126,7 @@ def test_a_gpu_of_another_kind_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(arguments, "on_hopper", lambda: False)
     q = jnp.ones((3, 2, 64), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="needs a Hopper GPU; this is .*implementation='chunked'"):
+    with pytest.raises(NotImplementedError, match=r"needs a Hopper GPU; this is .*implementation='chunked'"):
         arguments.choose(SWA, "gpu", q, q, q)
 
 
