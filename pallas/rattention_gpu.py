@@ -48,9 +48,10 @@ def sliding_window_attention(q, k, v, *, window, scale, segment_ids, block_sizes
     """o_swa [t, h, dv]: by cuDNN where it is the faster and knows the problem, else by our kernels."""
     if window == 0:
         return jnp.zeros((*q.shape[:2], v.shape[2]), v.dtype)
-    on_gpu = jax.default_backend() == "gpu"
-    if on_gpu and segment_ids is None and window > WIDEST and q.shape[0] == k.shape[0] and q.shape[2:] == v.shape[2:]:
-        local = None if window >= q.shape[0] else (window - 1, 0)
+    (t, _, d), (s, _, dv) = q.shape, v.shape
+    cudnn_knows = jax.default_backend() == "gpu" and segment_ids is None and t == s and d == dv and d % 8 == 0
+    if cudnn_knows and window > WIDEST:
+        local = None if window >= t else (window - 1, 0)
         attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
         return attend(q, k, v, scale=scale, local_window_size=local)
     arrays = {"q": q, "k": k, "v": v}
