@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import operator
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, SupportsIndex, final
@@ -333,9 +334,13 @@ def _window_items(
     return {"tokens": tokens, "targets": targets, "segment_ids": segment_ids}
 
 
+_ONE_PARSER = threading.Lock()  # NumPy parses a file's header with `ast`, which fails in two threads of Python 3.11
+
+
 def _open_tokens(path: Path, document: int) -> UInt16[np.ndarray, "tokens"]:
     """Map a token file into memory; its first token shows whether the caller knows its document marker."""
-    tokens = np.load(path, mmap_mode="r")
+    with _ONE_PARSER:
+        tokens = np.load(path, mmap_mode="r")
     if tokens.ndim != 1 or tokens.dtype != np.uint16 or tokens.size == 0:
         raise ValueError(
             f"token file: {path} must hold one dimension of uint16; got {tokens.dtype} of shape {tokens.shape};"
