@@ -20,6 +20,7 @@ from pallas.warpgroup_gpu import (
     LOG2E,
     MASKED,
     MATRIX,
+    NORMED,
     PER_COLUMN,
     PER_ROW,
     ROWS,
@@ -52,13 +53,15 @@ def forward(arrays: dict, plan: Plan, *, save: bool) -> dict:
         outputs["lse"] = per_query
     if save and plan.normed:
         for branch in ["swa"] * plan.local + ["rla"] * plan.residual:
-            outputs |= {f"y_{branch}": by_head, f"r_{branch}": per_query}
+            outputs |= {f"y_{branch}": jax.ShapeDtypeStruct(by_head.shape, NORMED), f"r_{branch}": per_query}
+    elif save and plan.local:
+        outputs["rest"] = by_head  # what rounding took from out
     gains = [name for name in ("swa_gain", "rla_gain") if arrays.get(name) is not None]
     scratch = {
         "ring": Ring.scratch(tile(plan.stages, plan.chunk, d), consumers=2),
         "q_tile": tile(2, ROWS, d),
         "q_rla_tile": tile(2, ROWS, d),
-        "stage": tile(2, ROWS, d),
+        "stage": plgpu.RefUnion(tile(2, ROWS, d), tile(2, ROWS, d, dtype=NORMED)),
         "loaded": plgpu.Barrier(num_barriers=2),
         "rla_loaded": plgpu.Barrier(num_barriers=2),
         "turn": plgpu.Barrier(num_arrivals=2),
@@ -189,11 +192,15 @@ class _Compute:
         r = lax.rsqrt((x * x).sum(axis=1) * (1.0 / self.plan.value_size) + self.plan.eps)
         return x * across(r, x.shape[1]), r
 
-    def put(self, value, name: str | None, place: Place) -> None:
+    def stage_of(self, dtype):
+        """One piece of memory, for either dtype."""
+        return self.mine(self.stage[0 if dtype == jnp.bfloat16 else 1])
+
+    def put(self, value, name: str | None, place: Place, dtype=jnp.bfloat16) -> None:
         """Into the stage, and from there to `name`."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        stage = self.mine(self.stage)
-        stage[...] = value.astype(jnp.bfloat16)
+        stage = self.stage_of(dtype)
+        stage[...] = value.astype(dtype)
         plgpu.commit_smem()
         if name is not None:
             plgpu.copy_smem_to_gmem(stage, self.refs[name].at[place.batch, place.rows, place.head])
@@ -227,16 +234,16 @@ class _Compute:
                 out, r = self.norm(out)
                 self.put_rows(r, "r_swa", place)
                 if plan.residual or self.save:  # out of the registers until the end
-                    self.put(out, "y_swa" if self.save else None, place)
+                    self.put(out, "y_swa" if self.save else None, place, NORMED)
         if plan.residual:
             o_rla, use = _residual(self, place, start, use, ahead)
             if plan.normed:
                 o_rla, r = self.norm(o_rla)
                 self.put_rows(r, "r_rla", place)
             if plan.local:
-                out = plgpu.load(self.mine(self.stage), layout=MATRIX).astype(jnp.float32)
+                out = plgpu.load(self.stage_of(NORMED), layout=MATRIX).astype(jnp.float32)
             if plan.normed and self.save:
-                self.put(o_rla, "y_rla", place)
+                self.put(o_rla, "y_rla", place, NORMED)
         if plan.normed:
             plgpu.barrier_wait(self.mine(self.gains_loaded))
             terms = [self.gained(out, 0)] if plan.local else []
@@ -246,6 +253,8 @@ class _Compute:
         elif plan.residual:
             out = o_rla
         self.put(out, "out", place)
+        if self.save and plan.local and not plan.normed:
+            self.put(out - out.astype(jnp.bfloat16).astype(jnp.float32), "rest", place)
         return use
 
 

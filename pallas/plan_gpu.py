@@ -33,6 +33,7 @@ class Plan:
     head_size: int  # of q, k and v as the kernels see them: 64 or 128
     value_size: int  # what the norms divide by
     slices: int  # f / head_size
+    feature_size: int  # f before padding
     map_name: str | None  # a key of KERNEL_MAPS, or None: features are given
     segmented: bool
     num_start_states: int  # 0; 1: all queries start alike; 2: initial_state and segment_state
@@ -97,6 +98,11 @@ class Plan:
     @property
     def num_features(self) -> int:
         return self.slices * self.head_size
+
+    def features_of(self, slice_index):
+        """float32: how many features of a slice are not padding, but 1 at least."""
+        count = jnp.clip(self.feature_size - slice_index * self.head_size, 1, self.head_size)
+        return lax.convert_element_type(count, jnp.float32)
 
     @property
     def num_states(self) -> int:

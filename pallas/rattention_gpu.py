@@ -143,17 +143,19 @@ def _attend(
     (t, h, d), (s, kv, dv) = (arrays["q"] if local else arrays["q_rla"]).shape, v.shape
     head_size = 64 if max(d, dv) <= 64 else 128
     window = min(window, s)
-    map_name, slices = None, 0
+    map_name, slices, feature_size = None, 0, 0
     if residual:
         map_name = _kernel_map(feature_map) if d == head_size else None
         if map_name is not None:
             slices = KERNEL_MAPS[map_name].slices
+            feature_size = slices * head_size
         else:
             assert feature_map is not None
             phi_q, phi_k = as_pair(feature_map)
             arrays["features_q"] = phi_q(arrays.pop("q_rla").astype(jnp.float32)).astype(jnp.float32)
             arrays["features_k"] = phi_k(arrays.pop("k_rla").astype(jnp.float32)).astype(jnp.float32)
-            slices = cdiv(arrays["features_q"].shape[-1], head_size)
+            feature_size = arrays["features_q"].shape[-1]
+            slices = cdiv(feature_size, head_size)
             slices = slices if slices == 1 else round_up(slices, 2)
     pair = (h // kv) % 2 == 0
     span = ROWS if pair else 2 * ROWS
@@ -175,6 +177,7 @@ def _attend(
         head_size=head_size,
         value_size=dv,
         slices=slices,
+        feature_size=feature_size,
         map_name=map_name,
         segmented=segment_ids is not None,
         num_start_states=num_starts if residual else 0,
@@ -283,7 +286,7 @@ def _as_kernels_read(plan: Plan, arrays: dict) -> dict:
     if plan.num_start_states:
         states = arrays["start_states"]  # [b, n, kv, dv, f]
         sliced = states.reshape(*states.shape[:-1], plan.slices, plan.head_size)
-        means = sliced.mean(axis=-1)
+        means = sliced.sum(axis=-1) / plan.features_of(jnp.arange(plan.slices, dtype=jnp.int32))
         arrays["start_states"] = (sliced - means[..., None]).reshape(states.shape).astype(jnp.bfloat16)
         arrays["start_means"] = means.swapaxes(-1, -2)
     return arrays
@@ -323,13 +326,13 @@ def _backward(plan: Plan, arrays: dict, segments: dict, saved: dict, d_out) -> d
 
 
 def _window_backward(plan: Plan, arrays: dict, dv) -> dict:
-    arrays = arrays | {"mean_key": arrays["k"].astype(jnp.float32).mean(axis=1)}
     gradients = {}
-    of_queries = ("q", "k", "v", "lse", "mean_key", "segment_start")
+    of_queries = ("q", "k", "v", "lse", "segment_start")
     if plan.normed:
         of_queries += ("d_out", "y_swa", "r_swa", "swa_gain")
     else:
-        d_swa, o_swa = arrays["d_out"].astype(jnp.float32), arrays["out"].astype(jnp.float32)
+        d_swa, out, rest = (arrays[name].astype(jnp.float32) for name in ("d_out", "out", "rest"))
+        o_swa = out + rest  # its rounding would leave the d_logits of a query with a sum other than 0
         arrays |= {"d_swa": arrays["d_out"], "delta": (d_swa * o_swa).sum(axis=-1).swapaxes(1, 2)}
         of_queries += ("d_swa", "delta")
     narrow = plan.narrow()

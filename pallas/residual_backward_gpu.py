@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas.plan_gpu import Place, Plan, int32
 from pallas.warpgroup_gpu import (
     MATRIX,
+    NORMED,
     PER_COLUMN,
     PER_ROW,
     ROWS,
@@ -55,7 +56,7 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
     width, dtype = (plan.num_features, jnp.float32) if plan.map is None else (d, jnp.bfloat16)
     outputs = {"dq": jax.ShapeDtypeStruct((batch, t, heads, width), dtype)}
     if plan.normed:
-        scratch["y_tile"] = tile(2, ROWS, d)
+        scratch["y_tile"] = tile(2, ROWS, d, dtype=NORMED)
         scratch["gates"] = plgpu.Barrier(num_barriers=2)
         outputs["d_rla"] = jax.ShapeDtypeStruct((batch, t, heads, d), jnp.bfloat16)
         outputs["d_gain"] = jax.ShapeDtypeStruct((batch, t // ROWS, heads, d), jnp.float32)

@@ -4,8 +4,8 @@ Forward it sums keys and values from left to right into the states that queries 
 cotangents from right to left into the gradients of those states. So that a single long sequence fills the chip, the
 sequence is cut into pieces: a first launch sums each, a second sweeps every piece from the sum of those before it.
 
-States are kept transposed, [dv, f], and centred: the mean over each slice of f is taken out before rounding to bfloat16
-and kept in float32. Rounding would otherwise fall on a large constant part, which the softmax map's Jacobian removes.
+States are kept transposed, [dv, f], and centred: the mean over each slice of f (over those that are not padding) is
+taken out before rounding to bfloat16 and kept in float32. Rounding would otherwise fall on a large constant part, which the softmax map's Jacobian removes.
 """
 
 import dataclasses
@@ -244,7 +244,7 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
 
                 @pl.when(slot < sweep.num_states)
                 def _():
-                    mean = total.sum(axis=1) * (1.0 / d)
+                    mean = total.sum(axis=1) / plan.features_of(slice_)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     state[...] = (total - across(mean, d)).astype(jnp.bfloat16)
                     plgpu.commit_smem()

@@ -18,14 +18,15 @@ ROWS = 64  # query rows of one warpgroup: the M of a wgmma instruction
 MULTIPROCESSORS = 132  # of an H100; blocks of a launch that are resident at once, one on each
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that a wholly masked row of scores gives no NaN
+NORMED = jnp.float16  # of x / rms(x), at most sqrt(d): three bits more than bfloat16 has, and no overflow
 MATRIX = plgpu.Layout.WGMMA
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def tile(*shape: int) -> plgpu.SMEM:
-    """Shared memory for bfloat16 tiles [..., rows, columns], laid out as wgmma and the copy engine want it."""
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+def tile(*shape: int, dtype=jnp.bfloat16) -> plgpu.SMEM:
+    """Shared memory for 16-bit tiles [..., rows, columns], laid out as wgmma and the copy engine want it."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
 def zeros(rows: int, columns: int):

@@ -2,9 +2,6 @@
 
 Both form the weights anew from the saved log-sum: weight = exp2(scale log2(e) q k - lse), d_logit = weight (d_out v -
 delta). Blocks outside the window are skipped.
-
-The d_logits of a query sum to zero, so adding one vector to all keys changes no dq. Rounding (of delta above all, since
-outputs are saved in bfloat16) breaks that sum, and keys with a mean show it: dq subtracts the sum times the mean key.
 """
 
 import functools
@@ -19,6 +16,7 @@ from pallas.plan_gpu import Plan
 from pallas.warpgroup_gpu import (
     LOG2E,
     MATRIX,
+    NORMED,
     PER_COLUMN,
     PER_ROW,
     ROWS,
@@ -34,7 +32,6 @@ from pallas.warpgroup_gpu import (
     one_after_the_other,
     resident_blocks,
     tile,
-    zero_rows,
     zeros,
 )
 
@@ -42,7 +39,7 @@ from pallas.warpgroup_gpu import (
 def query_gradients(arrays: dict, plan: Plan) -> dict:
     """dq [b, t, h, d], and what the key gradients read: d_swa, the cotangent of o_swa, and delta [b, h, t].
 
-    arrays: q, k, v, lse; mean_key [b, kv, d]; segment_start; d_swa and delta, or, where a norm follows, d_out, y_swa,
+    arrays: q, k, v, lse; segment_start; d_swa and delta, or, where a norm follows, d_out, y_swa,
     r_swa and swa_gain, with whose help they are computed here; then `d_gain` [b, tiles, h, d], to be summed over tiles.
     """
     (batch, t, heads, d), narrow = arrays["q"].shape, jnp.bfloat16
@@ -55,7 +52,7 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
         "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=3 if plan.normed else 2),
     }
     if plan.normed:
-        scratch["y_tile"] = tile(2, ROWS, d)
+        scratch["y_tile"] = tile(2, ROWS, d, dtype=NORMED)
         scratch["gates"] = plgpu.Barrier(num_barriers=2)
         outputs["d_swa"] = jax.ShapeDtypeStruct(arrays["q"].shape, narrow)
         outputs["delta"] = jax.ShapeDtypeStruct((batch, heads, t), jnp.float32)
@@ -143,7 +140,7 @@ def _compute_for_queries(
         pl.when(jnp.logical_not(is_last))(lambda: load(plan.place(index + lax.axis_size("block"), warpgroup)))
 
         def block(j, carry, masked: bool):
-            dq, total, use = carry
+            dq, use = carry
             keys, values = ring.wait(use), ring.wait(use + 1)
             logits, d_weights = multiply_add(
                 plan.interpret,
@@ -159,19 +156,16 @@ def _compute_for_queries(
                     seen &= iota(*shape, 1) + j * plan.chunk >= across(start, plan.chunk)
                 weights = jnp.where(seen, weights, 0.0)
             d_logits = weights * (d_weights - across(delta, plan.chunk))
-            total += d_logits.sum(axis=1)
             dq = multiply_add(plan.interpret, (dq, [(d_logits.astype(jnp.bfloat16), keys)]))
             ring.release(use)
-            return dq, total, use + 2
+            return dq, use + 2
 
-        carry = zeros(ROWS, plan.head_size), zero_rows(ROWS), use
+        carry = zeros(ROWS, plan.head_size), use
         carry = lax.fori_loop(begin, unmasked, functools.partial(block, masked=True), carry)
         if not plan.segmented:
             carry = lax.fori_loop(unmasked, masked_again, functools.partial(block, masked=False), carry)
             carry = lax.fori_loop(masked_again, end, functools.partial(block, masked=True), carry)
-        dq, total, use = carry
-        mean_key = plgpu.load(refs["mean_key"].at[batch, place.kv_head], layout=PER_COLUMN, optimized=False)
-        dq = dq - across(total, plan.head_size) * down(mean_key, ROWS)
+        dq, use = carry
         put((dq * plan.scale).astype(jnp.bfloat16), "dq", place)
         return use
 
