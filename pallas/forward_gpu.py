@@ -134,7 +134,7 @@ def _copy(refs, ring: Ring, place: Place, plan: Plan, use):
         if plan.reaches_back:
             saved = refs["states"].at[batch, state, kv_head]
             use = lax.fori_loop(0, int32(state > 0), lambda _, use, saved=saved: load_state(saved, use), use)
-        for i in range(plan.num_start_states):
+        for i in range(plan.num_start_tiles):
             use = load_state(refs["start_states"].at[batch, i, kv_head], use)
         if plan.reaches_back:
             use = lax.fori_loop(begin, end, edge_block, use)
@@ -383,7 +383,7 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
         return [means[0] + means[1]] if plan.sums_to_one and count == 2 else means
 
     def flag(condition):
-        return jnp.where(condition, zero_rows(ROWS, 1.0), zero_rows(ROWS))
+        return None if condition is None else jnp.where(condition, zero_rows(ROWS, 1.0), zero_rows(ROWS))
 
     def edge(j, carry, phis, half: int | None = None):
         out, use = carry
@@ -419,13 +419,11 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
         if plan.map is not None:
             ahead(compute.load_q_rla)
         if plan.reaches_back:
-            reads = flag(start < state * plan.spacing) if plan.segmented else None
+            reads = flag(start < state * plan.spacing if plan.segmented else None)
             saved = functools.partial(read_state, phis, means, reads)
             out, use = lax.fori_loop(0, int32(state > 0), lambda _, carry, saved=saved: saved(*carry), (out, use))
-        for i in range(plan.num_start_states):
-            reads = None
-            if plan.num_start_states > 1:
-                reads = flag(start > 0 if i else start <= 0)
+        for i in range(plan.num_start_tiles):
+            reads = flag(plan.reads_start(i, start))
             means = load_means(refs["start_means"].at[batch, i, kv_head], first, count)
             out, use = read_state(phis, means, reads, out, use)
         if plan.reaches_back:

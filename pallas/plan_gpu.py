@@ -99,6 +99,22 @@ class Plan:
     def num_features(self) -> int:
         return self.slices * self.head_size
 
+    @property
+    def precise_starts(self) -> bool:
+        """Are start states read, and their gradients summed, beyond bfloat16? Where heads are tiny, rounding shows."""
+        return self.num_start_states > 0 and self.map is None
+
+    @property
+    def num_start_tiles(self) -> int:
+        """Start states as kernels read them; precise ones are followed by what rounding took from each."""
+        return self.num_start_states * (2 if self.precise_starts else 1)
+
+    def reads_start(self, tile: int, segment_start):
+        """Which queries read a start state, by where their segments start; None: all."""
+        if self.num_start_states == 1:
+            return None
+        return segment_start > 0 if tile % 2 else segment_start <= 0
+
     def features_of(self, slice_index):
         """float32: how many features of a slice are not padding, but 1 at least."""
         count = jnp.clip(self.feature_size - slice_index * self.head_size, 1, self.head_size)

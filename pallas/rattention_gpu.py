@@ -287,8 +287,12 @@ def _as_kernels_read(plan: Plan, arrays: dict) -> dict:
         states = arrays["start_states"]  # [b, n, kv, dv, f]
         sliced = states.reshape(*states.shape[:-1], plan.slices, plan.head_size)
         means = sliced.sum(axis=-1) / plan.features_of(jnp.arange(plan.slices, dtype=jnp.int32))
-        arrays["start_states"] = (sliced - means[..., None]).reshape(states.shape).astype(jnp.bfloat16)
-        arrays["start_means"] = means.swapaxes(-1, -2)
+        centred = (sliced - means[..., None]).reshape(states.shape)
+        tiles, means = [centred.astype(jnp.bfloat16)], [means.swapaxes(-1, -2)]
+        if plan.precise_starts:
+            tiles.append((centred - tiles[0].astype(jnp.float32)).astype(jnp.bfloat16))
+            means.append(jnp.zeros_like(means[0]))
+        arrays["start_states"], arrays["start_means"] = (jnp.concatenate(parts, axis=1) for parts in (tiles, means))
     return arrays
 
 
@@ -368,19 +372,23 @@ def _residual_backward(plan: Plan, original: dict, arrays: dict, segments: dict)
         gradients["rla_gain"] = found.pop("d_gain").sum(axis=1)
     arrays = arrays | found
     x, d_rla = arrays[query_name], arrays["d_rla"]
-    if plan.num_start_states == 1:
-        gradients["start_states"] = sweep_gpu.total(plan, x, d_rla)[:, None]
-    elif plan.num_start_states == 2:
-        first = (segments["segment_start"] == 0).astype(jnp.float32)
-        totals = [sweep_gpu.total(plan, x, d_rla, row_keep=keep) for keep in (first, 1 - first)]
+    if plan.num_start_states:
+        first = (segments["segment_start"] == 0).astype(jnp.float32) if plan.num_start_states == 2 else None
+        keeps = (None,) if first is None else (first, 1 - first)
+        factors = [(x, d_rla)]
+        if plan.precise_starts:
+            factors.append(((original[query_name] - x.astype(jnp.float32)).astype(jnp.bfloat16), d_rla))
+            if plan.normed:
+                factors.append((x, arrays["d_rest"]))
+        totals = [sum(sweep_gpu.total(plan, *pair, row_keep=keep) for pair in factors) for keep in keeps]
         gradients["start_states"] = jnp.stack(totals, axis=1)
     if not plan.reaches_back:
         gradients[key_name] = jnp.zeros_like(original[key_name])
         gradients["v"] = jnp.zeros_like(original["v"])
         return gradients
     if plan.num_states > 1:
-        keeps: dict[str, Any] = {"row_keep": segments.get("query_keep"), "carry_keep": segments.get("carry_keep")}
-        swept = sweep_gpu.sweep(sweep_gpu.query_sweep(plan), x, d_rla, **keeps)
+        kept: dict[str, Any] = {"row_keep": segments.get("query_keep"), "carry_keep": segments.get("carry_keep")}
+        swept = sweep_gpu.sweep(sweep_gpu.query_sweep(plan), x, d_rla, **kept)
         arrays |= {"d_states": swept["states"], "d_means": swept["means"]}
     arrays |= {"row_keep": segments.get("key_keep")}
     of_keys = ("d_rla", query_name, "k_rla", "features_k", "v", "d_states", "d_means", "row_keep", "segment_start")

@@ -40,6 +40,8 @@ from pallas.warpgroup_gpu import (
 def query_gradients(arrays: dict, plan: Plan) -> dict:
     """dq [b, t, h, d] bfloat16 (where features are given, their gradient [b, t, h, f] float32), and d_rla.
 
+    With `plan.precise_starts` also d_rest, what rounding took from d_rla.
+
     arrays: d_rla, the cotangent of o_rla, or, where a norm follows, d_out, y_rla, r_rla and rla_gain, with whose help
     it is computed here, and `d_gain` [b, tiles, h, d], to be summed over tiles; q_rla unless features are given;
     features_k, v, states, state_means; start_states, start_means; segment_start.
@@ -60,6 +62,8 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
         scratch["gates"] = plgpu.Barrier(num_barriers=2)
         outputs["d_rla"] = jax.ShapeDtypeStruct((batch, t, heads, d), jnp.bfloat16)
         outputs["d_gain"] = jax.ShapeDtypeStruct((batch, t // ROWS, heads, d), jnp.float32)
+        if plan.precise_starts:
+            outputs["d_rest"] = outputs["d_rla"]
     num_tiles = plan.num_tiles(batch)
     grid = {"block": resident_blocks(num_tiles, plan.interpret)}
     body = functools.partial(_residual_query_gradients, plan=plan, num_tiles=num_tiles)
@@ -107,7 +111,7 @@ def _copy_for_queries(refs, ring: Ring, place: Place, plan: Plan, use):
             source = refs["states"].at[batch, state, kv_head]
             saved = lambda _, use, source=source, first=first: load_state(source, first, use)
             use = lax.fori_loop(0, int32(state > 0), saved, use)
-        for i in range(plan.num_start_states):
+        for i in range(plan.num_start_tiles):
             use = load_state(refs["start_states"].at[batch, i, kv_head], first, use)
         if plan.reaches_back:
 
@@ -139,7 +143,9 @@ def _compute_for_queries(
     d_tile, q_tile, stage, loaded, q_loaded = (ref.at[warpgroup] for ref in (d_tile, q_tile, stage, loaded, q_loaded))
     y_tile = None if y_tile is None else y_tile.at[warpgroup]
     d, count, chunk = plan.head_size, plan.slices_at_once, plan.chunk
-    flag = lambda condition: jnp.where(condition, zero_rows(ROWS, 1.0), zero_rows(ROWS))
+
+    def flag(condition):
+        return None if condition is None else jnp.where(condition, zero_rows(ROWS, 1.0), zero_rows(ROWS))
 
     def load(place):
         where = place.batch, place.rows, place.head
@@ -197,9 +203,11 @@ def _compute_for_queries(
             sum_rows = lambda x: one_after_the_other(gates, warpgroup, is_first, lambda: x.sum(axis=0))
             gain = plgpu.load(refs["rla_gain"].at[batch, head], layout=PER_COLUMN, optimized=False)
             plgpu.barrier_wait(loaded)
-            d_rla, d_gain, _ = norm_backward(d_tile, y_tile, r, gain, plan.value_size, sum_rows)
+            (d_rla, rest), d_gain, _ = norm_backward(d_tile, y_tile, r, gain, plan.value_size, sum_rows)
             refs["d_gain"].at[batch, place.row // ROWS, head][...] = d_gain
             put(d_rla, "d_rla", place)
+            if "d_rest" in refs:
+                put(rest, "d_rest", place)
         else:
             plgpu.barrier_wait(loaded)
             d_rla = plgpu.load(d_tile, layout=MATRIX)
@@ -222,15 +230,13 @@ def _compute_for_queries(
         for first in range(0, plan.slices, count):
             grads = [zeros(ROWS, d) for _ in range(count)]
             if plan.reaches_back:
-                reads = flag(start < state * plan.spacing) if plan.segmented else None
+                reads = flag(start < state * plan.spacing if plan.segmented else None)
                 means = load_means(refs["state_means"].at[batch, state, kv_head], first)
                 saved = functools.partial(read_state, d_rla, means, reads)
                 read = lambda _, carry, saved=saved: saved(*carry)
                 grads, use = lax.fori_loop(0, int32(state > 0), read, (grads, use))
-            for i in range(plan.num_start_states):
-                reads = None
-                if plan.num_start_states > 1:
-                    reads = flag(start > 0 if i else start <= 0)
+            for i in range(plan.num_start_tiles):
+                reads = flag(plan.reads_start(i, start))
                 means = load_means(refs["start_means"].at[batch, i, kv_head], first)
                 grads, use = read_state(d_rla, means, reads, grads, use)
             if plan.reaches_back:

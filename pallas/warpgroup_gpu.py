@@ -210,16 +210,18 @@ def close_gates(gates, warpgroup) -> None:
 def norm_backward(d_tile, y_tile, r, gain, value_size: int, sum_rows: Callable):
     """Through gain * y, y = x r, r = 1 / sqrt(mean(x^2) + eps): the gradients of x and of the gain, and x's times y.
 
-    d_tile, y_tile: refs [rows, columns]; r [rows], gain [columns] in registers. The gradient of x is bfloat16; its
-    product with y is summed over columns; `sum_rows` sums the gain's gradient over rows.
+    d_tile, y_tile: refs [rows, columns]; r [rows], gain [columns] in registers. The gradient of x is (bfloat16, what
+    rounding took from it); its product with y is summed over columns; `sum_rows` sums the gain's gradient over rows.
     """
     rows, columns = d_tile.shape
     d_out, y = (plgpu.load(ref, layout=MATRIX).astype(jnp.float32) for ref in (d_tile, y_tile))
     d_gain = sum_rows(d_out * y)
     d_out = d_out * down(gain, rows)
     projection = (d_out * y).sum(axis=1) * (1.0 / value_size)
-    d_x = ((d_out - y * across(projection, columns)) * across(r, columns)).astype(jnp.bfloat16)
-    return d_x, d_gain, (d_x.astype(jnp.float32) * y).sum(axis=1)
+    exact = (d_out - y * across(projection, columns)) * across(r, columns)
+    d_x = exact.astype(jnp.bfloat16)
+    rounded = d_x.astype(jnp.float32)
+    return (d_x, (exact - rounded).astype(jnp.bfloat16)), d_gain, (rounded * y).sum(axis=1)
 
 
 def named_refs(body: Callable, inputs: dict, outputs: dict):
