@@ -30,9 +30,12 @@ from pallas.warpgroup_gpu import (
     for_each_tile,
     iota,
     launch,
+    load_next,
     multiply_add,
     resident_blocks,
+    send,
     tile,
+    where_rows,
     zero_rows,
     zeros,
 )
@@ -198,12 +201,8 @@ class _Compute:
 
     def put(self, value, name: str | None, place: Place, dtype=jnp.bfloat16) -> None:
         """Into the stage, and from there to `name`."""
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        stage = self.stage_of(dtype)
-        stage[...] = value.astype(dtype)
-        plgpu.commit_smem()
-        if name is not None:
-            plgpu.copy_smem_to_gmem(stage, self.refs[name].at[place.batch, place.rows, place.head])
+        target = None if name is None else self.refs[name].at[place.batch, place.rows, place.head]
+        send(self.stage_of(dtype), value, target)
 
     def put_rows(self, value, name: str, place: Place) -> None:
         if self.save:
@@ -218,10 +217,7 @@ class _Compute:
             source = self.refs["segment_start"].at[place.batch, place.rows]
             start = plgpu.load(source, layout=PER_ROW, optimized=False)
 
-        def ahead(load):
-            plgpu.commit_smem()  # all threads are done with what lay there
-            pl.when(jnp.logical_not(is_last))(lambda: load(plan.place(index + lax.axis_size("block"), self.warpgroup)))
-
+        ahead = lambda load: load_next(load, plan, index, is_last, self.warpgroup)
         out = None
         if plan.local:
             plgpu.barrier_wait(self.mine(self.loaded))
@@ -382,9 +378,6 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
         means = [plgpu.load(ref.at[first + i], layout=PER_COLUMN, optimized=False) for i in range(count)]
         return [means[0] + means[1]] if plan.sums_to_one and count == 2 else means
 
-    def flag(condition):
-        return None if condition is None else jnp.where(condition, zero_rows(ROWS, 1.0), zero_rows(ROWS))
-
     def edge(j, carry, phis, half: int | None = None):
         out, use = carry
         key, columns, count = j * chunk, chunk, len(phis)
@@ -419,11 +412,11 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
         if plan.map is not None:
             ahead(compute.load_q_rla)
         if plan.reaches_back:
-            reads = flag(start < state * plan.spacing if plan.segmented else None)
+            reads = where_rows(start < state * plan.spacing if plan.segmented else None)
             saved = functools.partial(read_state, phis, means, reads)
             out, use = lax.fori_loop(0, int32(state > 0), lambda _, carry, saved=saved: saved(*carry), (out, use))
         for i in range(plan.num_start_tiles):
-            reads = flag(plan.reads_start(i, start))
+            reads = where_rows(plan.reads_start(i, start))
             means = load_means(refs["start_means"].at[batch, i, kv_head], first, count)
             out, use = read_state(phis, means, reads, out, use)
         if plan.reaches_back:

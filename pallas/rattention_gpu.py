@@ -1,6 +1,6 @@
 """The three ops on a Hopper GPU: padding, batching and differentiation around the kernels.
 
-forward_gpu.py and sweep_gpu.py compute; window_backward_gpu.py and residual_backward_gpu.py differentiate. Everything
+forward_gpu.py and sweep_gpu.py compute; window_backward_gpu.py and residual_*_backward_gpu.py differentiate. Everything
 here takes one sequence; `jax.vmap` of it becomes one launch for the whole batch.
 """
 
@@ -15,7 +15,13 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
 from pallas import feature_map as maps
-from pallas import forward_gpu, residual_backward_gpu, sweep_gpu, window_backward_gpu
+from pallas import (
+    forward_gpu,
+    residual_key_backward_gpu,
+    residual_query_backward_gpu,
+    sweep_gpu,
+    window_backward_gpu,
+)
 from pallas.block_sizes import BlockSizes
 from pallas.feature_map import FeatureMap, as_pair
 from pallas.plan_gpu import Plan, cdiv, round_up
@@ -366,7 +372,7 @@ def _residual_backward(plan: Plan, original: dict, arrays: dict, segments: dict)
         arrays = arrays | {"d_rla": arrays["d_out"]}
         of_queries += ("d_rla",)
     narrow = plan.narrow()
-    found = residual_backward_gpu.query_gradients(_pick(arrays, *of_queries), narrow)
+    found = residual_query_backward_gpu.query_gradients(_pick(arrays, *of_queries), narrow)
     gradients[query_name] = found.pop("dq")
     if plan.normed:
         gradients["rla_gain"] = found.pop("d_gain").sum(axis=1)
@@ -392,5 +398,5 @@ def _residual_backward(plan: Plan, original: dict, arrays: dict, segments: dict)
         arrays |= {"d_states": swept["states"], "d_means": swept["means"]}
     arrays |= {"row_keep": segments.get("key_keep")}
     of_keys = ("d_rla", query_name, "k_rla", "features_k", "v", "d_states", "d_means", "row_keep", "segment_start")
-    gradients[key_name], gradients["v"] = residual_backward_gpu.key_gradients(_pick(arrays, *of_keys), narrow)
+    gradients[key_name], gradients["v"] = residual_key_backward_gpu.key_gradients(_pick(arrays, *of_keys), narrow)
     return gradients

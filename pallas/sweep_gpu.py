@@ -5,7 +5,8 @@ cotangents from right to left into the gradients of those states. So that a sing
 sequence is cut into pieces: a first launch sums each, a second sweeps every piece from the sum of those before it.
 
 States are kept transposed, [dv, f], and centred: the mean over each slice of f (over those that are not padding) is
-taken out before rounding to bfloat16 and kept in float32. Rounding would otherwise fall on a large constant part, which the softmax map's Jacobian removes.
+taken out before rounding to bfloat16 and kept in float32. Rounding would otherwise fall on a large constant part,
+which the softmax map's Jacobian removes.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from pallas.warpgroup_gpu import (
     across,
     launch,
     multiply_add,
+    send,
     sign_of,
     tile,
     zeros,
@@ -245,10 +247,7 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
                 @pl.when(slot < sweep.num_states)
                 def _():
                     mean = total.sum(axis=1) / plan.features_of(slice_)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    state[...] = (total - across(mean, d)).astype(jnp.bfloat16)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(state, refs["states"].at[batch, slot, kv_head, :, columns])
+                    send(state, total - across(mean, d), refs["states"].at[batch, slot, kv_head, :, columns])
                     refs["means"].at[batch, slot, kv_head, slice_][...] = mean
 
             return total, use

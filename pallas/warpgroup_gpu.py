@@ -224,6 +224,26 @@ def norm_backward(d_tile, y_tile, r, gain, value_size: int, sum_rows: Callable):
     return (d_x, (exact - rounded).astype(jnp.bfloat16)), d_gain, (rounded * y).sum(axis=1)
 
 
+def where_rows(condition):
+    """[ROWS]: 1.0 where the condition on each row holds, else 0.0; None for no condition."""
+    return None if condition is None else jnp.where(condition, zero_rows(ROWS, 1.0), zero_rows(ROWS))
+
+
+def send(stage, value, target=None) -> None:
+    """Into shared memory, once the copy before has left it, and from there to device memory, if there is a target."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    stage[...] = value.astype(stage.dtype)
+    plgpu.commit_smem()
+    if target is not None:
+        plgpu.copy_smem_to_gmem(stage, target)
+
+
+def load_next(load: Callable, plan, index, is_last, warpgroup) -> None:
+    """Ask for what `load(place)` brings for this block's next tile: all threads are done with what lies there."""
+    plgpu.commit_smem()
+    pl.when(jnp.logical_not(is_last))(lambda: load(plan.place(index + lax.axis_size("block"), warpgroup)))
+
+
 def named_refs(body: Callable, inputs: dict, outputs: dict):
     """`body(refs by name, **scratch)` as plgpu.kernel calls it: arrays that are None take no part."""
     names = [name for name, value in inputs.items() if value is not None] + list(outputs)

@@ -27,10 +27,12 @@ from pallas.warpgroup_gpu import (
     for_each_tile,
     iota,
     launch,
+    load_next,
     multiply_add,
     norm_backward,
     one_after_the_other,
     resident_blocks,
+    send,
     tile,
     zeros,
 )
@@ -107,15 +109,10 @@ def _compute_for_queries(
         if plan.normed:
             plgpu.copy_gmem_to_smem(refs["y_swa"].at[where], y_tile, loaded)
 
-    def put(value, name, place):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        stage[...] = value
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(stage, refs[name].at[place.batch, place.rows, place.head])
-
     def one_tile(index, is_last, use):
         place = plan.place(index, warpgroup)
         batch, rows, head = place.batch, place.rows, place.head
+        target = lambda name: refs[name].at[batch, rows, head]
         begin, unmasked, masked_again, end = plan.window_range(place.lowest, place.lowest + plan.span - 1)
         per_row = lambda ref: plgpu.load(ref, layout=PER_ROW, optimized=False)
         lse = per_row(refs["lse"].at[batch, head, rows])
@@ -130,14 +127,13 @@ def _compute_for_queries(
             delta = along / r
             refs["delta"].at[batch, head, rows][...] = delta
             refs["d_gain"].at[batch, place.row // ROWS, head][...] = d_gain
-            put(d_swa, "d_swa", place)
+            send(stage, d_swa, target("d_swa"))
         else:
             delta = per_row(refs["delta"].at[batch, head, rows])
             plgpu.barrier_wait(loaded)
             d_swa = plgpu.load(d_tile, layout=MATRIX)
         q = plgpu.load(q_tile, layout=MATRIX)
-        plgpu.commit_smem()  # all threads hold what lay there: the next tile's may come
-        pl.when(jnp.logical_not(is_last))(lambda: load(plan.place(index + lax.axis_size("block"), warpgroup)))
+        load_next(load, plan, index, is_last, warpgroup)
 
         def block(j, carry, masked: bool):
             dq, use = carry
@@ -166,7 +162,7 @@ def _compute_for_queries(
             carry = lax.fori_loop(unmasked, masked_again, functools.partial(block, masked=False), carry)
             carry = lax.fori_loop(masked_again, end, functools.partial(block, masked=True), carry)
         dq, use = carry
-        put((dq * plan.scale).astype(jnp.bfloat16), "dq", place)
+        send(stage, dq * plan.scale, target("dq"))
         return use
 
     load(plan.place(lax.axis_index("block"), warpgroup))
@@ -276,7 +272,5 @@ def _window_key_gradients(refs, ring, lse_ring, delta_ring, k_tile, v_tile, load
             carry = lax.fori_loop(masked_again, end, functools.partial(block, masked=True), carry)
         dk, dv, _ = carry
         for tile_, value, name in ((keys, dk * plan.scale, "dk"), (values, dv, "dv")):
-            tile_[...] = value.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(tile_, refs[name].at[batch, rows, kv_head])
+            send(tile_, value, refs[name].at[batch, rows, kv_head])
         plgpu.wait_smem_to_gmem(0)

@@ -24,12 +24,8 @@ ARRAYS = {
 }
 SWA, RLA, BOTH = ARRAYS
 STATES = ("initial_state", "segment_state")
-OUTSIDE = {  # calls of the Hopper kernels known to miss the bound, interpreted: to be mended, never to be allowed
-    "rattention-t1-w64-s1-0seg-h2kv1d8dv8": "d swa_gain 3.1e-3 > 3.0e-3: outputs are saved in bfloat16",
-    "rattention-t500-w500-s501-2seg-h3kv3d4dv6": "a start state's gradient 3.2e-3 to 3.9e-3 > 3.0e-3",
-    "rattention-t500-w100-s500-4seg-h4kv2d8dv5": "a start state's gradient 3.2e-3 to 3.9e-3 > 3.0e-3",
-    "rattention-t127-w97-s128-0seg-h1kv1d128dv128": "d q 6.5e-3 > 6.4e-3",
-    "rattention-t200-w50-s200-2seg-h4kv2d8dv5": "learned maps: d q_rla 7.3e-3 > 6.2e-3, d weight_q 5.0e-3 > 3.0e-3",
+OUTSIDE = {  # calls of the Hopper kernels known to miss the bound: LOG.md says why
+    "rattention-t200-w50-s200-2seg-h4kv2d8dv5": "learned maps: d weight_q 5.7e-3 > 3.0e-3, d q_rla 6.4e-3 > 6.2e-3",
 }
 PARAMETERS = ("initial_state", "segment_state", "swa_gain", "rla_gain")  # float32 beside bfloat16 activations
 

@@ -97,10 +97,8 @@ def test_nothing_of_a_document_depends_on_another():
         after[name][inside] = before[name][inside]
     run = compiled(case, "bfloat16", implementation="gpu")
     first, second = run(before), run(after)
-    for name in ("output", "d k", "d v", "d q_rla", "d k_rla"):  # d q: the mean of all keys enters its rounding
+    for name in ("output", "d q", "d k", "d v", "d q_rla", "d k_rla"):
         np.testing.assert_array_equal(first[name][inside], second[name][inside], err_msg=name)
-    got, expected = (x["d q"][inside].astype(np.float32) for x in (first, second))
-    np.testing.assert_allclose(got, expected, atol=0.03)
     assert not np.array_equal(first["output"], second["output"])
 
 
@@ -137,7 +135,8 @@ def test_too_few_threads_for_the_interpreter_are_an_error_not_a_hang(monkeypatch
         pallas.sliding_window_attention(*(jnp.ones((3, 2, 8), jnp.bfloat16),) * 3, window=2, implementation="gpu")
 
 
-MODULES = ("plan_gpu", "warpgroup_gpu", "forward_gpu", "sweep_gpu", "window_backward_gpu", "residual_backward_gpu")
+MODULES = ("plan_gpu", "warpgroup_gpu", "forward_gpu", "sweep_gpu", "window_backward_gpu")
+MODULES += ("residual_query_backward_gpu", "residual_key_backward_gpu")
 
 
 @pytest.fixture
@@ -191,7 +190,7 @@ BUGS = {
     ),
     "edge of the residual set strict, backward": (
         small(RLA),
-        "residual_backward_gpu",
+        "residual_key_backward_gpu",
         "ahead >= plan.window",
         "ahead > plan.window",
     ),
@@ -216,7 +215,7 @@ BUGS = {
     ),
     "residual keys see another segment's queries": (
         small(RLA, 70, 1, 129),
-        "residual_backward_gpu",
+        "residual_key_backward_gpu",
         "seen &= iota(*square, 0) + key >= down(start, ROWS)",
         "seen &= down(start, ROWS) >= 0",
     ),
@@ -233,7 +232,7 @@ BUGS = {
         "lax.fori_loop(masked_again, end, plain, carry)",
     ),
     "mean of a centred state left out, forward": (small(RLA), "forward_gpu", "down(means[0], ROWS)", "0.0"),
-    "mean of a centred gradient left out": (small(RLA), "residual_backward_gpu", "dv += down(mean, ROWS)", "pass"),
+    "mean of a centred gradient left out": (small(RLA), "residual_key_backward_gpu", "dv += down(mean, ROWS)", "pass"),
     "delta dropped for queries": (
         small(SWA),
         "window_backward_gpu",
@@ -250,7 +249,7 @@ BUGS = {
     ),
     "residual keys sum one head of the group": (
         small(RLA),
-        "residual_backward_gpu",
+        "residual_key_backward_gpu",
         "kv_head * group + step % group",
         "kv_head * group",
     ),

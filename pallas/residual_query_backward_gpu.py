@@ -1,7 +1,7 @@
-"""Gradients of residual linear attention: one kernel for queries, one for keys and values. No atomics.
+"""Gradients of residual linear attention for queries: the first of its two backward kernels. No atomics.
 
-The gradients of the states come from the reverse sweep (sweep_gpu.py). Slices of phi are independent of one another but
-for the last step, the map's Jacobian.
+Slices of phi are independent of one another but for the last step, the map's Jacobian. Where a norm follows, its
+backward pass runs here too, and residual_key_backward_gpu.py reads the result.
 """
 
 import functools
@@ -26,13 +26,14 @@ from pallas.warpgroup_gpu import (
     for_each_tile,
     iota,
     launch,
+    load_next,
     multiply_add,
     norm_backward,
     one_after_the_other,
     resident_blocks,
-    sign_of,
+    send,
     tile,
-    zero_rows,
+    where_rows,
     zeros,
 )
 
@@ -144,9 +145,6 @@ def _compute_for_queries(
     y_tile = None if y_tile is None else y_tile.at[warpgroup]
     d, count, chunk = plan.head_size, plan.slices_at_once, plan.chunk
 
-    def flag(condition):
-        return None if condition is None else jnp.where(condition, zero_rows(ROWS, 1.0), zero_rows(ROWS))
-
     def load(place):
         where = place.batch, place.rows, place.head
         plgpu.copy_gmem_to_smem(refs["d_out" if plan.normed else "d_rla"].at[where], d_tile, loaded)
@@ -156,12 +154,6 @@ def _compute_for_queries(
     def load_q(place):
         if plan.map is not None:
             plgpu.copy_gmem_to_smem(refs["q_rla"].at[place.batch, place.rows, place.head], q_tile, q_loaded)
-
-    def put(value, name, place):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        stage[...] = value
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(stage, refs[name].at[place.batch, place.rows, place.head])
 
     def read_state(d_rla, means, reads, grads, use):
         """grads + d_rla times the transposed (centred) states, for the rows where `reads` is 1."""
@@ -189,13 +181,10 @@ def _compute_for_queries(
     def one_tile(index, is_last, use):
         place = plan.place(index, warpgroup)
         batch, kv_head, rows, head = place.batch, place.kv_head, place.rows, place.head
+        target = lambda name: refs[name].at[batch, rows, head]
         state, begin, end = plan.residual_range(place.lowest, place.lowest + plan.span - 1)
         per_row = lambda ref: plgpu.load(ref, layout=PER_ROW, optimized=False)
         start = per_row(refs["segment_start"].at[batch, rows]) if plan.segmented else None
-
-        def ahead(load):
-            plgpu.commit_smem()  # all threads are done with what lay there
-            pl.when(jnp.logical_not(is_last))(lambda: load(plan.place(index + lax.axis_size("block"), warpgroup)))
 
         if plan.normed:
             r = per_row(refs["r_rla"].at[batch, head, rows])
@@ -205,13 +194,13 @@ def _compute_for_queries(
             plgpu.barrier_wait(loaded)
             (d_rla, rest), d_gain, _ = norm_backward(d_tile, y_tile, r, gain, plan.value_size, sum_rows)
             refs["d_gain"].at[batch, place.row // ROWS, head][...] = d_gain
-            put(d_rla, "d_rla", place)
+            send(stage, d_rla, target("d_rla"))
             if "d_rest" in refs:
-                put(rest, "d_rest", place)
+                send(stage, rest, target("d_rest"))
         else:
             plgpu.barrier_wait(loaded)
             d_rla = plgpu.load(d_tile, layout=MATRIX)
-        ahead(load)
+        load_next(load, plan, index, is_last, warpgroup)
 
         def edge(j, carry):
             grads, use = carry
@@ -230,13 +219,13 @@ def _compute_for_queries(
         for first in range(0, plan.slices, count):
             grads = [zeros(ROWS, d) for _ in range(count)]
             if plan.reaches_back:
-                reads = flag(start < state * plan.spacing if plan.segmented else None)
+                reads = where_rows(start < state * plan.spacing if plan.segmented else None)
                 means = load_means(refs["state_means"].at[batch, state, kv_head], first)
                 saved = functools.partial(read_state, d_rla, means, reads)
                 read = lambda _, carry, saved=saved: saved(*carry)
                 grads, use = lax.fori_loop(0, int32(state > 0), read, (grads, use))
             for i in range(plan.num_start_tiles):
-                reads = flag(plan.reads_start(i, start))
+                reads = where_rows(plan.reads_start(i, start))
                 means = load_means(refs["start_means"].at[batch, i, kv_head], first)
                 grads, use = read_state(d_rla, means, reads, grads, use)
             if plan.reaches_back:
@@ -253,8 +242,8 @@ def _compute_for_queries(
             x = -x if i else x
             dx = plan.map.backward(plan.map.function(x), x, grad)
             dq = dq - dx if i else dq + dx
-        ahead(load_q)
-        put(dq.astype(jnp.bfloat16), "dq", place)
+        load_next(load_q, plan, index, is_last, warpgroup)
+        send(stage, dq, target("dq"))
         return use
 
     first_place = plan.place(lax.axis_index("block"), warpgroup)
@@ -263,206 +252,3 @@ def _compute_for_queries(
     for_each_tile(num_tiles, one_tile, jnp.int32(0))
     if plan.normed:
         close_gates(gates, warpgroup)
-
-
-def key_gradients(arrays: dict, plan: Plan):
-    """(dk_rla [b, s, kv, d] bfloat16 or the gradient of given features [b, s, kv, f] float32, dv [b, s, kv, d]).
-
-    Each warpgroup takes a slice of phi. arrays: d_rla; q_rla and k_rla, or features_q; features_k, v; d_states,
-    d_means: the reverse sweep's; row_keep [b, s], segment_start.
-    """
-    d, count = plan.head_size, plan.slices_at_once
-    batch = arrays["v"].shape[0]
-    scratch = {
-        "ring": Ring.scratch(tile(4 if plan.map is not None else 2 * (count + 1), ROWS, d), consumers=count),
-        "v_tile": tile(ROWS, d),
-        "features_tile": tile(count, ROWS, d),
-        "state_tile": tile(count, d, d),
-        "loaded": plgpu.Barrier(num_arrivals=1 + count),
-        "state_full": plgpu.Barrier(num_arrivals=count),
-        "final": plgpu.Barrier(num_barriers=count),
-    }
-    if plan.map is not None:
-        scratch["phi_tile"] = tile(count, ROWS, d)
-        scratch["exchanged"] = plgpu.Barrier(num_arrivals=count)
-    parts = plan.slices // count
-    kv = plan.num_kv_heads
-    grid = {"kv_head": kv, "block": plan.num_keys // ROWS, "part": parts, "batch": batch}
-    width, dtype = (plan.num_features, jnp.float32) if plan.map is None else (d, jnp.bfloat16)
-    outputs = {"dk": jax.ShapeDtypeStruct((batch, plan.num_keys, kv, width), dtype)}
-    if plan.map is None:
-        outputs["dv"] = jax.ShapeDtypeStruct((batch, plan.slices, plan.num_keys, kv, d), jnp.float32)
-    else:
-        outputs["dv"] = jax.ShapeDtypeStruct((batch, plan.num_keys, kv, d), jnp.bfloat16)
-    body = functools.partial(_residual_key_gradients, plan=plan)
-    results = launch(body, arrays, outputs, scratch, grid=grid, warpgroups=count + 1, interpret=plan.interpret)
-    dk, dv = results["dk"], results["dv"]
-    return dk, dv.sum(axis=1).astype(jnp.bfloat16) if plan.map is None else dv
-
-
-def _residual_key_gradients(refs, plan: Plan, ring, **scratch):
-    warpgroup, batch, kv_head = (lax.axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
-    ring = Ring(*ring)
-    count, group = plan.slices_at_once, plan.group
-    first_slice = lax.axis_index("part") * count
-    key = lax.axis_index("block") * ROWS
-    begin, end = (x * group for x in plan.residual_queries(key))
-    state = key // plan.spacing + 1  # the first that holds these keys
-    read = int32(state < plan.num_states) if plan.num_states > 1 else None
-    place = lambda step: (pl.ds(step // group * ROWS, ROWS), kv_head * group + step % group)
-    where = batch, kv_head, first_slice, key, begin, end, state, read, place
-
-    @pl.when(warpgroup == count)
-    def _():
-        plgpu.set_max_registers(24, action="decrease")
-        _copy_for_keys(refs, ring, where, plan, **scratch)
-
-    @pl.when(warpgroup < count)
-    def _():
-        plgpu.set_max_registers(240, action="increase")
-        _compute_for_keys(refs, ring, where, plan, warpgroup, **scratch)
-
-
-def _copy_for_keys(refs, ring: Ring, where, plan: Plan, v_tile, features_tile, state_tile, loaded, state_full, **_):
-    batch, kv_head, first_slice, key, begin, end, state, read, place = where
-    d, count = plan.head_size, plan.slices_at_once
-    keys = pl.ds(key, ROWS)
-    columns = [pl.ds((first_slice + i) * d, d) for i in range(count)]
-    plgpu.copy_gmem_to_smem(refs["v"].at[batch, keys, kv_head], v_tile, loaded)
-    for i in range(count):
-        plgpu.copy_gmem_to_smem(refs["features_k"].at[batch, keys, kv_head, columns[i]], features_tile.at[i], loaded)
-
-    if read is not None:
-
-        @pl.when(read > 0)
-        def _():
-            for i in range(count):
-                source = refs["d_states"].at[batch, state, kv_head, :, columns[i]]
-                plgpu.copy_gmem_to_smem(source, state_tile.at[i], state_full)
-
-    def step(i, use):
-        rows, head = place(i)
-        if plan.map is None:
-            for column in columns:
-                ring.load(use, refs["features_q"].at[batch, rows, head, column])
-                use += 1
-        else:
-            ring.load(use, refs["q_rla"].at[batch, rows, head])
-            use += 1
-        ring.load(use, refs["d_rla"].at[batch, rows, head])
-        return use + 1
-
-    ring.drain(lax.fori_loop(begin, end, step, jnp.int32(0)))
-
-
-def _compute_for_keys(
-    refs,
-    ring: Ring,
-    where,
-    plan: Plan,
-    warpgroup,
-    v_tile,
-    features_tile,
-    state_tile,
-    loaded,
-    state_full,
-    final,
-    phi_tile=None,
-    exchanged=None,
-):
-    batch, kv_head, first_slice, key, begin, end, state, read, place = where
-    d, count = plan.head_size, plan.slices_at_once
-    uses = 2 if plan.map is not None else count + 1
-    keys, square = pl.ds(key, ROWS), (ROWS, ROWS)
-    slice_ = first_slice + warpgroup
-    features, state_slice = features_tile.at[warpgroup], state_tile.at[warpgroup]
-    plgpu.barrier_wait(loaded)
-
-    def read_state(_, carry):
-        d_phi, dv = carry
-        plgpu.barrier_wait(state_full)
-        mean = plgpu.load(refs["d_means"].at[batch, state, kv_head, slice_], layout=PER_COLUMN, optimized=False)
-        d_phi, dv = multiply_add(
-            plan.interpret, (d_phi, [(v_tile, state_slice)]), (dv, [(features, state_slice.transpose((1, 0)))])
-        )
-        if plan.sums_to_one:
-            dv += down(mean, ROWS)
-        else:
-            dv += across(plgpu.load(features, layout=MATRIX).astype(jnp.float32).sum(axis=1), d) * down(mean, ROWS)
-            v = plgpu.load(v_tile, layout=MATRIX).astype(jnp.float32)
-            d_phi += across((v * down(mean, ROWS)).sum(axis=1), d)
-        if plan.segmented:
-            keep = plgpu.load(refs["row_keep"].at[batch, keys], layout=PER_ROW, optimized=False)
-            d_phi, dv = d_phi * across(keep, d), dv * across(keep, d)
-        return d_phi, dv
-
-    def step(i, carry):  # everything transposed: rows are keys, columns queries
-        d_phi, dv, use = carry
-        tiles = [ring.wait(use + j) for j in range(uses)]
-        d_out = tiles[-1]
-        if plan.map is None:
-            phi = ring.slots.at[lax.rem(use + warpgroup, jnp.int32(ring.size))]
-        else:
-            phi = phi_tile.at[warpgroup]
-            x = plgpu.load(tiles[0], layout=MATRIX).astype(jnp.float32) * sign_of(slice_)
-            phi[...] = plan.map.function(x).astype(jnp.bfloat16)
-            plgpu.commit_smem()
-        scores, d_scores = multiply_add(
-            plan.interpret,
-            (square, [(features, phi.transpose((1, 0)))]),
-            (square, [(v_tile, d_out.transpose((1, 0)))]),
-        )
-        queries, _ = place(i)
-        ahead = plan.first + queries.start - key + iota(*square, 1) - iota(*square, 0)
-        seen = ahead >= plan.window
-        if plan.segmented:
-            start = plgpu.load(refs["segment_start"].at[batch, queries], layout=PER_COLUMN, optimized=False)
-            seen &= iota(*square, 0) + key >= down(start, ROWS)
-        scores, d_scores = (jnp.where(seen, x, 0.0).astype(jnp.bfloat16) for x in (scores, d_scores))
-        dv, d_phi = multiply_add(plan.interpret, (dv, [(scores, d_out)]), (d_phi, [(d_scores, phi)]))
-        for j in range(uses):
-            ring.release(use + j)
-        return d_phi, dv, use + uses
-
-    carry = zeros(ROWS, d), zeros(ROWS, d)
-    if read is not None:
-        carry = lax.fori_loop(0, read, read_state, carry)
-    d_phi, dv, _ = lax.fori_loop(begin, end, step, (*carry, jnp.int32(0)))
-    if plan.map is None:
-        refs["dk"].at[batch, keys, kv_head, pl.ds(slice_ * d, d)][...] = d_phi
-        refs["dv"].at[batch, slice_, keys, kv_head][...] = dv
-        return
-    plgpu.copy_gmem_to_smem(refs["k_rla"].at[batch, keys, kv_head], features, final.at[warpgroup])
-    plgpu.barrier_wait(final.at[warpgroup])
-    sign = sign_of(slice_)
-    x = plgpu.load(features, layout=MATRIX).astype(jnp.float32) * sign
-    dk = plan.map.backward(plan.map.function(x), x, d_phi) * sign
-    if count == 1:
-        finish = ((dk, "dk", 0), (dv, "dv", 0))
-        for value, name, _ in finish:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            phi_tile.at[warpgroup][...] = value.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(phi_tile.at[warpgroup], refs[name].at[batch, keys, kv_head])
-    else:
-        # Warpgroup 0 adds up dv, warpgroup 1 dk: each hands its part of the other's sum over.
-        @pl.when(warpgroup == 0)
-        def _():
-            phi_tile.at[0][...] = dk.astype(jnp.bfloat16)
-
-        @pl.when(warpgroup == 1)
-        def _():
-            phi_tile.at[1][...] = dv.astype(jnp.bfloat16)
-
-        plgpu.barrier_arrive(exchanged)
-        plgpu.barrier_wait(exchanged)
-        for mine, value, name in ((0, dv, "dv"), (1, dk, "dk")):
-
-            @pl.when(warpgroup == mine)
-            def _(mine=mine, value=value, name=name):
-                other = plgpu.load(phi_tile.at[1 - mine], layout=MATRIX).astype(jnp.float32)
-                features_tile.at[mine][...] = (value + other).astype(jnp.bfloat16)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(features_tile.at[mine], refs[name].at[batch, keys, kv_head])
-
-    plgpu.wait_smem_to_gmem(0)
