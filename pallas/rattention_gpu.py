@@ -292,7 +292,8 @@ def _as_kernels_read(plan: Plan, arrays: dict) -> dict:
     if plan.num_start_states:
         states = arrays["start_states"]  # [b, n, kv, dv, f]
         sliced = states.reshape(*states.shape[:-1], plan.slices, plan.head_size)
-        means = sliced.sum(axis=-1) / plan.features_of(jnp.arange(plan.slices, dtype=jnp.int32))
+        counts = plan.features_of(jnp.arange(plan.slices, dtype=jnp.int32))
+        means = sliced.sum(axis=-1) / jnp.expand_dims(counts, (0, 1, 2, 3))
         centred = (sliced - means[..., None]).reshape(states.shape)
         tiles, means = [centred.astype(jnp.bfloat16)], [means.swapaxes(-1, -2)]
         if plan.precise_starts:
