@@ -20,7 +20,6 @@ from pallas.warpgroup_gpu import (
     LOG2E,
     MASKED,
     MATRIX,
-    NORMED,
     PER_COLUMN,
     PER_ROW,
     ROWS,
@@ -31,7 +30,10 @@ from pallas.warpgroup_gpu import (
     iota,
     launch,
     load_next,
+    load_normed,
     multiply_add,
+    pack_normed,
+    parts_of,
     resident_blocks,
     send,
     tile,
@@ -56,7 +58,7 @@ def forward(arrays: dict, plan: Plan, *, save: bool) -> dict:
         outputs["lse"] = per_query
     if save and plan.normed:
         for branch in ["swa"] * plan.local + ["rla"] * plan.residual:
-            outputs |= {f"y_{branch}": jax.ShapeDtypeStruct(by_head.shape, NORMED), f"r_{branch}": per_query}
+            outputs |= {f"y_{branch}": by_head, f"r_{branch}": per_query}  # y packed
     elif save and plan.local:
         outputs["rest"] = by_head  # what rounding took from out
     gains = [name for name in ("swa_gain", "rla_gain") if arrays.get(name) is not None]
@@ -64,7 +66,7 @@ def forward(arrays: dict, plan: Plan, *, save: bool) -> dict:
         "ring": Ring.scratch(tile(plan.stages, plan.chunk, d), consumers=2),
         "q_tile": tile(2, ROWS, d),
         "q_rla_tile": tile(2, ROWS, d),
-        "stage": plgpu.RefUnion(tile(2, ROWS, d), tile(2, ROWS, d, dtype=NORMED)),
+        "stage": tile(2, ROWS, d),
         "loaded": plgpu.Barrier(num_barriers=2),
         "rla_loaded": plgpu.Barrier(num_barriers=2),
         "turn": plgpu.Barrier(num_arrivals=2),
@@ -81,7 +83,7 @@ def forward(arrays: dict, plan: Plan, *, save: bool) -> dict:
 def _forward_block(refs, ring, plan: Plan, save: bool, num_tiles: int, **scratch):
     """A block stays on its multiprocessor and takes one tile of queries after the other, copies running ahead."""
     warpgroup = lax.axis_index("warpgroup")
-    ring = Ring(*ring)
+    ring = Ring(*ring, plan.interpret)
 
     @pl.when(warpgroup < 2)
     def _():
@@ -195,14 +197,10 @@ class _Compute:
         r = lax.rsqrt((x * x).sum(axis=1) * (1.0 / self.plan.value_size) + self.plan.eps)
         return x * across(r, x.shape[1]), r
 
-    def stage_of(self, dtype):
-        """One piece of memory, for either dtype."""
-        return self.mine(self.stage[0 if dtype == jnp.bfloat16 else 1])
-
-    def put(self, value, name: str | None, place: Place, dtype=jnp.bfloat16) -> None:
+    def put(self, value, name: str | None, place: Place) -> None:
         """Into the stage, and from there to `name`."""
         target = None if name is None else self.refs[name].at[place.batch, place.rows, place.head]
-        send(self.stage_of(dtype), value, target)
+        send(self.mine(self.stage), value, target)
 
     def put_rows(self, value, name: str, place: Place) -> None:
         if self.save:
@@ -230,16 +228,16 @@ class _Compute:
                 out, r = self.norm(out)
                 self.put_rows(r, "r_swa", place)
                 if plan.residual or self.save:  # out of the registers until the end
-                    self.put(out, "y_swa" if self.save else None, place, NORMED)
+                    self.put(pack_normed(out), "y_swa" if self.save else None, place)
         if plan.residual:
             o_rla, use = _residual(self, place, start, use, ahead)
             if plan.normed:
                 o_rla, r = self.norm(o_rla)
                 self.put_rows(r, "r_rla", place)
             if plan.local:
-                out = plgpu.load(self.stage_of(NORMED), layout=MATRIX).astype(jnp.float32)
+                out = load_normed(self.mine(self.stage))
             if plan.normed and self.save:
-                self.put(o_rla, "y_rla", place, NORMED)
+                self.put(pack_normed(o_rla), "y_rla", place)
         if plan.normed:
             plgpu.barrier_wait(self.mine(self.gains_loaded))
             terms = [self.gained(out, 0)] if plan.local else []
@@ -250,7 +248,7 @@ class _Compute:
             out = o_rla
         self.put(out, "out", place)
         if self.save and plan.local and not plan.normed:
-            self.put(out - out.astype(jnp.bfloat16).astype(jnp.float32), "rest", place)
+            self.put(parts_of(out, True)[1], "rest", place)
         return use
 
 
@@ -394,9 +392,9 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
         seen = position - key + iota(ROWS, columns, 0) - iota(ROWS, columns, 1) >= plan.window
         if plan.segmented:
             seen &= iota(ROWS, columns, 1) + key >= across(start, columns)
-        scores = jnp.where(seen, scores, 0.0).astype(jnp.bfloat16)
+        scores = parts_of(jnp.where(seen, scores, 0.0), plan.map is None)
         ring.wait(use + count)
-        out = multiply_add(plan.interpret, (out, [(scores, tiles[-1])]))
+        out = multiply_add(plan.interpret, (out, [(part, tiles[-1]) for part in scores]))
         ring.release(use + count)
         return out, use + count + 1
 

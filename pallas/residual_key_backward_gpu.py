@@ -67,7 +67,7 @@ def key_gradients(arrays: dict, plan: Plan):
 
 def _residual_key_gradients(refs, plan: Plan, ring, **scratch):
     warpgroup, batch, kv_head = (lax.axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
-    ring = Ring(*ring)
+    ring = Ring(*ring, plan.interpret)
     count, group = plan.slices_at_once, plan.group
     first_slice = lax.axis_index("part") * count
     key = lax.axis_index("block") * ROWS

@@ -15,7 +15,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas.plan_gpu import Place, Plan, int32
 from pallas.warpgroup_gpu import (
     MATRIX,
-    NORMED,
     PER_COLUMN,
     PER_ROW,
     ROWS,
@@ -30,6 +29,7 @@ from pallas.warpgroup_gpu import (
     multiply_add,
     norm_backward,
     one_after_the_other,
+    parts_of,
     resident_blocks,
     send,
     tile,
@@ -59,7 +59,7 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
     width, dtype = (plan.num_features, jnp.float32) if plan.map is None else (d, jnp.bfloat16)
     outputs = {"dq": jax.ShapeDtypeStruct((batch, t, heads, width), dtype)}
     if plan.normed:
-        scratch["y_tile"] = tile(2, ROWS, d, dtype=NORMED)
+        scratch["y_tile"] = tile(2, ROWS, d)
         scratch["gates"] = plgpu.Barrier(num_barriers=2)
         outputs["d_rla"] = jax.ShapeDtypeStruct((batch, t, heads, d), jnp.bfloat16)
         outputs["d_gain"] = jax.ShapeDtypeStruct((batch, t // ROWS, heads, d), jnp.float32)
@@ -74,7 +74,7 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
 
 def _residual_query_gradients(refs, ring, plan: Plan, num_tiles: int, **scratch):
     warpgroup = lax.axis_index("warpgroup")
-    ring = Ring(*ring)
+    ring = Ring(*ring, plan.interpret)
 
     @pl.when(warpgroup == 2)
     def _():
@@ -155,14 +155,18 @@ def _compute_for_queries(
         if plan.map is not None:
             plgpu.copy_gmem_to_smem(refs["q_rla"].at[place.batch, place.rows, place.head], q_tile, q_loaded)
 
-    def read_state(d_rla, means, reads, grads, use):
+    def read_state(d_parts, means, reads, grads, use):
         """grads + d_rla times the transposed (centred) states, for the rows where `reads` is 1."""
         parts = _state_parts(plan)
-        left = d_rla if reads is None else (d_rla.astype(jnp.float32) * across(reads, d)).astype(jnp.bfloat16)
-        lefts = [lax.slice(left, (0, part.start), (ROWS, part.start + chunk)) for part in parts]
+        if reads is not None:
+            d_parts = [(x.astype(jnp.float32) * across(reads, d)).astype(jnp.bfloat16) for x in d_parts]
         sums, at = [], use
         for grad in grads:
-            sums.append((grad, [(x, ring.wait(at + i)) for i, x in enumerate(lefts)]))
+            products = []
+            for i, part in enumerate(parts):
+                state = ring.wait(at + i)
+                products += [(lax.slice(x, (0, part.start), (ROWS, part.start + chunk)), state) for x in d_parts]
+            sums.append((grad, products))
             at += len(parts)
         grads = multiply_add(plan.interpret, *sums)
         grads = [grads] if count == 1 else list(grads)
@@ -170,7 +174,8 @@ def _compute_for_queries(
             ring.release(use + i)
         if not plan.sums_to_one:  # the map's Jacobian would remove it
             for i, mean in enumerate(means):
-                grads[i] += across((left.astype(jnp.float32) * down(mean, ROWS)).sum(axis=1), d)
+                for x in d_parts:
+                    grads[i] += across((x.astype(jnp.float32) * down(mean, ROWS)).sum(axis=1), d)
         return grads, at
 
     def load_means(ref, first):
@@ -197,20 +202,25 @@ def _compute_for_queries(
             send(stage, d_rla, target("d_rla"))
             if "d_rest" in refs:
                 send(stage, rest, target("d_rest"))
+            d_parts = [d_rla, rest] if plan.map is None else [d_rla]
         else:
             plgpu.barrier_wait(loaded)
-            d_rla = plgpu.load(d_tile, layout=MATRIX)
+            d_parts = [plgpu.load(d_tile, layout=MATRIX)]
         load_next(load, plan, index, is_last, warpgroup)
 
         def edge(j, carry):
             grads, use = carry
-            scores = multiply_add(plan.interpret, ((ROWS, chunk), [(d_rla, ring.wait(use).transpose((1, 0)))]))
+            values = ring.wait(use).transpose((1, 0))
+            scores = multiply_add(plan.interpret, ((ROWS, chunk), [(part, values) for part in d_parts]))
             ring.release(use)
             seen = place.position - j * chunk + iota(ROWS, chunk, 0) - iota(ROWS, chunk, 1) >= plan.window
             if plan.segmented:
                 seen &= iota(ROWS, chunk, 1) + j * chunk >= across(start, chunk)
-            scores = jnp.where(seen, scores, 0.0).astype(jnp.bfloat16)
-            sums = [(grad, [(scores, ring.wait(use + 1 + i))]) for i, grad in enumerate(grads)]
+            scores = parts_of(jnp.where(seen, scores, 0.0), plan.map is None)
+            sums = []
+            for i, grad in enumerate(grads):
+                features = ring.wait(use + 1 + i)
+                sums.append((grad, [(part, features) for part in scores]))
             grads = multiply_add(plan.interpret, *sums)
             for i in range(count):
                 ring.release(use + 1 + i)
@@ -221,13 +231,13 @@ def _compute_for_queries(
             if plan.reaches_back:
                 reads = where_rows(start < state * plan.spacing if plan.segmented else None)
                 means = load_means(refs["state_means"].at[batch, state, kv_head], first)
-                saved = functools.partial(read_state, d_rla, means, reads)
+                saved = functools.partial(read_state, d_parts, means, reads)
                 read = lambda _, carry, saved=saved: saved(*carry)
                 grads, use = lax.fori_loop(0, int32(state > 0), read, (grads, use))
             for i in range(plan.num_start_tiles):
                 reads = where_rows(plan.reads_start(i, start))
                 means = load_means(refs["start_means"].at[batch, i, kv_head], first)
-                grads, use = read_state(d_rla, means, reads, grads, use)
+                grads, use = read_state(d_parts, means, reads, grads, use)
             if plan.reaches_back:
                 grads, use = lax.fori_loop(begin, end, edge, (grads, use))
             if plan.map is None:

@@ -164,7 +164,7 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
     plan, count, d = sweep.plan, sweep.warpgroups, sweep.plan.head_size
     warpgroup, batch, kv_head = (lax.axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
     piece, first_slice = lax.axis_index("piece"), lax.axis_index("slices") * count
-    ring = Ring(*ring)
+    ring = Ring(*ring, plan.interpret)
     begin = piece * length
     end = jnp.minimum(begin + length, sweep.num_intervals)
     given = plan.map is None

@@ -18,15 +18,24 @@ ROWS = 64  # query rows of one warpgroup: the M of a wgmma instruction
 MULTIPROCESSORS = 132  # of an H100; blocks of a launch that are resident at once, one on each
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that a wholly masked row of scores gives no NaN
-NORMED = jnp.float16  # of x / rms(x), at most sqrt(d): three bits more than bfloat16 has, and no overflow
 MATRIX = plgpu.Layout.WGMMA
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def tile(*shape: int, dtype=jnp.bfloat16) -> plgpu.SMEM:
-    """Shared memory for 16-bit tiles [..., rows, columns], laid out as wgmma and the copy engine want it."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+def tile(*shape: int) -> plgpu.SMEM:
+    """Shared memory for bfloat16 tiles [..., rows, columns], laid out as wgmma and the copy engine want it."""
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def pack_normed(y):
+    """x / rms(x) is at most sqrt(d): float16 holds it with three bits more than bfloat16, whose place its bits take."""
+    return lax.bitcast_convert_type(y.astype(jnp.float16), jnp.bfloat16)
+
+
+def load_normed(ref):
+    """float32, from a tile that `pack_normed` made."""
+    return lax.bitcast_convert_type(plgpu.load(ref, layout=MATRIX), jnp.float16).astype(jnp.float32)
 
 
 def zeros(rows: int, columns: int):
@@ -93,6 +102,7 @@ class Ring:
     slots: Any  # [size, rows, columns] of bfloat16, or as the kernel laid it out
     full: Any  # [size] barriers, one arrival: the copy's
     free: Any  # [size] barriers, one arrival for each consumer
+    interpret: bool
 
     @staticmethod
     def scratch(slots: plgpu.SMEM, consumers: int) -> tuple:
@@ -123,6 +133,10 @@ class Ring:
         return slot if rows in (None, self.slots.shape[1]) else slot.at[pl.ds(0, rows)]
 
     def release(self, use) -> None:
+        if (
+            self.interpret
+        ):  # it reads a product's operands as ordinary loads do, which the next copy must be kept behind
+            plgpu.commit_smem()
         plgpu.barrier_arrive(self.free.at[lax.rem(use, jnp.int32(self.size))])
 
     def drain(self, uses) -> None:
@@ -207,21 +221,26 @@ def close_gates(gates, warpgroup) -> None:
     pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(gates.at[1]))
 
 
+def parts_of(x, precise: bool) -> list:
+    """float32 as the sum of bfloat16 arrays: of one, or of two, the second being what rounding took from the first."""
+    first = x.astype(jnp.bfloat16)
+    return [first, (x - first.astype(jnp.float32)).astype(jnp.bfloat16)] if precise else [first]
+
+
 def norm_backward(d_tile, y_tile, r, gain, value_size: int, sum_rows: Callable):
     """Through gain * y, y = x r, r = 1 / sqrt(mean(x^2) + eps): the gradients of x and of the gain, and x's times y.
 
-    d_tile, y_tile: refs [rows, columns]; r [rows], gain [columns] in registers. The gradient of x is (bfloat16, what
-    rounding took from it); its product with y is summed over columns; `sum_rows` sums the gain's gradient over rows.
+    d_tile, y_tile (packed): refs [rows, columns]; r [rows], gain [columns] in registers. The gradient of x is in two
+    `parts_of`; its product with y is summed over columns; `sum_rows` sums the gain's gradient over rows.
     """
     rows, columns = d_tile.shape
-    d_out, y = (plgpu.load(ref, layout=MATRIX).astype(jnp.float32) for ref in (d_tile, y_tile))
+    d_out, y = plgpu.load(d_tile, layout=MATRIX).astype(jnp.float32), load_normed(y_tile)
     d_gain = sum_rows(d_out * y)
     d_out = d_out * down(gain, rows)
     projection = (d_out * y).sum(axis=1) * (1.0 / value_size)
     exact = (d_out - y * across(projection, columns)) * across(r, columns)
-    d_x = exact.astype(jnp.bfloat16)
-    rounded = d_x.astype(jnp.float32)
-    return (d_x, (exact - rounded).astype(jnp.bfloat16)), d_gain, (rounded * y).sum(axis=1)
+    d_x, rest = parts_of(exact, True)
+    return (d_x, rest), d_gain, (d_x.astype(jnp.float32) * y).sum(axis=1)
 
 
 def where_rows(condition):

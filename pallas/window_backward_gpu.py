@@ -16,7 +16,6 @@ from pallas.plan_gpu import Plan
 from pallas.warpgroup_gpu import (
     LOG2E,
     MATRIX,
-    NORMED,
     PER_COLUMN,
     PER_ROW,
     ROWS,
@@ -54,7 +53,7 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
         "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=3 if plan.normed else 2),
     }
     if plan.normed:
-        scratch["y_tile"] = tile(2, ROWS, d, dtype=NORMED)
+        scratch["y_tile"] = tile(2, ROWS, d)
         scratch["gates"] = plgpu.Barrier(num_barriers=2)
         outputs["d_swa"] = jax.ShapeDtypeStruct(arrays["q"].shape, narrow)
         outputs["delta"] = jax.ShapeDtypeStruct((batch, heads, t), jnp.float32)
@@ -68,7 +67,7 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
 
 def _window_query_gradients(refs, ring, plan: Plan, num_tiles: int, **scratch):
     warpgroup = lax.axis_index("warpgroup")
-    ring = Ring(*ring)
+    ring = Ring(*ring, plan.interpret)
 
     @pl.when(warpgroup == 2)
     def _():
@@ -196,7 +195,7 @@ def key_gradients(arrays: dict, plan: Plan):
 
 def _window_key_gradients(refs, ring, lse_ring, delta_ring, k_tile, v_tile, loaded, plan: Plan):
     warpgroup, batch, kv_head = (lax.axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
-    ring, lse_ring, delta_ring = Ring(*ring), Ring(*lse_ring), Ring(*delta_ring)
+    ring, lse_ring, delta_ring = (Ring(*scratch, plan.interpret) for scratch in (ring, lse_ring, delta_ring))
     lowest, group, d = lax.axis_index("block") * 2 * ROWS, plan.group, plan.head_size
     begin, unmasked, masked_again, end = (x * group for x in plan.window_queries(lowest, 2 * ROWS))
     place = lambda step: (pl.ds(step // group * ROWS, ROWS), kv_head * group + step % group)

@@ -8,7 +8,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import token_loop
 
 import pallas
@@ -24,9 +23,6 @@ ARRAYS = {
 }
 SWA, RLA, BOTH = ARRAYS
 STATES = ("initial_state", "segment_state")
-OUTSIDE = {  # calls of the Hopper kernels known to miss the bound: LOG.md says why
-    "rattention-t200-w50-s200-2seg-h4kv2d8dv5": "learned maps: d weight_q 5.7e-3 > 3.0e-3, d q_rla 6.4e-3 > 6.2e-3",
-}
 PARAMETERS = ("initial_state", "segment_state", "swa_gain", "rla_gain")  # float32 beside bfloat16 activations
 
 
@@ -147,10 +143,6 @@ def assert_conforms(case, dtype, implementation, arrays=None, **keywords):
     expected = reference(case, arrays, **keywords)
     found = errors(case, got, expected)
     allowed = bounds(case, dtype, implementation, arrays, expected, **keywords)
-    known = OUTSIDE.get(str(case)) if implementation == "gpu" else None
-    outside = [name for name, error in found.items() if not error <= allowed[name]]
-    if known and outside and all(found[name] <= 2 * allowed[name] for name in outside):
-        pytest.xfail(known)
     too_large = {
         name: f"{error:.1e} > {allowed[name]:.1e}" for name, error in found.items() if not error <= allowed[name]
     }

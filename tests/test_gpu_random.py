@@ -44,6 +44,8 @@ def test_a_random_call_conforms(seed):
     case = draw(seed, seed)
     print(case)
     assert_conforms(case, "bfloat16", "gpu")
+    if seed % 20 == 19:
+        jax.clear_caches()  # a process can hold only so many compiled programs
 
 
 @pytest.mark.gpu
