@@ -300,14 +300,11 @@ def print_ratios(problem: Problem, medians: dict, save: Save) -> None:
 
 def sweep(problem: Problem, implementation: str, save: Save, ceilings: Ceilings, **settings) -> None:
     """RATTENTION with each candidate for the block sizes, and which is the fastest in each pass."""
-    find = getattr(block_sizes, "gpu_candidates", None)
-    if find is None:
-        raise SystemExit("bench --sweep: pallas.block_sizes has no gpu_candidates yet")
     p = problem
     print(f"\nblock sizes at {p.batch} x {p.length}, window {p.window}, heads of {p.head_size}")
     sets = [make_inputs(p, jax.random.key(seed)) for seed in range(2)]
     best: dict[str, tuple[float, Any]] = {}
-    for blocks in find(p.head_size, p.window):
+    for blocks in block_sizes.gpu_candidates(p.head_size, p.window):
         make = functools.partial(ours, "rattention", p.window, p.feature_map, implementation, blocks)
         row = Row("rattention", p.window, f"ours, {implementation}", make, p.feature_map)
         about = dict(kind="sweep", by=row.by, block_sizes=dataclasses.asdict(blocks)) | dataclasses.asdict(p)

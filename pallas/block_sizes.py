@@ -10,23 +10,44 @@ class BlockSizes:
     chunk, of `chunked`: queries handled together. The residual branch passes its state from chunk to chunk.
     key_block, of `chunked`: most keys that one step of the online softmax reads.
     group, of `chunked`: most chunks computed at the same time; memory grows with it, sequential steps shrink.
-    kernel_chunk, of "gpu": keys that one step of the forward kernel reads, 64 or 128.
+    kernel_chunk, of "gpu": keys that one step of the forward kernel reads, 64 or 128; None: as measured (`gpu_blocks`).
     chunks_per_state, of "gpu": the residual branch saves its state every `chunks_per_state` chunks (the paper's m) and
-      computes what lies between anew.
+      computes what lies between anew; None: as measured.
     """
 
     chunk: int = 64
     key_block: int = 1024
     group: int = 4
-    kernel_chunk: int = 128
-    chunks_per_state: int = 1
+    kernel_chunk: int | None = None
+    chunks_per_state: int | None = None
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"BlockSizes: {name} must be at least 1; got {value}")
-        if self.kernel_chunk not in (64, 128):
+        if self.kernel_chunk not in (None, 64, 128):
             raise ValueError(f"BlockSizes: kernel_chunk must be 64 or 128; got {self.kernel_chunk}")
+
+
+# (device, head size, dtype): {window: (kernel_chunk, chunks_per_state)}, the fastest forward + backward of those that
+# `python -m pallas bench --sweep` timed at 8 x 4096 tokens, 16 query and 4 key/value heads, on 2026-11-25
+# (data/runs/h100_sweep.jsonl). With heads of 64 the other chunk is the faster forward at windows from 512 on.
+MEASURED = {
+    ("NVIDIA H100 80GB HBM3", 128, "bfloat16"): {128: (128, 1), 512: (128, 1), 1024: (128, 1)},
+    ("NVIDIA H100 80GB HBM3", 64, "bfloat16"): {128: (64, 1), 512: (64, 1), 1024: (128, 1)},
+}
+UNMEASURED = (128, 1)
+
+
+def gpu_blocks(device: str, head_size: int, dtype: str, window: int) -> tuple[int, int]:
+    """(kernel_chunk, chunks_per_state) of the "gpu" implementation: those of the next larger window that was measured.
+
+    Of the largest, if the window is larger still; (128, 1) on other devices, in other dtypes and for other head sizes.
+    """
+    found = MEASURED.get((device, head_size, dtype))
+    if found is None:
+        return UNMEASURED
+    return found[min((measured for measured in found if measured >= window), default=max(found))]
 
 
 def gpu_candidates(head_size: int, window: int) -> list[BlockSizes]:

@@ -22,7 +22,7 @@ from pallas import (
     sweep_gpu,
     window_backward_gpu,
 )
-from pallas.block_sizes import BlockSizes
+from pallas.block_sizes import BlockSizes, gpu_blocks
 from pallas.feature_map import FeatureMap, as_pair
 from pallas.plan_gpu import Plan, cdiv, round_up
 from pallas.reference import segment_runs
@@ -166,7 +166,8 @@ def _attend(
     pair = (h // kv) % 2 == 0
     span = ROWS if pair else 2 * ROWS
     num_queries = round_up(t, span)
-    chunk = max(block_sizes.kernel_chunk, head_size)  # a state's tile fits where keys do
+    measured_chunk, measured_spacing = gpu_blocks(_device_kind(), head_size, str(v.dtype), window)
+    chunk = max(block_sizes.kernel_chunk or measured_chunk, head_size)  # a state's tile fits where keys do
     if segment_ids is None:
         segment_state = None
     starts = [initial_state, segment_state]
@@ -191,7 +192,7 @@ def _attend(
         residual=residual,
         normed=normed,
         chunk=chunk,
-        spacing=max(chunk * block_sizes.chunks_per_state, span),
+        spacing=max(chunk * (block_sizes.chunks_per_state or measured_spacing), span),
         stages=8 if chunk * head_size <= 64 * 128 else 4,
         interpret=interpreted(),
     )
@@ -215,6 +216,12 @@ def _attend(
     segments = {} if segment_ids is None else _segments(segment_ids, plan)
     out: Any = _differentiable(plan, padded, segments)
     return out[:t, :, :dv]
+
+
+def _device_kind() -> str:
+    """Of this machine's device, or of the one that the program is being compiled for."""
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if target is None else target.device_kind
 
 
 def _kernel_map(feature_map) -> str | None:

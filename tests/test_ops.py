@@ -8,6 +8,7 @@ import pytest
 from conformance import ARRAYS, BOTH, BOUND, RLA, SWA, Case, assert_conforms, errors, reference, values_and_gradients
 
 import pallas
+from pallas.block_sizes import gpu_blocks
 
 CASES = [
     Case(SWA, 63, 1, sizes=(3, 3, 8, 8)),
@@ -213,3 +214,16 @@ def test_implementations_that_do_not_exist(op):
     for kernel in ("gpu", "tpu"):  # "gpu" refuses float32
         with pytest.raises(NotImplementedError, match=f"^{op}: implementation='{kernel}'.*implementation='chunked'"):
             call(op, implementation=kernel)
+
+
+@pytest.mark.parametrize(
+    ("device", "head_size", "window", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 64, 100, (64, 1)),
+        ("NVIDIA H100 80GB HBM3", 64, 513, (128, 1)),
+        ("NVIDIA H100 80GB HBM3", 64, 9999, (128, 1)),
+        ("another", 64, 100, (128, 1)),
+    ],
+)
+def test_block_sizes_of_the_kernels_are_those_measured_for_the_next_larger_window(device, head_size, window, expected):
+    assert gpu_blocks(device, head_size, "bfloat16", window) == expected
