@@ -39,6 +39,8 @@ from pallas.warpgroup_gpu import (
 class Sweep:
     """Interval i covers rows [base + i * spacing, base + (i + 1) * spacing) of x and y, as far as there are rows.
 
+    Either end is rounded up to a multiple of `tile`.
+
     Intervals are taken in the order 0, 1, ... (forward: the state after interval i is number i + 1) or last, ..., 1
     (reverse: the state after interval i is number i).
     """
@@ -48,6 +50,7 @@ class Sweep:
     num_rows: int
     group: int  # heads of x and y for each key/value head
     base: int
+    tile: int
     num_intervals: int  # that are swept
     num_states: int
 
@@ -61,18 +64,18 @@ class Sweep:
 
     def rows_of(self, n):
         begin = self.base + self.interval(n) * self.plan.spacing
-        clipped = lambda row: jnp.clip(row, 0, self.num_rows)
-        return clipped(begin), clipped(begin + self.plan.spacing)
+        whole = lambda row: jnp.minimum(cdiv(jnp.maximum(row, 0), self.tile) * self.tile, self.num_rows)
+        return whole(begin), whole(begin + self.plan.spacing)
 
 
 def key_sweep(plan: Plan) -> Sweep:
     intervals = cdiv(plan.first + plan.num_queries - plan.window, plan.spacing)  # all keys of any residual set
-    return Sweep(plan, False, plan.num_keys, 1, 0, intervals, plan.num_states)
+    return Sweep(plan, False, plan.num_keys, 1, 0, ROWS, intervals, plan.num_states)
 
 
 def query_sweep(plan: Plan) -> Sweep:
-    base = -(-(plan.window - 1 - plan.first) // plan.span) * plan.span
-    return Sweep(plan, True, plan.num_queries, plan.group, base, plan.num_states - 1, plan.num_states)
+    base = plan.window - 1 - plan.first  # a tile's queries all read the state that its lowest one needs
+    return Sweep(plan, True, plan.num_queries, plan.group, base, plan.span, plan.num_states - 1, plan.num_states)
 
 
 def sweep(sweep: Sweep, x, y, *, row_keep=None, carry_keep=None, save_features: bool = False) -> dict:
@@ -107,7 +110,7 @@ def sweep(sweep: Sweep, x, y, *, row_keep=None, carry_keep=None, save_features: 
 def total(plan: Plan, x, y, *, row_keep=None):
     """The sum of phi(x)^T y over all rows, transposed: [b, kv, dv, f] float32."""
     intervals = cdiv(plan.num_queries, plan.spacing)
-    whole = Sweep(plan, False, plan.num_queries, plan.group, 0, intervals, intervals)
+    whole = Sweep(plan, False, plan.num_queries, plan.group, 0, ROWS, intervals, intervals)
     batch = x.shape[0]
     length = cdiv(intervals, max(1, min(intervals, MULTIPROCESSORS // (batch * plan.num_kv_heads))))
     pieces = cdiv(intervals, length)

@@ -35,6 +35,9 @@ CASES = [  # head sizes 64 and 128 form phi in the kernel, others outside it
     Case(RLA, 200, 0, sizes=(1, 1, 64, 64), segments=(70, 130)),
     Case(RLA, 300, 64, sizes=(2, 1, 64, 48), mean=1.0, static=(blocks(64, 2),)),
     Case(RLA, 101, 100, sizes=WIDE, states=("initial_state",)),
+    Case(
+        RLA, 255, 0, s=318, sizes=(1, 1, 64, 64), states=(), static=(blocks(64, 3),)
+    ),  # 192 keys a state, 128 queries a tile
     Case(RLA, 300, 10, sizes=PAIR, states=("segment_state",), segments=(150, 30, 120), static=(blocks(64, 3),)),
     Case(BOTH, 63, 64, sizes=WIDE, mean=1.0),
     Case(BOTH, 64, 64, s=130, sizes=ODD),
