@@ -91,6 +91,7 @@ CASES = (
     dataclasses.replace(SEGMENTED, backward=False),
     Case("three heads to one", num_heads=3, num_kv_heads=1),
     Case("features given", feature_map="custom"),
+    dataclasses.replace(SEGMENTED, name="features given, segments and states", feature_map="custom"),
     Case("relu", feature_map="relu"),
     WINDOW,
     dataclasses.replace(WINDOW, backward=False),

@@ -101,7 +101,7 @@ class Plan:
 
     @property
     def precise_starts(self) -> bool:
-        """Are start states read, and their gradients summed, beyond bfloat16? Where heads are tiny, rounding shows."""
+        """Are start states read, and their gradients summed, beyond bfloat16? Where features are given."""
         return self.num_start_states > 0 and self.map is None
 
     @property

@@ -290,6 +290,12 @@ def _one(function: Callable, *arguments):
     return jax.tree.map(lambda x: x[0], results)
 
 
+def _parts(x):
+    """float32 as the sum of two bfloat16 arrays. XLA takes a round trip through bfloat16 for no change at all on GPUs."""
+    first = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return first.astype(jnp.bfloat16), (x - first).astype(jnp.bfloat16)
+
+
 def _as_kernels_read(plan: Plan, arrays: dict) -> dict:
     """Features rounded; start states centred over each slice of f and rounded, their means beside them."""
     arrays = dict(arrays)
@@ -301,11 +307,11 @@ def _as_kernels_read(plan: Plan, arrays: dict) -> dict:
         sliced = states.reshape(*states.shape[:-1], plan.slices, plan.head_size)
         counts = plan.features_of(jnp.arange(plan.slices, dtype=jnp.int32))
         means = sliced.sum(axis=-1) / jnp.expand_dims(counts, (0, 1, 2, 3))
-        centred = (sliced - means[..., None]).reshape(states.shape)
-        tiles, means = [centred.astype(jnp.bfloat16)], [means.swapaxes(-1, -2)]
+        tiles, means = [*_parts((sliced - means[..., None]).reshape(states.shape))], [means.swapaxes(-1, -2)]
         if plan.precise_starts:
-            tiles.append((centred - tiles[0].astype(jnp.float32)).astype(jnp.bfloat16))
             means.append(jnp.zeros_like(means[0]))
+        else:
+            tiles.pop()
         arrays["start_states"], arrays["start_means"] = (jnp.concatenate(parts, axis=1) for parts in (tiles, means))
     return arrays
 
@@ -327,7 +333,7 @@ def _forward(plan: Plan, arrays: dict, segments: dict, *, save: bool) -> dict:
 
 
 def _start_of(segments: dict) -> dict:
-    return {name: segments[name] for name in ("segment_start",) if name in segments}
+    return {"segment_start": segments["segment_start"]} if segments else {}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -391,7 +397,7 @@ def _residual_backward(plan: Plan, original: dict, arrays: dict, segments: dict)
         keeps = (None,) if first is None else (first, 1 - first)
         factors = [(x, d_rla)]
         if plan.precise_starts:
-            factors.append(((original[query_name] - x.astype(jnp.float32)).astype(jnp.bfloat16), d_rla))
+            factors.append((_parts(original[query_name])[1], d_rla))
             if plan.normed:
                 factors.append((x, arrays["d_rest"]))
         totals = [sum(sweep_gpu.total(plan, *pair, row_keep=keep) for pair in factors) for keep in keeps]

@@ -41,7 +41,7 @@ from pallas.warpgroup_gpu import (
 def query_gradients(arrays: dict, plan: Plan) -> dict:
     """dq [b, t, h, d] bfloat16 (where features are given, their gradient [b, t, h, f] float32), and d_rla.
 
-    With `plan.precise_starts` also d_rest, what rounding took from d_rla.
+    With `plan.precise_starts`, where a norm follows, also d_rest, what rounding took from d_rla.
 
     arrays: d_rla, the cotangent of o_rla, or, where a norm follows, d_out, y_rla, r_rla and rla_gain, with whose help
     it is computed here, and `d_gain` [b, tiles, h, d], to be summed over tiles; q_rla unless features are given;
@@ -89,13 +89,18 @@ def _residual_query_gradients(refs, ring, plan: Plan, num_tiles: int, **scratch)
         plgpu.wait_smem_to_gmem(0)
 
 
+def _slices_at_once(plan: Plan) -> int:
+    """Where features are given, operands are in two parts each: registers hold them for one slice of phi only."""
+    return 1 if plan.map is None else plan.slices_at_once
+
+
 def _state_parts(plan: Plan) -> list:
     """A state's tile [dv, d] is longer than a slot of the ring: the rows of dv that each of its parts holds."""
     return [pl.ds(row, plan.chunk) for row in range(0, plan.head_size, plan.chunk)]
 
 
 def _copy_for_queries(refs, ring: Ring, place: Place, plan: Plan, use):
-    d, count = plan.head_size, plan.slices_at_once
+    d, count = plan.head_size, _slices_at_once(plan)
     batch, kv_head = place.batch, place.kv_head
     state, begin, end = plan.residual_range(place.lowest, place.lowest + plan.span - 1)
     columns = lambda i: pl.ds(i * d, d)
@@ -143,7 +148,7 @@ def _compute_for_queries(
 ):
     d_tile, q_tile, stage, loaded, q_loaded = (ref.at[warpgroup] for ref in (d_tile, q_tile, stage, loaded, q_loaded))
     y_tile = None if y_tile is None else y_tile.at[warpgroup]
-    d, count, chunk = plan.head_size, plan.slices_at_once, plan.chunk
+    d, count, chunk = plan.head_size, _slices_at_once(plan), plan.chunk
 
     def load(place):
         where = place.batch, place.rows, place.head

@@ -1,6 +1,7 @@
 """The Hopper kernels: what the shared suite (test_ops.py) cannot ask of them. Interpreted where there is no GPU."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -15,7 +16,7 @@ import pytest
 from conformance import BOTH, RLA, SWA, Case, assert_conforms, bounds, compiled, errors, reference, values_and_gradients
 
 import pallas
-from pallas import arguments
+from pallas import arguments, rattention_gpu
 from pallas.block_sizes import BlockSizes
 
 pytest.importorskip("jax", "0.11", reason="the kernels need jax 0.11 (Python 3.12)")
@@ -63,11 +64,57 @@ def test_features_in_several_slices():
     assert_conforms(Case(RLA, 140, 20, sizes=(2, 1, 16, 16), static=(feature_map, blocks(64, 1))), "bfloat16", "gpu")
 
 
-def test_vmap():
-    case = Case(BOTH, 70, 16, sizes=PAIR)
+@pytest.mark.parametrize("op", [SWA, RLA, BOTH])
+def test_vmap(op):
+    case = Case(op, 70, 16, sizes=PAIR)
     several = [case.arrays("bfloat16", seed) for seed in range(3)]
     arrays = {name: np.stack([one[name] for one in several]) for name in several[0]}
     assert_conforms(case, "bfloat16", "gpu", arrays, wrap=lambda op, arrays: jax.vmap(op)(arrays))
+
+
+def planned(monkeypatch, case: Case):
+    """The plan of a call, and its padded arrays with a batch axis."""
+    found = []
+
+    def differentiable(plan, arrays, segments):
+        found.append((plan, {name: x[None] for name, x in arrays.items()}))
+        return jnp.zeros((plan.num_queries, plan.num_heads, plan.head_size), jnp.bfloat16)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rattention_gpu, "_differentiable", differentiable)
+        arrays = {name: jnp.asarray(x) for name, x in case.arrays("bfloat16").items()}
+        keywords = dict(window=case.window, segment_ids=case.ids(), implementation="gpu", **dict(case.static))
+        getattr(pallas, case.op)(**arrays, **keywords)
+    return found[0]
+
+
+@pytest.mark.parametrize(("segments", "reads"), [((), None), ((30, 40), [(1, 0), (0, 1), (1, 0), (0, 1)])])
+def test_start_states_are_kept_in_two_parts_where_features_are_given(monkeypatch, segments, reads):
+    plan, arrays = planned(monkeypatch, Case(RLA, 70, 16, sizes=(2, 1, 40, 40), segments=segments))
+    read = jax.jit(rattention_gpu._as_kernels_read, static_argnums=0)(plan, arrays)
+    n, states = plan.num_start_states, arrays["start_states"]
+    tiles, means = (np.asarray(read[name], np.float32) for name in ("start_states", "start_means"))
+    assert tiles.shape[1] == means.shape[1] == 2 * n
+    assert np.any(tiles[:, n:])
+    whole = tiles[:, :n] + tiles[:, n:] + np.repeat(means[:, :n].swapaxes(-1, -2), plan.head_size, axis=-1)
+    np.testing.assert_allclose(whole, states, atol=1e-4)
+    assert not np.any(means[:, n:])
+    starts = jnp.array([0, 30])  # the first segment's queries, and later ones
+    found = [plan.reads_start(tile, starts) for tile in range(2 * n)]
+    assert found == [None] * 2 if reads is None else [tuple(x.astype(int).tolist()) for x in found] == reads
+
+
+def test_a_slice_is_centred_over_the_features_that_are_not_padding(monkeypatch):
+    plan, _ = planned(monkeypatch, Case(RLA, 70, 16, sizes=(2, 1, 40, 40)))
+    plan = dataclasses.replace(plan, feature_size=153, slices=4)
+    assert plan.features_of(jnp.arange(4)).tolist() == [64, 64, 25, 1]
+
+
+def test_blocks_are_the_measured_ones_unless_the_caller_says(monkeypatch):
+    monkeypatch.setattr(rattention_gpu, "_device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    case = Case(SWA, 70, 16, sizes=PAIR)
+    assert planned(monkeypatch, case)[0].chunk == 64
+    assert planned(monkeypatch, dataclasses.replace(case, static=(blocks(128, 1),)))[0].chunk == 128
 
 
 def test_split_and_resumed_equals_whole():
@@ -256,6 +303,12 @@ BUGS = {
         "kv_head * group + step % group",
         "kv_head * group",
     ),
+    "what rounding took from the output is saved as nothing": (
+        Case(SWA, 200, 40, sizes=PAIR, mean=4.0, static=(blocks(64, 1),)),
+        "forward_gpu",
+        "self.put(parts_of(out, True)[1], ",
+        "self.put(0.0 * out, ",
+    ),
     "gain's gradient without y": (
         small(BOTH),
         "warpgroup_gpu",
@@ -281,10 +334,17 @@ def test_a_planted_bug_is_caught(plant, bug):
 WAIT = "plgpu.barrier_wait(self.full.at[lax.rem(use, jnp.int32(self.size))])"
 FREE = "plgpu.barrier_wait(self.free.at[slot])"
 RELEASE = "plgpu.barrier_arrive(self.free.at[lax.rem(use, jnp.int32(self.size))])"
+WINDOW = Case(SWA, 400, 400, sizes=PAIR, static=(blocks(64, 1),))
+PACKED = Case(BOTH, 200, 40, sizes=PAIR, segments=(70, 130), static=(blocks(64, 1),))
 RACES = {
-    "read before the copy has landed": [(WAIT, "pass")],
-    "freed before it is read": [(RELEASE, "pass"), (WAIT, f"{WAIT}; plgpu.commit_smem(); {RELEASE}")],
-    "overwritten before it is free": [(FREE, "pass")],
+    "read before the copy has landed": (WINDOW, (WAIT, "pass")),
+    "freed before it is read": (WINDOW, (RELEASE, "pass"), (WAIT, f"{WAIT}; plgpu.commit_smem(); {RELEASE}")),
+    "overwritten before it is free": (WINDOW, (FREE, "pass")),
+    "sent anew before the copy before has left": (
+        PACKED,
+        ("plgpu.wait_smem_to_gmem(0, wait_read_only=True)\n    stage", "stage"),
+    ),
+    "the next tile's queries loaded over these": (PACKED, ("plgpu.commit_smem()\n    pl.when", "pl.when")),
 }
 
 
@@ -295,17 +355,20 @@ def look_for_races(plant, case: Case, *changes):
         values_and_gradients(case, case.arrays("bfloat16"), "bfloat16", implementation="gpu")
 
 
-def test_no_races(plant, capsys):
-    case = Case(BOTH, 200, 40, sizes=PAIR, segments=(70, 130), static=(blocks(64, 1),))
+GIVEN = Case(BOTH, 130, 40, sizes=(2, 1, 8, 8), segments=(70, 60))
+
+
+@pytest.mark.parametrize("case", [PACKED, Case(SWA, 200, 40, sizes=PAIR, static=(blocks(64, 1),)), GIVEN], ids=str)
+def test_no_races(plant, capsys, case):
     look_for_races(plant, case)
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("race", RACES)
 def test_a_planted_race_is_found(plant, capsys, race):
-    case = Case(SWA, 400, 400, sizes=PAIR, static=(blocks(64, 1),))
+    case, *changes = RACES[race]
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # the interpreter may fail too
-        look_for_races(plant, case, *RACES[race])
+        look_for_races(plant, case, *changes)
     assert "RACE DETECTED" in capsys.readouterr().out
 
 
