@@ -368,7 +368,7 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
         if plan.sums_to_one:
             out += across(constants[0], d) * down(means[0], ROWS)
         else:
-            for total, mean in zip(constants, means, strict=True):
+            for total, mean in zip(constants, means, strict=bool(means)):
                 out += across(total, d) * down(mean, ROWS)
         return out, use + len(phis)
 
@@ -415,7 +415,8 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
             out, use = lax.fori_loop(0, int32(state > 0), lambda _, carry, saved=saved: saved(*carry), (out, use))
         for i in range(plan.num_start_tiles):
             reads = where_rows(plan.reads_start(i, start))
-            means = load_means(refs["start_means"].at[batch, i, kv_head], first, count)
+            centred = i < plan.num_start_states  # what rounding took has no mean of its own
+            means = load_means(refs["start_means"].at[batch, i, kv_head], first, count) if centred else []
             out, use = read_state(phis, means, reads, out, use)
         if plan.reaches_back:
             carry = lax.fori_loop(begin, end - last_half, functools.partial(edge, phis=phis), (out, use))

@@ -291,7 +291,7 @@ def _one(function: Callable, *arguments):
 
 
 def _parts(x):
-    """float32 as the sum of two bfloat16 arrays. XLA takes a round trip through bfloat16 for no change at all on GPUs."""
+    """float32 as the sum of two bfloat16 arrays. A round trip through bfloat16 is no change at all to XLA on a GPU."""
     first = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return first.astype(jnp.bfloat16), (x - first).astype(jnp.bfloat16)
 
@@ -307,12 +307,8 @@ def _as_kernels_read(plan: Plan, arrays: dict) -> dict:
         sliced = states.reshape(*states.shape[:-1], plan.slices, plan.head_size)
         counts = plan.features_of(jnp.arange(plan.slices, dtype=jnp.int32))
         means = sliced.sum(axis=-1) / jnp.expand_dims(counts, (0, 1, 2, 3))
-        tiles, means = [*_parts((sliced - means[..., None]).reshape(states.shape))], [means.swapaxes(-1, -2)]
-        if plan.precise_starts:
-            means.append(jnp.zeros_like(means[0]))
-        else:
-            tiles.pop()
-        arrays["start_states"], arrays["start_means"] = (jnp.concatenate(parts, axis=1) for parts in (tiles, means))
+        tiles = _parts((sliced - means[..., None]).reshape(states.shape))[: 1 + plan.precise_starts]
+        arrays["start_states"], arrays["start_means"] = jnp.concatenate(tiles, axis=1), means.swapaxes(-1, -2)
     return arrays
 
 

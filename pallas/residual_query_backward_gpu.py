@@ -160,10 +160,11 @@ def _compute_for_queries(
         if plan.map is not None:
             plgpu.copy_gmem_to_smem(refs["q_rla"].at[place.batch, place.rows, place.head], q_tile, q_loaded)
 
-    def read_state(d_parts, means, reads, grads, use):
+    def read_state(d_parts, load_means, reads, grads, use):
         """grads + d_rla times the transposed (centred) states, for the rows where `reads` is 1."""
         parts = _state_parts(plan)
-        if reads is not None:
+        mask_sums = reads is not None and plan.map is None  # for masked copies of two parts there are no registers
+        if reads is not None and not mask_sums:
             d_parts = [(x.astype(jnp.float32) * across(reads, d)).astype(jnp.bfloat16) for x in d_parts]
         sums, at = [], use
         for grad in grads:
@@ -171,22 +172,22 @@ def _compute_for_queries(
             for i, part in enumerate(parts):
                 state = ring.wait(at + i)
                 products += [(lax.slice(x, (0, part.start), (ROWS, part.start + chunk)), state) for x in d_parts]
-            sums.append((grad, products))
+            sums.append((grad.shape if mask_sums else grad, products))
             at += len(parts)
-        grads = multiply_add(plan.interpret, *sums)
-        grads = [grads] if count == 1 else list(grads)
+        found = multiply_add(plan.interpret, *sums)
+        found = [found] if count == 1 else list(found)
         for i in range(count * len(parts)):
             ring.release(use + i)
         if not plan.sums_to_one:  # the map's Jacobian would remove it
-            for i, mean in enumerate(means):
+            for i, mean in enumerate(load_means()):
                 for x in d_parts:
-                    grads[i] += across((x.astype(jnp.float32) * down(mean, ROWS)).sum(axis=1), d)
-        return grads, at
+                    found[i] += across((x.astype(jnp.float32) * down(mean, ROWS)).sum(axis=1), d)
+        if mask_sums:
+            found = [grad + x * across(reads, d) for grad, x in zip(grads, found, strict=True)]
+        return found, at
 
-    def load_means(ref, first):
-        if plan.sums_to_one:
-            return []
-        return [plgpu.load(ref.at[first + i], layout=PER_COLUMN, optimized=False) for i in range(count)]
+    def means_of(ref, first):
+        return lambda: [plgpu.load(ref.at[first + i], layout=PER_COLUMN, optimized=False) for i in range(count)]
 
     def one_tile(index, is_last, use):
         place = plan.place(index, warpgroup)
@@ -235,14 +236,15 @@ def _compute_for_queries(
             grads = [zeros(ROWS, d) for _ in range(count)]
             if plan.reaches_back:
                 reads = where_rows(start < state * plan.spacing if plan.segmented else None)
-                means = load_means(refs["state_means"].at[batch, state, kv_head], first)
+                means = means_of(refs["state_means"].at[batch, state, kv_head], first)
                 saved = functools.partial(read_state, d_parts, means, reads)
                 read = lambda _, carry, saved=saved: saved(*carry)
                 grads, use = lax.fori_loop(0, int32(state > 0), read, (grads, use))
             for i in range(plan.num_start_tiles):
                 reads = where_rows(plan.reads_start(i, start))
-                means = load_means(refs["start_means"].at[batch, i, kv_head], first)
-                grads, use = read_state(d_parts, means, reads, grads, use)
+                centred = i < plan.num_start_states  # what rounding took has no mean of its own
+                means = means_of(refs["start_means"].at[batch, i, kv_head], first) if centred else list
+                grads, use = read_state(d_parts if centred else d_parts[:1], means, reads, grads, use)
             if plan.reaches_back:
                 grads, use = lax.fori_loop(begin, end, edge, (grads, use))
             if plan.map is None:
