@@ -13,6 +13,9 @@ class BlockSizes:
     kernel_chunk, of "gpu": keys that one step of the forward kernel reads, 64 or 128.
     chunks_per_state, of "gpu": the residual branch saves its state every `chunks_per_state` chunks (the paper's m) and
       computes what lies between anew.
+    tpu_chunk, of "tpu": queries of one head that a product of the kernels takes, a multiple of 128.
+    tpu_chunks_per_state, of "tpu": chunks that one step of the grid takes, at most; between two steps the residual
+      branch saves its state, and inside a step it computes the states anew.
     """
 
     chunk: int = 64
@@ -20,6 +23,8 @@ class BlockSizes:
     group: int = 4
     kernel_chunk: int = 128
     chunks_per_state: int = 1
+    tpu_chunk: int = 128
+    tpu_chunks_per_state: int = 4
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -27,6 +32,8 @@ class BlockSizes:
                 raise ValueError(f"BlockSizes: {name} must be at least 1; got {value}")
         if self.kernel_chunk not in (64, 128):
             raise ValueError(f"BlockSizes: kernel_chunk must be 64 or 128; got {self.kernel_chunk}")
+        if self.tpu_chunk % 128:
+            raise ValueError(f"BlockSizes: tpu_chunk must be a multiple of 128; got {self.tpu_chunk}")
 
 
 def gpu_candidates(head_size: int, window: int) -> list[BlockSizes]:

@@ -81,6 +81,11 @@ def residual_linear_attention(
 
         arguments |= {"block_sizes": blocks, "return_final_state": return_final_state}
         out, state = rattention_gpu.residual_linear_attention(q, k, v, **arguments)
+    elif chosen == "tpu":
+        from pallas import rattention_tpu
+
+        arguments |= {"block_sizes": blocks, "return_final_state": return_final_state}
+        out, state = rattention_tpu.residual_linear_attention(q, k, v, **arguments)
     elif chosen == "reference":
         out, state = reference.residual_linear_attention(q, k, v, **arguments)
     else:

@@ -1,0 +1,245 @@
+"""The three ops on a TPU: padding, batching and differentiation around the kernels.
+
+residual_tpu.py and window_tpu.py compute; residual_backward_tpu.py and window_backward_tpu.py differentiate. Everything
+here takes one sequence; `jax.vmap` of it becomes one launch for the whole batch.
+
+No time was ever measured on a TPU: values come from the interpreter, costs from the compiler's schedules.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float, Int
+
+from pallas import feature_map as maps
+from pallas import residual_backward_tpu, residual_tpu
+from pallas.block_sizes import BlockSizes
+from pallas.feature_map import FeatureMap, as_pair
+from pallas.plan_tpu import KERNEL_MAPS, LANES, Plan, round_up
+
+LARGEST = 2**20  # bytes of a group's queries that one step of the grid reads
+
+
+def interpreted() -> bool:
+    """Run kernels in the interpreter, unless there is a TPU or the program is being compiled for one."""
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() != "tpu" and (target is None or target.platform != "tpu")
+
+
+def residual_linear_attention(
+    q: Float[Array, "t h d"],
+    k: Float[Array, "s kv d"],
+    v: Float[Array, "s kv dv"],
+    *,
+    window: int,
+    feature_map: FeatureMap,
+    initial_state: Float[Array, "kv f dv"] | None,
+    segment_state: Float[Array, "kv f dv"] | None,
+    segment_ids: Int[Array, "s"] | None,
+    block_sizes: BlockSizes,
+    return_final_state: bool,
+    out_dtype=None,
+):
+    """o_rla [t, h, dv] and, if asked for, the state that the last query read."""
+    states = {"initial_state": initial_state, "segment_state": segment_state}
+    shared: dict[str, Any] = dict(feature_map=feature_map, **states)
+    state = None
+    if return_final_state:
+        state = final_state(k, v, window=window, segment_ids=segment_ids, **shared)
+    (t, h, d), (s, kv, dv) = q.shape, v.shape
+    if segment_ids is None:
+        segment_state = None
+    older = s - t - window  # keys that every query has left behind: their state is found outside the kernels
+    if older > 0:
+        initial_state = state_after(k, v, older, segment_ids=segment_ids, **shared)
+        k, v = k[older:], v[older:]
+        segment_ids = None if segment_ids is None else segment_ids[older:]
+        s -= older
+    moved = min(window + t - s, t)  # position of the first key, if that is one of the queries' positions
+    starts = [initial_state, segment_state]
+    num_starts = 0 if all(x is None for x in starts) else 1 if segment_state is None else 2
+    if moved == t and not num_starts:
+        return jnp.zeros((t, h, dv), out_dtype or v.dtype), state
+
+    out_dtype = jnp.dtype(out_dtype or v.dtype)
+    map_name, exact = _kernel_map(feature_map), any(x.dtype != jnp.bfloat16 for x in (q, k, v))
+    if map_name is None:  # rounding to bfloat16 is the named maps' alone: nothing is known of these
+        phi_q, phi_k = as_pair(feature_map)
+        q, k = phi_q(q.astype(jnp.float32)), phi_k(k.astype(jnp.float32))
+        map_name, exact, d = "identity", True, q.shape[-1]
+    chunk, block = _blocks(block_sizes, t, h // kv, round_up(d, LANES) * (4 if exact else 2))
+    length = round_up(t, block)
+    plan = Plan(
+        window=window,
+        scale=1.0,
+        length=length,
+        head_size=d,
+        value_size=dv,
+        map_name=map_name,
+        segmented=segment_ids is not None,
+        num_start_states=num_starts,
+        chunk=chunk,
+        block=block,
+        back=0,
+        first_key=0,
+        exact=exact,
+        interpret=interpreted(),
+    )
+    q, k, v = (x.astype(plan.dtype) for x in (q, k, v))
+    arrays = {
+        "q": _queries_by_head(q, kv, length, plan.width),
+        "k": _keys_by_head(k[: t - moved], moved, length, plan.width),
+        "v": _keys_by_head(v[: t - moved], moved, length, plan.value_width),
+    }
+    if num_starts:
+        empty = jnp.zeros((kv, plan.num_features, plan.value_width), jnp.float32)
+        padded = [empty if x is None else _pad_state(x, plan) for x in starts[:num_starts]]
+        arrays["start_states"] = jnp.stack(padded)
+    segments = {} if segment_ids is None else _segments(segment_ids, t, window, plan)
+    out: Any = _residual(plan, out_dtype, arrays, segments)
+    return _by_time(out, t, dv), state
+
+
+def _kernel_map(feature_map) -> str | None:
+    phi_q, phi_k = as_pair(feature_map)
+    return next((name for name in KERNEL_MAPS if phi_q is phi_k is getattr(maps, name)), None)
+
+
+def _blocks(block_sizes: BlockSizes, t: int, group: int, bytes_per_row: int) -> tuple[int, int]:
+    """Queries of a chunk, and of a block: as many chunks as asked for, as they fit and as there are."""
+    chunk = block_sizes.tpu_chunk
+    most = max(LARGEST // (group * bytes_per_row * chunk), 1)
+    return chunk, chunk * min(block_sizes.tpu_chunks_per_state, most, -(-t // chunk))
+
+
+def _queries_by_head(x, kv: int, length: int, width: int):
+    """[t, h, d] -> [kv, group, length, width]"""
+    t, h, d = x.shape
+    x = x.reshape(t, kv, h // kv, d).transpose(1, 2, 0, 3)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - t), (0, width - d)))
+
+
+def _keys_by_head(x, before: int, length: int, width: int):
+    """[s, kv, d] -> [kv, length, width], with `before` rows of zeros in front."""
+    s, _, d = x.shape
+    return jnp.pad(x.transpose(1, 0, 2), ((0, 0), (before, length - before - s), (0, width - d)))
+
+
+def _by_time(x, t: int, dv: int):
+    """[kv, group, length, width] -> [t, h, dv]"""
+    kv, group, _, _ = x.shape
+    return x[:, :, :t, :dv].transpose(2, 0, 1, 3).reshape(t, kv * group, dv)
+
+
+def _pad_state(state, plan: Plan):
+    """[kv, f, dv] float32 -> each slice of f, and dv, padded."""
+    kv, f, dv = state.shape
+    slices = state.astype(jnp.float32).reshape(kv, plan.map.slices, f // plan.map.slices, dv)
+    padding = ((0, 0), (0, 0), (0, plan.width - slices.shape[2]), (0, plan.value_width - dv))
+    return jnp.pad(slices, padding).reshape(kv, plan.num_features, plan.value_width)
+
+
+def _segments(segment_ids: Int[Array, "s"], t: int, window: int, plan: Plan) -> dict:
+    """Where each query's segment starts, and each chunk's last key's, in aligned positions."""
+    s = segment_ids.shape[0]
+    first = s - t
+    opens = jnp.concatenate([jnp.ones((1,), bool), segment_ids[1:] != segment_ids[:-1]])
+    start = jax.lax.cummax(jnp.where(opens, jnp.arange(s, dtype=jnp.int32), 0))
+    start = jnp.where(start == 0, residual_tpu.NO_SEGMENT, start + (window - first)).astype(jnp.int32)
+    at_query = jnp.pad(start[first:], (0, plan.length - t), mode="edge")
+    last_key = jnp.arange(1, plan.length // plan.chunk + 1, dtype=jnp.int32) * plan.chunk - 1 - (window - first)
+    at_chunk = start[jnp.clip(last_key, 0, s - 1)]
+    return {"segment_start": at_query[:, None], "carry_start": at_chunk}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _residual(plan: Plan, out_dtype, arrays: dict, segments: dict):
+    return _one(functools.partial(_residual_forward, plan, out_dtype, save=False), arrays, segments)["out"]
+
+
+def _save_residual(plan: Plan, out_dtype, arrays: dict, segments: dict):
+    results = _one(functools.partial(_residual_forward, plan, out_dtype, save=True), arrays, segments)
+    return results["out"], (arrays, segments, results["states"])
+
+
+def _pull_back_residual(plan: Plan, out_dtype, saved, cotangent):
+    arrays, segments, states = saved
+    gradients = _one(functools.partial(_residual_backward, plan), arrays, segments, states, cotangent)
+    return gradients, dict.fromkeys(segments)
+
+
+_residual.defvjp(_save_residual, _pull_back_residual)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="save")  # layers alike are traced and lowered once
+def _residual_forward(plan: Plan, out_dtype, arrays: dict, segments: dict, *, save: bool) -> dict:
+    return residual_tpu.forward(arrays | segments, plan, out_dtype=out_dtype, save=save)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _residual_backward(plan: Plan, arrays: dict, segments: dict, states, d_out) -> dict:
+    found = residual_backward_tpu.backward(arrays | segments | {"states": states, "d_out": d_out}, plan)
+    gradients = {name: found[f"d{name}"] for name in "qkv"}
+    if plan.num_start_states:
+        gradients["start_states"] = jnp.transpose(found["d_starts"], (0, 2, 1, 4, 3))
+    return gradients
+
+
+def _one(function: Callable, *arguments):
+    """`function` of arrays with a leading batch axis, called for one sequence; vmap lengthens that axis."""
+    mapped = custom_vmap(function)
+
+    @mapped.def_vmap
+    def rule(size, is_batched, *arguments):
+        whole = lambda x, batched: x if batched else jnp.broadcast_to(x, (size, *x.shape))
+        flat = lambda x: x.reshape(size * x.shape[1], *x.shape[2:])
+        results = mapped(*jax.tree.map(lambda x, b: flat(whole(x, b)), arguments, tuple(is_batched)))
+        split = jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), results)
+        return split, jax.tree.map(lambda _: True, results)
+
+    results = mapped(*jax.tree.map(lambda x: x[None], arguments))
+    return jax.tree.map(lambda x: x[0], results)
+
+
+def state_after(k, v, count: int, *, segment_ids, initial_state, segment_state, feature_map):
+    """What the key number `count` finds: the state of the keys before it, of its segment."""
+    shared = dict(feature_map=feature_map, initial_state=initial_state, segment_state=segment_state)
+    ids = None if segment_ids is None else segment_ids[:count]
+    state = final_state(k[:count], v[:count], window=0, segment_ids=ids, **shared)
+    if segment_ids is None or count == segment_ids.shape[0]:
+        return state
+    fresh = jnp.zeros_like(state) if segment_state is None else segment_state.astype(state.dtype)
+    return jnp.where(segment_ids[count] == segment_ids[count - 1], state, fresh)
+
+
+def final_state(
+    k: Float[Array, "s kv d"],
+    v: Float[Array, "s kv dv"],
+    *,
+    window,
+    feature_map,
+    segment_ids,
+    initial_state,
+    segment_state,
+) -> Float[Array, "kv f dv"]:
+    """The state that the last query reads, in float32 and in plain XLA: the kernels never need it."""
+    last = max(k.shape[0] - window, 0)
+    runs = None
+    if segment_ids is not None:
+        changes = segment_ids[1:] != segment_ids[:-1]
+        runs = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(changes.astype(jnp.int32))])
+    phi = as_pair(feature_map)[1](k[:last].astype(jnp.float32)).astype(jnp.float32)
+    if runs is not None:
+        phi = jnp.where((runs[:last] == runs[-1])[:, None, None], phi, 0)
+    state = jnp.einsum("skf,skv->kfv", phi, v[:last].astype(jnp.float32), precision="highest")
+    for start, reads in (
+        (initial_state, True if runs is None else runs[-1] == 0),
+        (segment_state, False if runs is None else runs[-1] > 0),
+    ):
+        if start is not None:
+            state = state + jnp.where(reads, start.astype(jnp.float32), 0)
+    return state
