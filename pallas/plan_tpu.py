@@ -146,6 +146,11 @@ class Plan:
     def blocks(self) -> int:
         return self.length // self.block
 
+    @property
+    def key_blocks(self) -> int:
+        """Blocks of keys that a block of queries may see, of the local branch."""
+        return self.back // self.block + 1
+
     def dot(self, a, b, dimensions=PLAIN):
         """A product with float32 sums."""
         return lax.dot_general(a, b, dimensions, precision=self.precision, preferred_element_type=jnp.float32)
@@ -168,8 +173,9 @@ class Plan:
             d = found if i == 0 else d - found
         return d
 
-    def compiler_params(self):
-        return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+    def compiler_params(self, *order: str):
+        """Axes of the grid, the last by default and `order` in all other cases: which may run in any order?"""
+        return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", *(order or ("arbitrary",))))
 
     def interpreted(self):
         return pltpu.InterpretParams() if self.interpret else False

@@ -16,10 +16,11 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
 from pallas import feature_map as maps
-from pallas import residual_backward_tpu, residual_tpu
+from pallas import residual_backward_tpu, residual_tpu, window_backward_tpu, window_tpu
 from pallas.block_sizes import BlockSizes
 from pallas.feature_map import FeatureMap, as_pair
 from pallas.plan_tpu import KERNEL_MAPS, LANES, Plan, round_up
+from pallas.reference import normed_sum, segment_runs
 
 LARGEST = 2**20  # bytes of a group's queries that one step of the grid reads
 
@@ -28,6 +29,60 @@ def interpreted() -> bool:
     """Run kernels in the interpreter, unless there is a TPU or the program is being compiled for one."""
     target = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() != "tpu" and (target is None or target.platform != "tpu")
+
+
+def sliding_window_attention(
+    q: Float[Array, "t h d"],
+    k: Float[Array, "s kv d"],
+    v: Float[Array, "s kv dv"],
+    *,
+    window: int,
+    scale: float,
+    segment_ids: Int[Array, "s"] | None,
+    block_sizes: BlockSizes,
+    out_dtype=None,
+):
+    """o_swa [t, h, dv]."""
+    (t, h, d), (s, kv, dv) = q.shape, v.shape
+    out_dtype = jnp.dtype(out_dtype or v.dtype)
+    if window == 0:
+        return jnp.zeros((t, h, dv), out_dtype)
+    window = min(window, s)
+    if window == 1:  # one key, so its weight is 1 whatever the logit, and q and k get a gradient of exactly 0
+        return jnp.repeat(v[s - t :].astype(out_dtype), h // kv, axis=1)
+    exact = any(x.dtype != jnp.bfloat16 for x in (q, k, v))
+    chunk, block = _blocks(block_sizes, t, h // kv, round_up(max(d, dv), LANES) * (4 if exact else 2))
+    length, back = round_up(t, block), round_up(window - 1, block)
+    first_key = max(back - (s - t), 0)
+    plan = Plan(
+        window=window,
+        scale=float(scale),
+        length=length,
+        head_size=d,
+        value_size=dv,
+        map_name="identity",
+        segmented=segment_ids is not None,
+        num_start_states=0,
+        chunk=chunk,
+        block=block,
+        back=back,
+        first_key=first_key,
+        exact=exact,
+        interpret=interpreted(),
+    )
+    q, k, v = (x.astype(plan.dtype) for x in (q, k, v))
+    skipped = max(s - t - back, 0)  # keys that no query sees
+    arrays = {
+        "q": _queries_by_head(q, kv, length, plan.width),
+        "k": _keys_by_head(k[skipped:], first_key, back + length, plan.width),
+        "v": _keys_by_head(v[skipped:], first_key, back + length, plan.value_width),
+    }
+    segments = {}
+    if segment_ids is not None:
+        start = _segment_starts(segment_ids)[s - t :] + (back - (s - t))
+        segments["segment_start"] = jnp.pad(start, (0, length - t), mode="edge")[None]
+    out: Any = _window(plan, out_dtype, arrays, segments)
+    return _by_time(out, t, dv)
 
 
 def residual_linear_attention(
@@ -104,6 +159,29 @@ def residual_linear_attention(
     return _by_time(out, t, dv), state
 
 
+def rattention(
+    q,
+    k,
+    v,
+    *,
+    q_rla,
+    k_rla,
+    swa_gain,
+    rla_gain,
+    eps,
+    window,
+    scale,
+    segment_ids,
+    block_sizes,
+    **residual,
+):
+    """Both branches in float32, then both norms and the sum in XLA, and the final state if asked for."""
+    shared: dict[str, Any] = dict(window=window, segment_ids=segment_ids, block_sizes=block_sizes, out_dtype="float32")
+    o_swa = sliding_window_attention(q, k, v, scale=scale, **shared)
+    o_rla, state = residual_linear_attention(q_rla, k_rla, v, **shared, **residual)
+    return normed_sum(o_swa, o_rla, swa_gain, rla_gain, eps), state
+
+
 def _kernel_map(feature_map) -> str | None:
     phi_q, phi_k = as_pair(feature_map)
     return next((name for name in KERNEL_MAPS if phi_q is phi_k is getattr(maps, name)), None)
@@ -143,12 +221,17 @@ def _pad_state(state, plan: Plan):
     return jnp.pad(slices, padding).reshape(kv, plan.num_features, plan.value_width)
 
 
+def _segment_starts(segment_ids: Int[Array, "s"]) -> Int[Array, "s"]:
+    """The first key of each key's segment."""
+    opens = jnp.concatenate([jnp.ones((1,), bool), segment_ids[1:] != segment_ids[:-1]])
+    return jax.lax.cummax(jnp.where(opens, jnp.arange(opens.shape[0], dtype=jnp.int32), 0))
+
+
 def _segments(segment_ids: Int[Array, "s"], t: int, window: int, plan: Plan) -> dict:
     """Where each query's segment starts, and each chunk's last key's, in aligned positions."""
     s = segment_ids.shape[0]
     first = s - t
-    opens = jnp.concatenate([jnp.ones((1,), bool), segment_ids[1:] != segment_ids[:-1]])
-    start = jax.lax.cummax(jnp.where(opens, jnp.arange(s, dtype=jnp.int32), 0))
+    start = _segment_starts(segment_ids)
     start = jnp.where(start == 0, residual_tpu.NO_SEGMENT, start + (window - first)).astype(jnp.int32)
     at_query = jnp.pad(start[first:], (0, plan.length - t), mode="edge")
     last_key = jnp.arange(1, plan.length // plan.chunk + 1, dtype=jnp.int32) * plan.chunk - 1 - (window - first)
@@ -187,6 +270,40 @@ def _residual_backward(plan: Plan, arrays: dict, segments: dict, states, d_out) 
     if plan.num_start_states:
         gradients["start_states"] = jnp.transpose(found["d_starts"], (0, 2, 1, 4, 3))
     return gradients
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _window(plan: Plan, out_dtype, arrays: dict, segments: dict):
+    return _one(functools.partial(_window_forward, plan, out_dtype), arrays, segments)["out"]
+
+
+def _save_window(plan: Plan, out_dtype, arrays: dict, segments: dict):
+    """Outputs are saved in float32: rounded, they would leave the gradients of a query's scores a sum other than 0."""
+    results = _one(functools.partial(_window_forward, plan, jnp.dtype("float32")), arrays, segments)
+    return results["out"].astype(out_dtype), (arrays, segments, results)
+
+
+def _pull_back_window(plan: Plan, out_dtype, saved, cotangent):
+    arrays, segments, results = saved
+    gradients = _one(functools.partial(_window_backward, plan), arrays, segments, results, cotangent)
+    return gradients, dict.fromkeys(segments)
+
+
+_window.defvjp(_save_window, _pull_back_window)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _window_forward(plan: Plan, out_dtype, arrays: dict, segments: dict) -> dict:
+    return window_tpu.forward(arrays | segments, plan, out_dtype=out_dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _window_backward(plan: Plan, arrays: dict, segments: dict, results: dict, d_out) -> dict:
+    d_out = d_out.astype(plan.dtype)
+    delta = (d_out.astype(jnp.float32) * results["out"]).sum(axis=-1)[..., None, :]
+    arrays = arrays | segments | {"d_out": d_out, "lse": results["lse"], "delta": delta}
+    d_k, d_v = window_backward_tpu.key_gradients(arrays, plan)
+    return {"q": window_backward_tpu.query_gradients(arrays, plan), "k": d_k, "v": d_v}
 
 
 def _one(function: Callable, *arguments):
@@ -228,10 +345,7 @@ def final_state(
 ) -> Float[Array, "kv f dv"]:
     """The state that the last query reads, in float32 and in plain XLA: the kernels never need it."""
     last = max(k.shape[0] - window, 0)
-    runs = None
-    if segment_ids is not None:
-        changes = segment_ids[1:] != segment_ids[:-1]
-        runs = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(changes.astype(jnp.int32))])
+    runs = None if segment_ids is None else segment_runs(segment_ids)
     phi = as_pair(feature_map)[1](k[:last].astype(jnp.float32)).astype(jnp.float32)
     if runs is not None:
         phi = jnp.where((runs[:last] == runs[-1])[:, None, None], phi, 0)

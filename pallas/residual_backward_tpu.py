@@ -118,9 +118,20 @@ def _kernel(plan: Plan, names, outputs, *refs):
 
         def one_head(head, carry):
             d_v, d_phi_k, added, later = carry
-            q, d_out = given["q"][head, rows, :], given["d_out"][head, rows, :].astype(plan.dtype)
-            features = plan.phi(q)
+            q, whole = given["q"][head, rows, :], given["d_out"][head, rows, :]
+            features, d_out = plan.phi(q), whole.astype(plan.dtype)
             phi_q = features.astype(plan.dtype)
+
+            def product(these):  # d_out^T phi(q), over queries where `these` is true
+                pairs = [(d_out, phi_q)]
+                if plan.num_start_states and not plan.exact:  # gradients of start states are float32, so more is summed
+                    pairs.append((d_out, rounded_off(features, phi_q)))
+                    if whole.dtype == jnp.float32:
+                        pairs.append((rounded_off(whole, d_out), phi_q))
+                if these is not None:
+                    pairs = [(jnp.where(these, a, jnp.zeros_like(a)), b) for a, b in pairs]
+                return sum(plan.dot(a, b, LEFT) for a, b in pairs)
+
             scores = jnp.where(mask_t, plan.dot(phi_k, phi_q, RIGHT), 0.0).astype(plan.dtype)  # [keys, queries]
             d_scores = jnp.where(mask, plan.dot(d_out, v, RIGHT), 0.0).astype(plan.dtype)
             d_v = d_v + plan.dot(scores, d_out)
@@ -128,16 +139,15 @@ def _kernel(plan: Plan, names, outputs, *refs):
             d_phi_q = plan.dot(d_out, before, RIGHT)
             if reads is not None:
                 d_phi_q = jnp.where(reads, d_phi_q, 0.0 if fresh is None else plan.dot(d_out, fresh[0], RIGHT))
-                d_later = jnp.where(reads, jnp.zeros_like(d_out), d_out)
-                d_out = jnp.where(reads, d_out, jnp.zeros_like(d_out))
-                if fresh is not None:
-                    later = later + plan.dot(d_later, phi_q, LEFT)
-            added = added[0] + plan.dot(d_out, phi_q, LEFT), (
-                added[1] + d_out.astype(jnp.float32).sum(axis=0, keepdims=True) if plan.centred else added[1]
-            )
+            if fresh is not None:
+                later = later + product(jnp.logical_not(reads))
+            total, total_mean = added[0] + product(reads), added[1]
+            if plan.centred:
+                read = d_out if reads is None else jnp.where(reads, d_out, jnp.zeros_like(d_out))
+                total_mean = total_mean + read.astype(jnp.float32).sum(axis=0, keepdims=True)
             d_phi_q = d_phi_q + plan.dot(d_scores, phi_k)
             given["dq"][head, rows, :] = plan.pull_back(features, q, d_phi_q).astype(given["dq"].dtype)
-            return d_v, d_phi_k, added, later
+            return d_v, d_phi_k, (total, total_mean), later
 
         nothing = zeros(plan.value_width, plan.num_features)
         carry = (d_v, d_phi_k, (nothing, zeros(1, plan.value_width)), nothing if fresh is not None else 0)
@@ -161,6 +171,11 @@ def _kernel(plan: Plan, names, outputs, *refs):
         @pl.when(step == plan.blocks - 1)
         def _():
             given["d_starts"][0] = gradient[...]
+
+
+def rounded_off(x, rounded):
+    """What rounding took from x, rounded likewise."""
+    return (x - rounded.astype(jnp.float32)).astype(rounded.dtype)
 
 
 def centre_transposed(plan: Plan, gradient):

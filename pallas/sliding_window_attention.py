@@ -64,6 +64,10 @@ def sliding_window_attention(
         from pallas import rattention_gpu  # needs jax 0.11
 
         out = rattention_gpu.sliding_window_attention(q, k, v, **arguments, block_sizes=blocks)
+    elif chosen == "tpu":
+        from pallas import rattention_tpu
+
+        out = rattention_tpu.sliding_window_attention(q, k, v, **arguments, block_sizes=blocks)
     elif chosen == "reference":
         out = reference.sliding_window_attention(q, k, v, **arguments)
     else:
