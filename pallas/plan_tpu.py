@@ -138,6 +138,11 @@ class Plan:
         return self.map.sums_to_one and not self.exact
 
     @property
+    def precise(self) -> bool:
+        """Are states read, and their gradients summed, beyond bfloat16? Start states and their gradients are float32."""
+        return self.num_start_states > 0 and not self.exact
+
+    @property
     def chunks(self) -> int:
         """In a block: the paper's m."""
         return self.block // self.chunk
@@ -154,6 +159,17 @@ class Plan:
     def dot(self, a, b, dimensions=PLAIN):
         """A product with float32 sums."""
         return lax.dot_general(a, b, dimensions, precision=self.precision, preferred_element_type=jnp.float32)
+
+    def parts(self, x):
+        """x as operands: rounded, and where `precise` what rounding took from it too."""
+        rounded = x.astype(self.dtype)
+        if not self.precise or x.dtype != jnp.float32:
+            return [rounded]
+        return [rounded, (x - rounded.astype(jnp.float32)).astype(self.dtype)]
+
+    def product(self, a, b, dimensions=PLAIN):
+        """Of parts; that of what rounding took from both is left out."""
+        return sum(self.dot(x, y, dimensions) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2)
 
     def slices_of(self, x):
         """phi(x) in float32, [rows, num_features], and its signed inputs. x: [rows, width]."""

@@ -37,7 +37,7 @@ def backward(arrays: dict, plan: Plan) -> dict:
     scratch = [
         pltpu.VMEM((dv, f), jnp.float32),
         pltpu.VMEM((1, dv), jnp.float32),
-        pltpu.VMEM((plan.chunks, f, dv), plan.dtype),
+        pltpu.VMEM((plan.chunks, 1 + plan.precise, f, dv), plan.dtype),
     ]
     n = plan.num_start_states
     if n:
@@ -86,7 +86,8 @@ def _kernel(plan: Plan, names, outputs, *refs):
     def find_state(c, carry):
         state, shift = carry
         rows = rows_of(c, plan.chunk)
-        states[c] = centre(plan, state, shift)[0]
+        for i, part in enumerate(centre(plan, state, shift)[0]):
+            states[c, i] = part
         phi_k = plan.phi(given["k"][rows, :]).astype(plan.dtype)
         return advance(plan, given, first_chunk + c, state, shift, phi_k, given["v"][rows, :])
 
@@ -99,7 +100,7 @@ def _kernel(plan: Plan, names, outputs, *refs):
         rows, position = rows_of(c, plan.chunk), (first_chunk + c) * plan.chunk
         k, v = given["k"][rows, :], given["v"][rows, :]
         features = plan.phi(k)
-        phi_k, before = features.astype(plan.dtype), states[c]
+        phi_k, before = features.astype(plan.dtype), [states[c, i] for i in range(states.shape[1])]
         mask, mask_t = lanes(square) <= sublanes(square), sublanes(square) <= lanes(square)
         kept = reads = carried = None
         if plan.segmented:
@@ -119,29 +120,23 @@ def _kernel(plan: Plan, names, outputs, *refs):
         def one_head(head, carry):
             d_v, d_phi_k, added, later = carry
             q, whole = given["q"][head, rows, :], given["d_out"][head, rows, :]
-            features, d_out = plan.phi(q), whole.astype(plan.dtype)
-            phi_q = features.astype(plan.dtype)
+            features, d_parts = plan.phi(q), plan.parts(whole)
+            phi_q, d_out = features.astype(plan.dtype), d_parts[0]
 
-            def product(these):  # d_out^T phi(q), over queries where `these` is true
-                pairs = [(d_out, phi_q)]
-                if plan.num_start_states and not plan.exact:  # gradients of start states are float32, so more is summed
-                    pairs.append((d_out, rounded_off(features, phi_q)))
-                    if whole.dtype == jnp.float32:
-                        pairs.append((rounded_off(whole, d_out), phi_q))
-                if these is not None:
-                    pairs = [(jnp.where(these, a, jnp.zeros_like(a)), b) for a, b in pairs]
-                return sum(plan.dot(a, b, LEFT) for a, b in pairs)
+            def added_by(these):  # queries where `these` is true
+                a = [d if these is None else jnp.where(these, d, jnp.zeros_like(d)) for d in d_parts]
+                return plan.product(a, plan.parts(features), LEFT)
 
             scores = jnp.where(mask_t, plan.dot(phi_k, phi_q, RIGHT), 0.0).astype(plan.dtype)  # [keys, queries]
             d_scores = jnp.where(mask, plan.dot(d_out, v, RIGHT), 0.0).astype(plan.dtype)
             d_v = d_v + plan.dot(scores, d_out)
             d_phi_k = d_phi_k + plan.dot(d_scores, phi_q, LEFT)
-            d_phi_q = plan.dot(d_out, before, RIGHT)
+            d_phi_q = plan.product(d_parts, before, RIGHT)
             if reads is not None:
-                d_phi_q = jnp.where(reads, d_phi_q, 0.0 if fresh is None else plan.dot(d_out, fresh[0], RIGHT))
+                d_phi_q = jnp.where(reads, d_phi_q, 0.0 if fresh is None else plan.product(d_parts, fresh[0], RIGHT))
             if fresh is not None:
-                later = later + product(jnp.logical_not(reads))
-            total, total_mean = added[0] + product(reads), added[1]
+                later = later + added_by(jnp.logical_not(reads))
+            total, total_mean = added[0] + added_by(reads), added[1]
             if plan.centred:
                 read = d_out if reads is None else jnp.where(reads, d_out, jnp.zeros_like(d_out))
                 total_mean = total_mean + read.astype(jnp.float32).sum(axis=0, keepdims=True)
@@ -171,11 +166,6 @@ def _kernel(plan: Plan, names, outputs, *refs):
         @pl.when(step == plan.blocks - 1)
         def _():
             given["d_starts"][0] = gradient[...]
-
-
-def rounded_off(x, rounded):
-    """What rounding took from x, rounded likewise."""
-    return (x - rounded.astype(jnp.float32)).astype(rounded.dtype)
 
 
 def centre_transposed(plan: Plan, gradient):

@@ -92,7 +92,7 @@ def _kernel(plan: Plan, names, outputs, *refs):
 
     if "states" in given:
         given["states"][...] = state[...]
-    rounded = fresh_state(plan, given)
+    fresh = fresh_state(plan, given)
 
     def one_chunk(c, _):
         rows = rows_of(c, plan.chunk)
@@ -111,9 +111,9 @@ def _kernel(plan: Plan, names, outputs, *refs):
         def one_head(head, _):
             phi_q = plan.phi(given["q"][head, rows, :]).astype(plan.dtype)
             scores = jnp.where(mask, plan.dot(phi_q, phi_k, RIGHT), 0.0).astype(plan.dtype)
-            out = plan.dot(phi_q, before) + shift
+            out = plan.product([phi_q], before) + shift
             if reads is not None:
-                out = jnp.where(reads, out, 0.0 if rounded is None else plan.dot(phi_q, rounded[0]) + rounded[1])
+                out = jnp.where(reads, out, 0.0 if fresh is None else plan.product([phi_q], fresh[0]) + fresh[1])
             given["out"][head, rows, :] = (out + plan.dot(scores, v)).astype(given["out"].dtype)
             return 0
 
@@ -144,9 +144,9 @@ def fresh_state(plan: Plan, given: dict):
 
 
 def centre(plan: Plan, state, mean):
-    """The state rounded for products, without its mean over each slice of f, and what outputs get for that mean."""
+    """The state's parts for products, without its mean over each slice of f, and what outputs get for that mean."""
     if not plan.centred:
-        return state.astype(plan.dtype), 0.0
+        return plan.parts(state), 0.0
     halves = []
     for i in range(plan.map.slices):
         part = state[i * plan.width : (i + 1) * plan.width]
@@ -154,7 +154,7 @@ def centre(plan: Plan, state, mean):
         if plan.width > plan.head_size:  # padding stays 0
             part = jnp.where(sublanes(part.shape) < plan.head_size, part, 0.0)
         halves.append(part)
-    return jnp.concatenate(halves, axis=0).astype(plan.dtype), mean
+    return plan.parts(jnp.concatenate(halves, axis=0)), mean
 
 
 def advance(plan: Plan, given: dict, chunk_index, state, mean, phi_k, v):
