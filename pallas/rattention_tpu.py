@@ -51,7 +51,7 @@ def sliding_window_attention(
     if window == 1:  # one key, so its weight is 1 whatever the logit, and q and k get a gradient of exactly 0
         return jnp.repeat(v[s - t :].astype(out_dtype), h // kv, axis=1)
     exact = any(x.dtype != jnp.bfloat16 for x in (q, k, v))
-    chunk, block = _blocks(block_sizes, t, h // kv, round_up(max(d, dv), LANES) * (4 if exact else 2))
+    chunk, block = block_sizes_of(block_sizes, t, h // kv, round_up(max(d, dv), LANES) * (4 if exact else 2))
     length, back = round_up(t, block), round_up(window - 1, block)
     first_key = max(back - (s - t), 0)
     plan = Plan(
@@ -126,7 +126,7 @@ def residual_linear_attention(
         phi_q, phi_k = as_pair(feature_map)
         q, k = phi_q(q.astype(jnp.float32)), phi_k(k.astype(jnp.float32))
         map_name, exact, d = "identity", True, q.shape[-1]
-    chunk, block = _blocks(block_sizes, t, h // kv, round_up(d, LANES) * (4 if exact else 2))
+    chunk, block = block_sizes_of(block_sizes, t, h // kv, round_up(d, LANES) * (4 if exact else 2))
     length = round_up(t, block)
     plan = Plan(
         window=window,
@@ -187,7 +187,7 @@ def _kernel_map(feature_map) -> str | None:
     return next((name for name in KERNEL_MAPS if phi_q is phi_k is getattr(maps, name)), None)
 
 
-def _blocks(block_sizes: BlockSizes, t: int, group: int, bytes_per_row: int) -> tuple[int, int]:
+def block_sizes_of(block_sizes: BlockSizes, t: int, group: int, bytes_per_row: int) -> tuple[int, int]:
     """Queries of a chunk, and of a block: as many chunks as asked for, as they fit and as there are."""
     chunk = block_sizes.tpu_chunk
     most = max(LARGEST // (group * bytes_per_row * chunk), 1)
