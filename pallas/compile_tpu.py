@@ -27,7 +27,7 @@ from pallas.compile import Case
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 PACKAGES = ("jax", "jaxlib", "libtpu")
-INSTALL = "pip install 'jax>=0.11.2,<0.12' 'libtpu==0.0.48.*'"
+INSTALL = "pip install 'jax>=0.11.2,<0.12' 'libtpu>=0.0.48,<0.0.49'"
 MOST = {"forward": (111, 1150), "backward": (314, 2350)}  # matrix instructions and bundles that v5e may need
 UNIT = 128  # tokens of one query head
 MODELS = {"3b": (16, 4), "12b": (40, 8)}
