@@ -3,8 +3,9 @@
 For every case: memory, and from the final schedules of all its kernels and XLA fusions the instruction bundles and the
 matrix-unit instructions, loop bodies times their trips, per 128 tokens and query head. These are counts, not times.
 
-Counted too high: both sides of a branch. Counted too low: a loop inside a fusion's loop, of a length not told, counts
-once; such loops are listed. Each case is compiled in a process of its own, since listings go where its environment says.
+Counted too high: both sides of a branch. Counted too low: a loop inside that of a fusion, whose length is not told,
+counts once; such loops are listed. Each case is compiled in a process of its own, whose environment says where its
+listings go.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "
 PACKAGES = ("jax", "jaxlib", "libtpu")
 INSTALL = "pip install 'jax>=0.11.2,<0.12' 'libtpu>=0.0.48,<0.0.49'"
 MOST = {"forward": (111, 1150), "backward": (314, 2350)}  # matrix instructions and bundles that v5e may need
+DUMPED = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final|dedup"
 UNIT = 128  # tokens of one query head
 MODELS = {"3b": (16, 4), "12b": (40, 8)}
 LENGTHS = {4096: 8, 8192: 4, 131072: 1}  # sequences of a batch
@@ -167,7 +169,8 @@ def read_program(folder: Path, hlo: str, case: Case) -> dict[str, Any]:
             if re.search(r' fusion\(|custom_call_target="tpu_custom_call"', line):
                 raise ValueError(f"compile: no schedule of {match[1]}")
             continue
-        [usage] = folder.glob(f"*-{file.name.split('-', 1)[1].rsplit('-', 2)[0]}-*-final_hlo-static-per-bundle-util*.txt")
+        stem = re.sub(r"-\d+-final_bundles.txt$", "", file.name)
+        [usage] = folder.glob(f"{stem}-*-final_hlo-static-per-bundle-utilization.txt")
         units, used = parse_slots(usage.read_text())
         loops = parse_schedule(file.read_text(errors="replace"), used)
         ours = trips.get(match[1].rsplit(".", 1)[0])
@@ -200,7 +203,9 @@ def compile_here(case: Case, target: str, folder: Path) -> None:
     sizes: Any = compiled.memory_analysis()
     memory = {name: getattr(sizes, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
     hlo = compiled.as_text() or ""
-    scoped = [int(x) for x in re.findall(r'"used_scoped_memory_configs":\[\{"memory_space":"1"[^}]*"size":"(\d+)"', hlo)]
+    scoped = [
+        int(x) for x in re.findall(r'"used_scoped_memory_configs":\[\{"memory_space":"1"[^}]*"size":"(\d+)"', hlo)
+    ]
     result = {"memory": memory, "device_kind": device.device_kind, "vmem": max(scoped, default=0)}
     (folder / "result.json").write_text(json.dumps(result | read_program(folder / "dump", hlo, case)))
 
@@ -251,7 +256,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} " + DUMPED,
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "TMPDIR": str(folder),
     }
@@ -292,9 +297,10 @@ def failures(target: str, case: Case, found: dict[str, Any], forward: dict[str, 
         mine = {name: mine[name] - forward["per_unit"][name] for name in ("matmuls", "bundles")}
     direction = "backward" if case.backward else "forward"
     wrong = []
-    for (name, number), most in zip((("matmuls", mine["matmuls"]), ("bundles", mine["bundles"])), MOST[direction], strict=True):
-        if number > most:
-            wrong.append(f"{target}, {case.title}: {direction} needs {number:.0f} {name} per unit; at most {most} may be")
+    for name, most in zip(("matmuls", "bundles"), MOST[direction], strict=True):
+        if mine[name] > most:
+            needs = f"{direction} needs {mine[name]:.0f} {name} per unit; at most {most} may be"
+            wrong.append(f"{target}, {case.title}: {needs}")
     return wrong
 
 
@@ -303,11 +309,16 @@ def show(target: str, case: Case, found: dict[str, Any]) -> None:
         print(f"{target:6} {case.title}\n  does not compile: {found['error']}", flush=True)
         return
     unit, memory = found["per_unit"], found["memory"]
-    print(
-        f"{target:6} {case.title:78} {unit['bundles']:>9,.0f} {unit['of_our_kernels']:>9,.0f} {unit['matmuls']:>9,.0f} "
-        f"{unit['utilisation']:>9.0%} {found['vmem'] / 2**20:>9.1f} {memory['temp'] / 1e9:>9.2f} {found['seconds']:>6.0f}",
-        flush=True,
+    columns = (
+        f"{unit['bundles']:,.0f}",
+        f"{unit['of_our_kernels']:,.0f}",
+        f"{unit['matmuls']:,.0f}",
+        f"{unit['utilisation']:.0%}",
+        f"{found['vmem'] / 2**20:.1f}",
+        f"{memory['temp'] / 1e9:.2f}",
     )
+    row = " ".join(f"{column:>9}" for column in columns)
+    print(f"{target:6} {case.title:78} {row} {found['seconds']:>6.0f}", flush=True)
 
 
 HEAD = ("bundles", "of ours", "matmuls", "use", "VMEM MiB", "HBM GB")
@@ -326,7 +337,7 @@ def main(options) -> int:
     about: dict[str, Any] = {"date": gpu.now(), "commit": options.commit or gpu.commit(), "versions": found_versions}
     print(f"compiled for {', '.join(options.target)}, {about['date']}, commit {about['commit']}")
     print(", ".join(f"{name} {version}" for name, version in found_versions.items() if version))
-    print("bundles, matrix-unit instructions: per 128 tokens and query head; use: of matrix-unit slots; HBM: temporaries\n")
+    print("bundles, matmuls: per 128 tokens and query head; use: of matrix-unit slots; HBM: temporaries\n")
     print(f"{'':6} {'case':78} " + " ".join(f"{name:>9}" for name in HEAD) + "      s")
     wrong, number = [], 0
     for target in options.target:

@@ -1,7 +1,8 @@
-"""What is fixed when a TPU kernel is compiled, feature maps formed in VMEM, and products as the matrix unit takes them."""
+"""What is fixed when a TPU kernel is compiled, feature maps formed in VMEM, and products for the matrix unit."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +140,7 @@ class Plan:
 
     @property
     def precise(self) -> bool:
-        """Are states read, and their gradients summed, beyond bfloat16? Start states and their gradients are float32."""
+        """Are states read, and their gradients summed, beyond bfloat16? Start states are float32."""
         return self.num_start_states > 0 and not self.exact
 
     @property
@@ -167,7 +168,7 @@ class Plan:
             return [rounded]
         return [rounded, (x - rounded.astype(jnp.float32)).astype(self.dtype)]
 
-    def product(self, a, b, dimensions=PLAIN):
+    def product(self, a, b, dimensions=PLAIN) -> Any:
         """Of parts; that of what rounding took from both is left out."""
         return sum(self.dot(x, y, dimensions) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2)
 
@@ -182,16 +183,18 @@ class Plan:
 
     def pull_back(self, phi, x, d_phi):
         """The gradient of x, from phi(x) in float32 and its cotangent."""
-        x, d, columns = x.astype(jnp.float32), 0.0, self.width
+        x, columns = x.astype(jnp.float32), self.width
+        d: Any = None
         for i, signed in enumerate([x, -x][: self.map.slices]):
             part = slice(i * columns, (i + 1) * columns)
             found = self.map.backward(phi[:, part], signed, d_phi[:, part])
             d = found if i == 0 else d - found
         return d
 
-    def compiler_params(self, *order: str):
+    def compiler_params(self, *order: Any):
         """Axes of the grid, the last by default and `order` in all other cases: which may run in any order?"""
-        return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", *(order or ("arbitrary",))))
+        axes: Any = ("parallel", "parallel", *(order or ("arbitrary",)))
+        return pltpu.CompilerParams(dimension_semantics=axes)
 
     def interpreted(self):
         return pltpu.InterpretParams() if self.interpret else False

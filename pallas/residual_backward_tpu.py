@@ -8,13 +8,14 @@ The state's gradient is kept transposed, [dv, f], so that of the two factors of 
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas.plan_tpu import RIGHT, LEFT, Plan, along_lanes, each_head, lanes, rows_of, struct, sublanes, zeros
+from pallas.plan_tpu import LEFT, RIGHT, Plan, along_lanes, each_head, lanes, rows_of, struct, sublanes, zeros
 from pallas.residual_tpu import advance, centre, fresh_state, input_specs
 
 
@@ -23,8 +24,8 @@ def backward(arrays: dict, plan: Plan) -> dict:
 
     arrays: as for the forward kernel, and its states, and d_out [b, kv, group, t, dv].
     """
-    batch, kv, group, length, d = arrays["q"].shape
-    f, dv, block, blocks = plan.num_features, plan.value_width, plan.block, plan.blocks
+    batch, kv = arrays["q"].shape[:2]
+    f, dv, blocks = plan.num_features, plan.value_width, plan.blocks
     names = ("q", "k", "v", "d_out", "states", "start_states", "segment_start", "carry_start")
     names = [name for name in names if name in arrays]
     given = input_specs(plan, arrays, lambda n: blocks - 1 - n)
@@ -102,7 +103,9 @@ def _kernel(plan: Plan, names, outputs, *refs):
         features = plan.phi(k)
         phi_k, before = features.astype(plan.dtype), [states[c, i] for i in range(states.shape[1])]
         mask, mask_t = lanes(square) <= sublanes(square), sublanes(square) <= lanes(square)
-        kept = reads = carried = None
+        kept: Any = None
+        reads: Any = None
+        carried: Any = None
         if plan.segmented:
             first = given["segment_start"][rows, :]  # [chunk, 1]
             reads = first < position
@@ -112,8 +115,8 @@ def _kernel(plan: Plan, names, outputs, *refs):
             kept, carried = sublanes((plan.chunk, 1)) + position >= carry_first, carry_first < position
 
         after, shift = centre_transposed(plan, gradient[...]), mean[...] if plan.centred else 0.0
-        d_v = plan.dot(phi_k, after, RIGHT) + shift
-        d_phi_k = plan.dot(v, after)
+        d_v: Any = plan.dot(phi_k, after, RIGHT) + shift
+        d_phi_k: Any = plan.dot(v, after)
         if kept is not None:
             d_v, d_phi_k = jnp.where(kept, d_v, 0.0), jnp.where(kept, d_phi_k, 0.0)
 
@@ -134,7 +137,7 @@ def _kernel(plan: Plan, names, outputs, *refs):
             d_phi_q = plan.product(d_parts, before, RIGHT)
             if reads is not None:
                 d_phi_q = jnp.where(reads, d_phi_q, 0.0 if fresh is None else plan.product(d_parts, fresh[0], RIGHT))
-            if fresh is not None:
+            if fresh is not None and reads is not None:
                 later = later + added_by(jnp.logical_not(reads))
             total, total_mean = added[0] + added_by(reads), added[1]
             if plan.centred:

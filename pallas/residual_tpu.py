@@ -171,5 +171,3 @@ def advance(plan: Plan, given: dict, chunk_index, state, mean, phi_k, v):
     if plan.centred:
         mean = mean + v.astype(jnp.float32).sum(axis=0, keepdims=True) * (plan.map.slices / plan.head_size)
     return state, mean
-
-

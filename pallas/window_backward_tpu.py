@@ -91,9 +91,12 @@ def _query_kernel(plan: Plan, names, *refs):
 
             def one_head(head, mask):
                 _, d_scores, _, _ = _square(plan, given, head, c, k, v, ahead, key, mask)
-                total[head, rows_of(c, chunk), :] += plan.dot(d_scores, k, LEFT)
+                return total[head, rows_of(c, chunk), :] + plan.dot(d_scores, k, LEFT)
 
-            with_mask_or_without(plan, group, ahead, key, one_head)
+            def store(head, found):
+                total[head, rows_of(c, chunk), :] = found
+
+            with_mask_or_without(plan, group, ahead, key, one_head, store)
             return 0
 
         lax.fori_loop(*key_chunks(plan, c, between), one_key_chunk, 0)
@@ -130,10 +133,13 @@ def _key_kernel(plan: Plan, names, *refs):
 
                 def one_head(head, mask):
                     weights, d_scores, q, d_out = _square(plan, given, head, c, k, v, ahead, key, mask)
-                    d_k[keys, :] += plan.dot(d_scores, q, PLAIN)
-                    d_v[keys, :] += plan.dot(weights, d_out, PLAIN)
+                    return plan.dot(d_scores, q, PLAIN), plan.dot(weights, d_out, PLAIN)
 
-                with_mask_or_without(plan, group, ahead, key, one_head)
+                def store(head, found):
+                    d_k[keys, :] += found[0]
+                    d_v[keys, :] += found[1]
+
+                with_mask_or_without(plan, group, ahead, key, one_head, store)
                 return 0
 
             lax.fori_loop(*key_chunks(plan, c, between), one_key_chunk, 0)

@@ -1,8 +1,8 @@
 """The local branch on a TPU, forward: softmax over the window, key block by key block.
 
-The grid is (batch, kv head, block of queries, block of keys); its last axis is sequential, and maximum, total and sum of
-each query stay in scratch. Scores are kept transposed, [keys, queries]: maxima and totals are then taken over sublanes,
-which costs additions and few moves, and lie along lanes, as the backward pass reads the log of the total.
+The grid is (batch, kv head, block of queries, block of keys); its last axis is sequential, and each query's maximum,
+total and sum stay in scratch. Scores are kept transposed, [keys, queries]: maxima and totals are then taken over
+sublanes, which costs additions and few moves, and lie along lanes, as the backward pass reads the log of the total.
 """
 
 import functools
@@ -12,7 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas.plan_tpu import LEFT, LOWEST, RIGHT, Plan, each_head, lanes, rows_of, struct, sublanes
+from pallas.plan_tpu import LEFT, LOWEST, RIGHT, UNROLLED, Plan, each_head, lanes, rows_of, struct, sublanes
+
+AT_ONCE = 4
 
 
 def forward(arrays: dict, plan: Plan, *, out_dtype) -> dict:
@@ -22,7 +24,7 @@ def forward(arrays: dict, plan: Plan, *, out_dtype) -> dict:
     segment_start [b, 1, t]: the position of the first key in a query's segment
     """
     batch, kv, group, length, _ = arrays["q"].shape
-    dv, block, chunk = plan.value_width, plan.block, plan.chunk
+    dv, chunk = plan.value_width, plan.chunk
     names = [name for name in ("q", "k", "v", "segment_start") if name in arrays]
     given = input_specs(plan, arrays, lambda n, j: n, lambda n, j: n + j)
     row = struct((batch, kv, group, 1, length), jnp.float32)
@@ -108,16 +110,21 @@ def needs_mask(plan: Plan, ahead, key):
     return (ahead < plan.chunk - 1) | (ahead + plan.chunk - 1 >= plan.window) | (key < plan.first_key)
 
 
-def with_mask_or_without(plan: Plan, group: int, ahead, key, one_head):
-    """`one_head(head, mask)` for each head, with a mask where one is needed."""
+def with_mask_or_without(plan: Plan, group: int, ahead, key, one_head, store):
+    """`store(head, one_head(head, mask))` for each head, with a mask where one is needed.
+
+    Several heads are computed before the first is stored: a store holds up the loads after it, and with them the next.
+    """
     edge = needs_mask(plan, ahead, key)
 
     def heads(mask):
-        def body(head, _):
-            one_head(head, mask)
-            return 0
-
-        each_head(group, body, 0)
+        if group > UNROLLED:
+            each_head(group, lambda head, _: store(head, one_head(head, mask)) or 0, 0)
+            return
+        for first in range(0, group, AT_ONCE):
+            several = range(first, min(first + AT_ONCE, group))
+            for head, found in zip(several, [one_head(head, mask) for head in several], strict=True):
+                store(head, found)
 
     pl.when(edge)(lambda: heads(True))
     pl.when(jnp.logical_not(edge))(lambda: heads(False))
@@ -151,11 +158,13 @@ def _kernel(plan: Plan, names, *refs):
                 before = maximum[head, c]
                 higher = jnp.maximum(before, scores.max(axis=0, keepdims=True))
                 weights, shrink = jnp.exp(scores - higher), jnp.exp(before - higher)
-                maximum[head, c] = higher
-                weight[head, c] = weight[head, c] * shrink + weights.sum(axis=0, keepdims=True)
-                total[head, c] = total[head, c] * shrink + plan.dot(v, weights.astype(plan.dtype), LEFT)
+                more = weight[head, c] * shrink + weights.sum(axis=0, keepdims=True)
+                return higher, more, total[head, c] * shrink + plan.dot(v, weights.astype(plan.dtype), LEFT)
 
-            with_mask_or_without(plan, group, ahead, key, one_head)
+            def store(head, found):
+                maximum[head, c], weight[head, c], total[head, c] = found
+
+            with_mask_or_without(plan, group, ahead, key, one_head, store)
             return 0
 
         lax.fori_loop(*key_chunks(plan, c, between), one_key_chunk, 0)

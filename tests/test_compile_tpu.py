@@ -27,7 +27,7 @@ PF: predicated region fallthrough
      0   :  { %s1_s0 = inlined_call_operand.vmem [shape: bf16[1,4,4096,128], index: 0, kind: input]
 several lines: 0x5 : > { of a comment */ }
    0x1   :  { %4 = vsyncpa [#allocation1], 0  ;;  %s5_s0 = smov 0 } /* Start region 1 */
-   0x2 LB: > { %s27_s22 = sadd.s32 1, %s12322_s19  ;;  %9 = vmatmul.bf16.gmra.mxu0 %v1  ;;  %8 = vmatpush.bf16.msra.mxu1 %v2 }
+   0x2 LB: > { %s27_s22 = sadd.s32 1, %s12  ;;  %9 = vmatmul.bf16.gmra.mxu0 %v1  ;;  %8 = vmatpush.bf16.msra.mxu1 %v2 }
    0x3   : > { %10 = sbr.rel (%p10891_p8) target = $region16 }
    0x4   :  {}
    0x5 PF: > { %v2_v1 = vld [vmem:[%s36142_s0]] }
