@@ -13,9 +13,11 @@ class BlockSizes:
     kernel_chunk, of "gpu": keys that one step of the forward kernel reads, 64 or 128.
     chunks_per_state, of "gpu": the residual branch saves its state every `chunks_per_state` chunks (the paper's m) and
       computes what lies between anew.
-    tpu_chunk, of "tpu": queries of one head that a product of the kernels takes, a multiple of 128.
-    tpu_chunks_per_state, of "tpu": chunks that one step of the grid takes, at most; between two steps the residual
-      branch saves its state, and inside a step it computes the states anew.
+    tpu_chunk, of "tpu": tokens of one head that a product of the residual kernels takes, a multiple of 128; None: as
+      many as the matrix unit is wide.
+    tpu_window_chunk, of "tpu": likewise, of the window's kernels; as tpu_chunk where windows or sequences are shorter.
+    tpu_block, of "tpu": tokens that one step of the grid takes, a multiple of the chunk, or fewer where they do not fit;
+      between two steps the residual branch saves its state, and inside a step it computes the states anew.
     """
 
     chunk: int = 64
@@ -23,17 +25,19 @@ class BlockSizes:
     group: int = 4
     kernel_chunk: int = 128
     chunks_per_state: int = 1
-    tpu_chunk: int = 128
-    tpu_chunks_per_state: int = 4
+    tpu_chunk: int | None = None
+    tpu_window_chunk: int = 256
+    tpu_block: int = 512
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"BlockSizes: {name} must be at least 1; got {value}")
         if self.kernel_chunk not in (64, 128):
             raise ValueError(f"BlockSizes: kernel_chunk must be 64 or 128; got {self.kernel_chunk}")
-        if self.tpu_chunk % 128:
-            raise ValueError(f"BlockSizes: tpu_chunk must be a multiple of 128; got {self.tpu_chunk}")
+        for name in ("tpu_chunk", "tpu_window_chunk", "tpu_block"):
+            if (getattr(self, name) or 128) % 128:
+                raise ValueError(f"BlockSizes: {name} must be a multiple of 128; got {getattr(self, name)}")
 
 
 def gpu_candidates(head_size: int, window: int) -> list[BlockSizes]:

@@ -119,34 +119,34 @@ def totals(loops: list[Loop], trips: list[int | float]) -> dict[str, Any]:
     return found | {"loops_of_unknown_length": max(len(loops) - 1 - len(trips), 0)}
 
 
-def kernel_trips(case: Case) -> dict[str, list[int | float]]:
+def kernel_trips(case: Case, kind: str) -> dict[str, list[int | float]]:
     """How often each loop of our kernels runs, outermost first: the grid, then those inside."""
-    from pallas.rattention_tpu import block_sizes_of
+    from pallas.rattention_tpu import residual_blocks, window_blocks
 
-    c, blocks = case, BlockSizes()
-    group = c.num_heads // c.num_kv_heads
-    chunk, block = block_sizes_of(blocks, c.length, group, c.head_size * 2)
-    steps, chunks = -(-c.length // block), block // chunk
-    grid = c.batch * c.num_kv_heads * steps
-    spare = -(-(c.window - 1) // block)
+    c, sizes = case, BlockSizes()
+    bytes_of_group = c.num_heads // c.num_kv_heads * c.head_size * 2
+    chunk, block = residual_blocks(sizes, c.length, bytes_of_group, kind)
+    residual = [c.batch * c.num_kv_heads * -(-c.length // block), block // chunk]
+    chunk, block = window_blocks(sizes, c.length, c.window, bytes_of_group)
+    steps, chunks, spare = -(-c.length // block), block // chunk, -(-(c.window - 1) // block)
     pairs = sum(  # of query and key chunks that one block of queries meets
         1
         for query in range(chunks)
         for key in range(chunks * (spare + 1))
         if -chunk < (query - key) * chunk + spare * block < c.window + chunk - 1
     )
-    wide = grid * (spare + 1)
+    wide = c.batch * c.num_kv_heads * steps * (spare + 1)
     keys = c.batch * c.num_kv_heads * (steps + spare) * (spare + 1)  # the last blocks of keys meet fewer queries
     return {
-        "residual_forward": [grid, chunks],
-        "residual_backward": [grid, chunks, chunks],
+        "residual_forward": residual,
+        "residual_backward": [*residual, residual[1]],
         "window_forward": [wide, chunks, pairs / (spare + 1) / chunks],
         "window_backward_queries": [wide, chunks, pairs / (spare + 1) / chunks],
         "window_backward_keys": [keys, chunks, pairs / (spare + 1) / chunks],
     }
 
 
-def read_program(folder: Path, hlo: str, case: Case) -> dict[str, Any]:
+def read_program(folder: Path, hlo: str, case: Case, kind: str) -> dict[str, Any]:
     """Every kernel and fusion that the program runs: {"kernels": [...], "units": matrix-unit slots of a bundle}."""
     listings = {}
     for file in folder.glob("*-final_bundles.txt"):
@@ -158,7 +158,7 @@ def read_program(folder: Path, hlo: str, case: Case) -> dict[str, Any]:
         for section in file.read_text().split("key:")[1:]:
             key, *members = [line.strip() for line in section.splitlines()]
             alike |= {member: key for member in members if member and not member.startswith(("ordinal", "equivalent"))}
-    trips, kernels, units = kernel_trips(case), [], 0
+    trips, kernels, units = kernel_trips(case, kind), [], 0
     entry = hlo[hlo.index("\nENTRY") :]
     for line in entry.splitlines():
         match = re.match(r"\s+(?:ROOT )?%([\w.-]+) = ", line)
@@ -207,7 +207,7 @@ def compile_here(case: Case, target: str, folder: Path) -> None:
         int(x) for x in re.findall(r'"used_scoped_memory_configs":\[\{"memory_space":"1"[^}]*"size":"(\d+)"', hlo)
     ]
     result = {"memory": memory, "device_kind": device.device_kind, "vmem": max(scoped, default=0)}
-    (folder / "result.json").write_text(json.dumps(result | read_program(folder / "dump", hlo, case)))
+    (folder / "result.json").write_text(json.dumps(result | read_program(folder / "dump", hlo, case, device.device_kind)))
 
 
 def compile_case(case: Case, target: str) -> dict[str, Any]:

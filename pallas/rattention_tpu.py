@@ -23,12 +23,20 @@ from pallas.plan_tpu import KERNEL_MAPS, LANES, Plan, round_up
 from pallas.reference import normed_sum, segment_runs
 
 LARGEST = 2**20  # bytes of a group's queries that one step of the grid reads
+WIDE = ("v6", "tpu7", "v7")  # kinds whose matrix unit is 256 wide; others have 128
 
 
 def interpreted() -> bool:
     """Run kernels in the interpreter, unless there is a TPU or the program is being compiled for one."""
-    target = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() != "tpu" and (target is None or target.platform != "tpu")
+    return target() is None
+
+
+def target() -> str | None:
+    """The kind of TPU that the program is for; None: there is none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.device_kind if device.platform == "tpu" else None
+    return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
 
 
 def sliding_window_attention(
@@ -51,7 +59,8 @@ def sliding_window_attention(
     if window == 1:  # one key, so its weight is 1 whatever the logit, and q and k get a gradient of exactly 0
         return jnp.repeat(v[s - t :].astype(out_dtype), h // kv, axis=1)
     exact = any(x.dtype != jnp.bfloat16 for x in (q, k, v))
-    chunk, block = block_sizes_of(block_sizes, t, h // kv, round_up(max(d, dv), LANES) * (4 if exact else 2))
+    bytes_of_group = h // kv * round_up(max(d, dv), LANES) * (4 if exact else 2)
+    chunk, block = window_blocks(block_sizes, t, window, bytes_of_group)
     length, back = round_up(t, block), round_up(window - 1, block)
     first_key = max(back - (s - t), 0)
     plan = Plan(
@@ -126,7 +135,8 @@ def residual_linear_attention(
         phi_q, phi_k = as_pair(feature_map)
         q, k = phi_q(q.astype(jnp.float32)), phi_k(k.astype(jnp.float32))
         map_name, exact, d = "identity", True, q.shape[-1]
-    chunk, block = block_sizes_of(block_sizes, t, h // kv, round_up(d, LANES) * (4 if exact else 2))
+    bytes_of_group = h // kv * round_up(max(d, dv), LANES) * (4 if exact else 2)
+    chunk, block = residual_blocks(block_sizes, t, bytes_of_group, target())
     length = round_up(t, block)
     plan = Plan(
         window=window,
@@ -187,11 +197,22 @@ def _kernel_map(feature_map) -> str | None:
     return next((name for name in KERNEL_MAPS if phi_q is phi_k is getattr(maps, name)), None)
 
 
-def block_sizes_of(block_sizes: BlockSizes, t: int, group: int, bytes_per_row: int) -> tuple[int, int]:
-    """Queries of a chunk, and of a block: as many chunks as asked for, as they fit and as there are."""
-    chunk = block_sizes.tpu_chunk
-    most = max(LARGEST // (group * bytes_per_row * chunk), 1)
-    return chunk, chunk * min(block_sizes.tpu_chunks_per_state, most, -(-t // chunk))
+def residual_blocks(sizes: BlockSizes, t: int, bytes_of_group: int, kind: str | None) -> tuple[int, int]:
+    """Tokens of a chunk and of a block of the residual kernels. bytes_of_group: of a token's queries."""
+    wide = kind is not None and any(name in kind.lower() for name in WIDE)
+    return _fitting(sizes.tpu_chunk or (256 if wide and t > 128 else 128), sizes.tpu_block, t, bytes_of_group)
+
+
+def window_blocks(sizes: BlockSizes, t: int, window: int, bytes_of_group: int) -> tuple[int, int]:
+    """Likewise, of the window's kernels."""
+    short = min(window, t) < sizes.tpu_window_chunk
+    chunk = sizes.tpu_chunk or 128 if short else sizes.tpu_window_chunk
+    return _fitting(chunk, sizes.tpu_block, t, bytes_of_group)
+
+
+def _fitting(chunk: int, block: int, t: int, bytes_of_group: int) -> tuple[int, int]:
+    most = max(LARGEST // (bytes_of_group * chunk), 1)
+    return chunk, chunk * min(max(block // chunk, 1), most, -(-t // chunk))
 
 
 def _queries_by_head(x, kv: int, length: int, width: int):

@@ -19,7 +19,7 @@ from pallas.block_sizes import BlockSizes
 
 
 def blocks(chunks: int, chunk: int = 128) -> tuple[str, BlockSizes]:
-    return "block_sizes", BlockSizes(tpu_chunk=chunk, tpu_chunks_per_state=chunks)
+    return "block_sizes", BlockSizes(tpu_chunk=chunk, tpu_window_chunk=chunk, tpu_block=chunks * chunk)
 
 
 SMALL, WIDE = (2, 1, 8, 8), (2, 1, 128, 128)
