@@ -16,8 +16,8 @@ class BlockSizes:
     tpu_chunk, of "tpu": tokens of one head that a product of the residual kernels takes, a multiple of 128; None: as
       many as the matrix unit is wide.
     tpu_window_chunk, of "tpu": likewise, of the window's kernels; as tpu_chunk where windows or sequences are shorter.
-    tpu_block, of "tpu": tokens that one step of the grid takes, a multiple of the chunk, or fewer where they do not fit;
-      between two steps the residual branch saves its state, and inside a step it computes the states anew.
+    tpu_block, of "tpu": tokens that one step of the grid takes, or fewer where they do not fit. Between two steps the
+      residual branch saves its state, and inside a step it computes the states anew.
     """
 
     chunk: int = 64

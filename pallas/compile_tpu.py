@@ -137,13 +137,14 @@ def kernel_trips(case: Case, kind: str) -> dict[str, list[int | float]]:
     )
     wide = c.batch * c.num_kv_heads * steps * (spare + 1)
     keys = c.batch * c.num_kv_heads * (steps + spare) * (spare + 1)  # the last blocks of keys meet fewer queries
-    return {
-        "residual_forward": residual,
+    found: dict[str, list[int | float]] = {
+        "residual_forward": [*residual],
         "residual_backward": [*residual, residual[1]],
         "window_forward": [wide, chunks, pairs / (spare + 1) / chunks],
         "window_backward_queries": [wide, chunks, pairs / (spare + 1) / chunks],
         "window_backward_keys": [keys, chunks, pairs / (spare + 1) / chunks],
     }
+    return found
 
 
 def read_program(folder: Path, hlo: str, case: Case, kind: str) -> dict[str, Any]:
@@ -207,7 +208,9 @@ def compile_here(case: Case, target: str, folder: Path) -> None:
         int(x) for x in re.findall(r'"used_scoped_memory_configs":\[\{"memory_space":"1"[^}]*"size":"(\d+)"', hlo)
     ]
     result = {"memory": memory, "device_kind": device.device_kind, "vmem": max(scoped, default=0)}
-    (folder / "result.json").write_text(json.dumps(result | read_program(folder / "dump", hlo, case, device.device_kind)))
+    (folder / "result.json").write_text(
+        json.dumps(result | read_program(folder / "dump", hlo, case, device.device_kind))
+    )
 
 
 def compile_case(case: Case, target: str) -> dict[str, Any]:

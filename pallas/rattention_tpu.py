@@ -20,7 +20,7 @@ from pallas import residual_backward_tpu, residual_tpu, window_backward_tpu, win
 from pallas.block_sizes import BlockSizes
 from pallas.feature_map import FeatureMap, as_pair
 from pallas.plan_tpu import KERNEL_MAPS, LANES, Plan, round_up
-from pallas.reference import normed_sum, segment_runs
+from pallas.reference import segment_runs
 
 LARGEST = 2**20  # bytes of a group's queries that one step of the grid reads
 WIDE = ("v6", "tpu7", "v7")  # kinds whose matrix unit is 256 wide; others have 128
@@ -39,7 +39,56 @@ def target() -> str | None:
     return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
 
 
-def sliding_window_attention(
+def sliding_window_attention(q, k, v, *, window, scale, segment_ids, block_sizes):
+    """o_swa [t, h, dv]."""
+    shared = dict(window=window, scale=scale, segment_ids=segment_ids, block_sizes=block_sizes)
+    return _by_time(_local(q, k, v, out_dtype=v.dtype, **shared), q, v)
+
+
+def residual_linear_attention(q, k, v, *, return_final_state, block_sizes, **residual):
+    """o_rla [t, h, dv] and, if asked for, the state that the last query read."""
+    out = _residual(q, k, v, out_dtype=v.dtype, block_sizes=block_sizes, **residual)
+    return _by_time(out, q, v), final_state(k, v, **residual) if return_final_state else None
+
+
+def rattention(
+    q,
+    k,
+    v,
+    *,
+    q_rla,
+    k_rla,
+    swa_gain,
+    rla_gain,
+    eps,
+    window,
+    scale,
+    segment_ids,
+    block_sizes,
+    return_final_state,
+    **residual,
+):
+    """Both branches in float32, then both norms and the sum in XLA, and the final state if asked for."""
+    shared: dict[str, Any] = dict(window=window, segment_ids=segment_ids)
+    settings: dict[str, Any] = dict(block_sizes=block_sizes, out_dtype="float32")
+    o_swa = _local(q, k, v, scale=scale, **shared, **settings)
+    o_rla = _residual(q_rla, k_rla, v, **shared, **settings, **residual)
+    (_, kv, dv), width = v.shape, round_up(v.shape[2], LANES)
+
+    @jax.checkpoint  # what is saved are the branches alone
+    def normed(x, gain):  # [kv, group, t, width]
+        if x is None:
+            return 0.0
+        gain = jnp.pad(gain.astype(jnp.float32).reshape(kv, -1, 1, dv), ((0, 0),) * 3 + ((0, width - dv),))
+        return gain * (x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) / dv + eps))
+
+    out: Any = normed(o_swa, swa_gain) + normed(o_rla, rla_gain)
+    out = None if o_swa is None and o_rla is None else out.astype(v.dtype)
+    state = final_state(k_rla, v, **shared, **residual) if return_final_state else None
+    return _by_time(out, q, v), state
+
+
+def _local(
     q: Float[Array, "t h d"],
     k: Float[Array, "s kv d"],
     v: Float[Array, "s kv dv"],
@@ -48,16 +97,16 @@ def sliding_window_attention(
     scale: float,
     segment_ids: Int[Array, "s"] | None,
     block_sizes: BlockSizes,
-    out_dtype=None,
-):
-    """o_swa [t, h, dv]."""
+    out_dtype,
+) -> Any:
+    """o_swa [kv, group, t, dv padded], or None where it is 0."""
     (t, h, d), (s, kv, dv) = q.shape, v.shape
-    out_dtype = jnp.dtype(out_dtype or v.dtype)
     if window == 0:
-        return jnp.zeros((t, h, dv), out_dtype)
+        return None
     window = min(window, s)
     if window == 1:  # one key, so its weight is 1 whatever the logit, and q and k get a gradient of exactly 0
-        return jnp.repeat(v[s - t :].astype(out_dtype), h // kv, axis=1)
+        out = _keys_by_head(v[s - t :].astype(out_dtype), 0, t, round_up(dv, LANES))
+        return jnp.broadcast_to(out[:, None], (kv, h // kv, *out.shape[1:]))
     exact = any(x.dtype != jnp.bfloat16 for x in (q, k, v))
     bytes_of_group = h // kv * round_up(max(d, dv), LANES) * (4 if exact else 2)
     chunk, block = window_blocks(block_sizes, t, window, bytes_of_group)
@@ -90,11 +139,11 @@ def sliding_window_attention(
     if segment_ids is not None:
         start = _segment_starts(segment_ids)[s - t :] + (back - (s - t))
         segments["segment_start"] = jnp.pad(start, (0, length - t), mode="edge")[None]
-    out: Any = _window(plan, out_dtype, arrays, segments)
-    return _by_time(out, t, dv)
+    out: Any = _window_op(plan, jnp.dtype(out_dtype), arrays, segments)
+    return out[:, :, :t]
 
 
-def residual_linear_attention(
+def _residual(
     q: Float[Array, "t h d"],
     k: Float[Array, "s kv d"],
     v: Float[Array, "s kv dv"],
@@ -105,21 +154,16 @@ def residual_linear_attention(
     segment_state: Float[Array, "kv f dv"] | None,
     segment_ids: Int[Array, "s"] | None,
     block_sizes: BlockSizes,
-    return_final_state: bool,
-    out_dtype=None,
-):
-    """o_rla [t, h, dv] and, if asked for, the state that the last query read."""
-    states = {"initial_state": initial_state, "segment_state": segment_state}
-    shared: dict[str, Any] = dict(feature_map=feature_map, **states)
-    state = None
-    if return_final_state:
-        state = final_state(k, v, window=window, segment_ids=segment_ids, **shared)
+    out_dtype,
+) -> Any:
+    """o_rla [kv, group, t, dv padded], or None where it is 0."""
     (t, h, d), (s, kv, dv) = q.shape, v.shape
     if segment_ids is None:
         segment_state = None
     older = s - t - window  # keys that every query has left behind: their state is found outside the kernels
     if older > 0:
-        initial_state = state_after(k, v, older, segment_ids=segment_ids, **shared)
+        states = {"initial_state": initial_state, "segment_state": segment_state}
+        initial_state = state_after(k, v, older, segment_ids=segment_ids, feature_map=feature_map, **states)
         k, v = k[older:], v[older:]
         segment_ids = None if segment_ids is None else segment_ids[older:]
         s -= older
@@ -127,9 +171,7 @@ def residual_linear_attention(
     starts = [initial_state, segment_state]
     num_starts = 0 if all(x is None for x in starts) else 1 if segment_state is None else 2
     if moved == t and not num_starts:
-        return jnp.zeros((t, h, dv), out_dtype or v.dtype), state
-
-    out_dtype = jnp.dtype(out_dtype or v.dtype)
+        return None
     map_name, exact = _kernel_map(feature_map), any(x.dtype != jnp.bfloat16 for x in (q, k, v))
     if map_name is None:  # rounding to bfloat16 is the named maps' alone: nothing is known of these
         phi_q, phi_k = as_pair(feature_map)
@@ -165,31 +207,8 @@ def residual_linear_attention(
         padded = [empty if x is None else _pad_state(x, plan) for x in starts[:num_starts]]
         arrays["start_states"] = jnp.stack(padded)
     segments = {} if segment_ids is None else _segments(segment_ids, t, window, plan)
-    out: Any = _residual(plan, out_dtype, arrays, segments)
-    return _by_time(out, t, dv), state
-
-
-def rattention(
-    q,
-    k,
-    v,
-    *,
-    q_rla,
-    k_rla,
-    swa_gain,
-    rla_gain,
-    eps,
-    window,
-    scale,
-    segment_ids,
-    block_sizes,
-    **residual,
-):
-    """Both branches in float32, then both norms and the sum in XLA, and the final state if asked for."""
-    shared: dict[str, Any] = dict(window=window, segment_ids=segment_ids, block_sizes=block_sizes, out_dtype="float32")
-    o_swa = sliding_window_attention(q, k, v, scale=scale, **shared)
-    o_rla, state = residual_linear_attention(q_rla, k_rla, v, **shared, **residual)
-    return normed_sum(o_swa, o_rla, swa_gain, rla_gain, eps), state
+    out: Any = _residual_op(plan, jnp.dtype(out_dtype), arrays, segments)
+    return out[:, :, :t]
 
 
 def _kernel_map(feature_map) -> str | None:
@@ -228,10 +247,10 @@ def _keys_by_head(x, before: int, length: int, width: int):
     return jnp.pad(x.transpose(1, 0, 2), ((0, 0), (before, length - before - s), (0, width - d)))
 
 
-def _by_time(x, t: int, dv: int):
-    """[kv, group, length, width] -> [t, h, dv]"""
-    kv, group, _, _ = x.shape
-    return x[:, :, :t, :dv].transpose(2, 0, 1, 3).reshape(t, kv * group, dv)
+def _by_time(x, q, v):
+    """[kv, group, t, width] -> [t, h, dv]; None is 0."""
+    (t, h, _), dv = q.shape, v.shape[2]
+    return jnp.zeros((t, h, dv), v.dtype) if x is None else x[..., :dv].transpose(2, 0, 1, 3).reshape(t, h, dv)
 
 
 def _pad_state(state, plan: Plan):
@@ -261,7 +280,7 @@ def _segments(segment_ids: Int[Array, "s"], t: int, window: int, plan: Plan) -> 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _residual(plan: Plan, out_dtype, arrays: dict, segments: dict):
+def _residual_op(plan: Plan, out_dtype, arrays: dict, segments: dict):
     return _one(functools.partial(_residual_forward, plan, out_dtype, save=False), arrays, segments)["out"]
 
 
@@ -276,7 +295,7 @@ def _pull_back_residual(plan: Plan, out_dtype, saved, cotangent):
     return gradients, dict.fromkeys(segments)
 
 
-_residual.defvjp(_save_residual, _pull_back_residual)
+_residual_op.defvjp(_save_residual, _pull_back_residual)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="save")  # layers alike are traced and lowered once
@@ -294,7 +313,7 @@ def _residual_backward(plan: Plan, arrays: dict, segments: dict, states, d_out) 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _window(plan: Plan, out_dtype, arrays: dict, segments: dict):
+def _window_op(plan: Plan, out_dtype, arrays: dict, segments: dict):
     return _one(functools.partial(_window_forward, plan, out_dtype), arrays, segments)["out"]
 
 
@@ -310,7 +329,7 @@ def _pull_back_window(plan: Plan, out_dtype, saved, cotangent):
     return gradients, dict.fromkeys(segments)
 
 
-_window.defvjp(_save_window, _pull_back_window)
+_window_op.defvjp(_save_window, _pull_back_window)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
