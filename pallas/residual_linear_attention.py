@@ -53,8 +53,8 @@ def residual_linear_attention(
       ValueError: where arguments do not fit together. NotImplementedError: for an implementation that cannot do it.
 
     Numerics: phi, states and sums in float32 (float64 for float64 inputs), within the bounds of
-      `sliding_window_attention` for values, the state and all gradients: tests/test_ops.py. "tpu" multiplies features in
-      bfloat16 for named maps alone; those of any other map stay float32.
+      `sliding_window_attention` for values, the state and all gradients: tests/test_ops.py. "tpu" multiplies in
+      bfloat16 for named maps alone: what any other map gives stays float32.
     Cost: about 2 t h (f dv + chunk (f + dv)) + 2 s kv f dv FLOPs, and f dv numbers of state for each chunk and
       key/value head.
 
