@@ -99,7 +99,7 @@ def _query_kernel(plan: Plan, names, *refs):
             with_mask_or_without(plan, group, ahead, key, one_head, store)
             return 0
 
-        lax.fori_loop(*key_chunks(plan, c, between), one_key_chunk, 0)
+        lax.fori_loop(*key_chunks(plan, c, between, (n + j) * plan.block), one_key_chunk, 0)
         return 0
 
     lax.fori_loop(0, plan.chunks, one_chunk, 0)
@@ -142,7 +142,7 @@ def _key_kernel(plan: Plan, names, *refs):
                 with_mask_or_without(plan, group, ahead, key, one_head, store)
                 return 0
 
-            lax.fori_loop(*key_chunks(plan, c, between), one_key_chunk, 0)
+            lax.fori_loop(*key_chunks(plan, c, between, n * plan.block), one_key_chunk, 0)
             return 0
 
         lax.fori_loop(0, plan.chunks, one_chunk, 0)

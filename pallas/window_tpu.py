@@ -78,14 +78,16 @@ def window_cost(plan: Plan, arrays: dict, *, products: int, more) -> pl.CostEsti
     )
 
 
-def key_chunks(plan: Plan, query_chunk, between):
+def key_chunks(plan: Plan, query_chunk, between, position):
     """Key chunks [begin, end) of a block that queries of a chunk may see.
 
-    query_chunk: which of its block; between: positions from the key block to the query block's own place.
+    query_chunk: which of its block; between: positions from the key block to the query block's own place; position: of
+    the key block.
     """
     chunk = plan.chunk
     ahead = query_chunk * chunk + between  # of the first query, from the block's first key
-    begin = jnp.clip((ahead - plan.window + 1) // chunk, 0, plan.chunks)
+    first = jnp.maximum((ahead - plan.window + 1) // chunk, (plan.first_key - position) // chunk)
+    begin = jnp.clip(first, 0, plan.chunks)
     return begin, jnp.clip((ahead + chunk - 1) // chunk + 1, begin, plan.chunks)
 
 
@@ -167,7 +169,7 @@ def _kernel(plan: Plan, names, *refs):
             with_mask_or_without(plan, group, ahead, key, one_head, store)
             return 0
 
-        lax.fori_loop(*key_chunks(plan, c, between), one_key_chunk, 0)
+        lax.fori_loop(*key_chunks(plan, c, between, (n + j) * plan.block), one_key_chunk, 0)
 
         @pl.when(j == plan.key_blocks - 1)
         def _():

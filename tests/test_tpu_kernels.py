@@ -57,7 +57,12 @@ def test_longer_calls_conform(case, dtype):
     assert_conforms(case, dtype, "tpu")
 
 
-@pytest.mark.parametrize("name", ["relu", "identity", "elu_plus_one", "exp", "squared_relu"])
+def quick(first, *rest):
+    """Parameters of which the first alone is for quick runs: the interpreter takes seconds for each."""
+    return [first, *(pytest.param(value, marks=pytest.mark.slow) for value in rest)]
+
+
+@pytest.mark.parametrize("name", quick("squared_relu", "relu", "identity", "elu_plus_one", "exp"))
 def test_maps_formed_in_the_kernel(name):
     feature_map = ("feature_map", getattr(pallas.feature_map, name))
     assert_conforms(Case(RLA, 140, 20, sizes=SMALL, states=(), static=(feature_map,)), "bfloat16", "tpu")
@@ -111,6 +116,7 @@ def test_packed_equals_separate_to_the_bit(op):
     np.testing.assert_array_equal(np.asarray(together[128:], np.float32), np.asarray(alone, np.float32))
 
 
+@pytest.mark.slow
 def test_two_runs_are_equal_to_the_bit():
     case = Case(BOTH, 150, 40, sizes=SMALL)
     arrays, run = case.arrays("bfloat16"), compiled(case, "bfloat16", implementation="tpu")
@@ -149,7 +155,7 @@ def test_no_races(fresh, monkeypatch, capsys):
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("op", [RLA, SWA])
+@pytest.mark.parametrize("op", quick(RLA, SWA))
 def test_a_planted_race_is_found(fresh, monkeypatch, capsys, op):
     def parallel(plan, *order):
         return pltpu.CompilerParams(dimension_semantics=("parallel",) * (2 + len(order or ("time",))))
