@@ -75,15 +75,16 @@ def rattention(
     o_rla = _residual(q_rla, k_rla, v, **shared, **settings, **residual)
     (_, kv, dv), width = v.shape, round_up(v.shape[2], LANES)
 
-    @jax.checkpoint  # what is saved are the branches alone
     def normed(x, gain):  # [kv, group, t, width]
-        if x is None:
-            return 0.0
         gain = jnp.pad(gain.astype(jnp.float32).reshape(kv, -1, 1, dv), ((0, 0),) * 3 + ((0, width - dv),))
         return gain * (x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) / dv + eps))
 
-    out: Any = normed(o_swa, swa_gain) + normed(o_rla, rla_gain)
-    out = None if o_swa is None and o_rla is None else out.astype(v.dtype)
+    @jax.checkpoint  # what is saved are the branches alone, and the cotangent comes in v's dtype
+    def joined(*branches):
+        terms = [normed(x, gain) for x, gain in branches if x is not None]
+        return sum(terms[1:], terms[0]).astype(v.dtype) if terms else None
+
+    out = joined((o_swa, swa_gain), (o_rla, rla_gain))
     state = final_state(k_rla, v, **shared, **residual) if return_final_state else None
     return _by_time(out, q, v), state
 
@@ -305,6 +306,7 @@ def _residual_forward(plan: Plan, out_dtype, arrays: dict, segments: dict, *, sa
 
 @functools.partial(jax.jit, static_argnums=0)
 def _residual_backward(plan: Plan, arrays: dict, segments: dict, states, d_out) -> dict:
+    d_out = d_out if plan.precise else d_out.astype(plan.dtype)  # here, where what gives it is rounded as it is written
     found = residual_backward_tpu.backward(arrays | segments | {"states": states, "d_out": d_out}, plan)
     gradients = {name: found[f"d{name}"] for name in "qkv"}
     if plan.num_start_states:
