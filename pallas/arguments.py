@@ -14,17 +14,20 @@ Implementation = Literal["reference", "chunked", "gpu", "tpu"]
 def choose(op: str, implementation: str | None, *arrays: Array) -> str:
     """The implementation that runs for q, k and v and what else a kernel would read.
 
-    None means "gpu" on a Hopper GPU if its kernels serve these arrays, else "chunked"; never an interpreted kernel.
+    None means "gpu" on a Hopper GPU and "tpu" on a TPU if their kernels serve these arrays, else "chunked"; never an
+    interpreted kernel.
 
     Raises:
       NotImplementedError: for an implementation that cannot serve the call. An explicit choice never falls back.
       ValueError: for a name that is no implementation.
     """
     if implementation is None:
-        return "gpu" if on_hopper() and not _obstacle(*arrays) else "chunked"
+        if on_hopper() and not _obstacle(*arrays):
+            return "gpu"
+        return "tpu" if jax.default_backend() == "tpu" and not _tpu_obstacle(*arrays) else "chunked"
     if implementation in ("reference", "chunked"):
         return implementation
-    obstacle = {"gpu": _obstacle(*arrays), "tpu": "has no kernel yet"}
+    obstacle = {"gpu": _obstacle(*arrays), "tpu": _tpu_obstacle(*arrays)}
     if implementation not in obstacle:
         raise ValueError(
             f"{op}: implementation must be None, 'reference', 'chunked', 'gpu' or 'tpu'; got {implementation!r}"
@@ -55,6 +58,13 @@ def _obstacle(*arrays: Array) -> str | None:
     sizes = [x.shape[-1] for x in arrays]
     if max(sizes) > 128:
         return f"takes head sizes up to 128; got {max(sizes)}"
+    return None
+
+
+def _tpu_obstacle(*arrays: Array) -> str | None:
+    """Why the TPU kernels cannot serve a call, or None."""
+    if any(x.dtype == jnp.float64 for x in arrays):
+        return "takes no float64"
     return None
 
 

@@ -14,6 +14,11 @@ class BlockSizes:
       None: as measured (`gpu_blocks`).
     chunks_per_state, of "gpu": the residual branch saves its state every `chunks_per_state` chunks (the paper's m) and
       computes what lies between anew; None: as measured.
+    tpu_chunk, of "tpu": tokens of one head that a product of the residual kernels takes, a multiple of 128; None: as
+      many as the matrix unit is wide.
+    tpu_window_chunk, of "tpu": likewise, of the window's kernels; as tpu_chunk where windows or sequences are shorter.
+    tpu_block, of "tpu": tokens that one step of the grid takes, or fewer where they do not fit. Between two steps the
+      residual branch saves its state, and inside a step it computes the states anew.
     """
 
     chunk: int = 64
@@ -21,6 +26,9 @@ class BlockSizes:
     group: int = 4
     kernel_chunk: int | None = None
     chunks_per_state: int | None = None
+    tpu_chunk: int | None = None
+    tpu_window_chunk: int = 256
+    tpu_block: int = 512
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -30,6 +38,9 @@ class BlockSizes:
             raise ValueError(
                 f"BlockSizes: kernel_chunk must be 64 or 128, or None for the measured one; got {self.kernel_chunk}"
             )
+        for name in ("tpu_chunk", "tpu_window_chunk", "tpu_block"):
+            if (getattr(self, name) or 128) % 128:
+                raise ValueError(f"BlockSizes: {name} must be a multiple of 128; got {getattr(self, name)}")
 
 
 # (device, head size, dtype): {window: (kernel_chunk, chunks_per_state)}, the fastest forward + backward of those that

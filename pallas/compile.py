@@ -50,7 +50,6 @@ platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 }
-NOT_YET = ("v5e", "v5p", "v6e", "tpu")
 COLUMNS = ("registers", "spill_stores", "spill_loads", "shared_memory", "wgmma")
 
 
@@ -71,6 +70,7 @@ class Case:
     with_states: bool = False
     backward: bool = True
     most_memory: float | None = None
+    implementation: str = "gpu"
 
     @property
     def title(self) -> str:
@@ -154,7 +154,7 @@ def program(case: Case, array):
     queries, keys = (c.batch, c.length, c.num_heads, c.head_size), (c.batch, c.length, c.num_kv_heads, c.head_size)
     x = {"q": array(queries, jnp.bfloat16), "k": array(keys, jnp.bfloat16), "v": array(keys, jnp.bfloat16)}
     whole: dict[str, Any] = {}  # not one for each sequence
-    settings: dict[str, Any] = {"window": c.window, "implementation": "gpu"}
+    settings: dict[str, Any] = {"window": c.window, "implementation": c.implementation}
     if c.op == "rattention":
         x |= {"q_rla": x["q"], "k_rla": x["k"]}
         whole = {name: array(queries[2:], jnp.float32) for name in ("swa_gain", "rla_gain")}
@@ -216,7 +216,7 @@ def compile_case(case: Case, target: str) -> dict[str, Any]:
             done = subprocess.run(command, stdout=output, stderr=errors, env=_environment(name), cwd=folder)
         try:
             if done.returncode:
-                raise ValueError(_last_error((folder / "errors").read_text(errors="replace"), done.returncode))
+                raise ValueError(last_error((folder / "errors").read_text(errors="replace"), done.returncode))
             found = json.loads((folder / "result.json").read_text())
             files = sorted(folder.glob("*.resources.txt"))
             claims = [
@@ -256,7 +256,7 @@ def _toolkit() -> Path | None:
     return next((Path(str(file.locate())).parents[1] for file in files if file.name == "ptxas"), None)
 
 
-def _last_error(text: str, status: int) -> str:
+def last_error(text: str, status: int) -> str:
     """The exception's own lines, without the trace before it."""
     lines = text.strip().splitlines()
     starts = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
@@ -279,16 +279,18 @@ def versions() -> dict[str, str | None]:
 
 def refusal(target: str, found: dict[str, str | None]) -> str | None:
     """Why nothing can be compiled for a target with these versions, or None."""
-    if target.startswith(NOT_YET):
-        return f"compile: no TPU kernels yet, so nothing to compile for {target!r}; there is {', '.join(TARGETS)}"
     if target not in TARGETS:
-        return f"compile: unknown target {target!r}; there is {', '.join(TARGETS)}"
+        return f"compile: unknown target {target!r}; there is {', '.join(TARGETS)}, and v5e, v5p, v6e, tpu7x"
     missing = [name for name in NEEDED if found[name] is None]
     if jax.__version_info__ < (0, 11, 2):
         return f"compile: needs jax 0.11.2 or newer, and so Python 3.12 or newer; this is {jax.__version__}: {INSTALL}"
     if missing:
         return f"compile: needs {' and '.join(missing)}: {INSTALL}"
     return None
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def commit() -> str:
@@ -337,8 +339,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--target", default="h100", help=f"device to compile for: {', '.join(TARGETS)}")
+    add("--target", nargs="+", default=["h100"], help="devices: h100, or any of v5e, v5p, v6e, tpu7x")
     add("--only", default="", help="cases whose title holds one of these words, comma-separated: relu,alone")
+    add("--quick", action="store_true", help="TPUs: the cases of 3b, 8 x 4096, window 512 alone")
     add("--most-spilled", type=int, default=MOST_SPILLED, help="bytes that a kernel may spill")
     add("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="cases compiled at the same time")
     add("--out", type=Path, help="file that one JSON object a case is added to")
@@ -349,21 +352,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Compile the cases and print the table; returns the exit status."""
     options = parse(arguments)
-    found_versions = versions()
-    refused = refusal(options.target, found_versions)
+    from pallas import compile_tpu
+
+    if any(target in compile_tpu.TOPOLOGIES for target in options.target):
+        return compile_tpu.main(options)
+    found_versions, target = versions(), options.target[0]
+    refused = refusal(target, found_versions)
     words = [word for word in options.only.lower().split(",") if word]
     chosen = [case for case in CASES if not words or any(word in case.title for word in words)]
     if refused or not chosen:
         print(refused or f"compile: no case holds {options.only!r}; there are: {', '.join(c.title for c in CASES)}")
         return 2
-    about = {"target": options.target, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    about = {"target": target, "date": now()}
     about |= {"commit": options.commit or commit(), "versions": found_versions}
-    print(f"compiled for {options.target}, {about['date']}, commit {about['commit']}")
+    print(f"compiled for {target}, {about['date']}, commit {about['commit']}")
     print(", ".join(f"{name} {version}" for name, version in found_versions.items() if version))
     print(f"\n  {'kernel':28}" + "".join(f"{column.replace('_', ' '):>15}" for column in COLUMNS))
     wrong, kernels = [], []
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        results = pool.map(compile_case, chosen, [options.target] * len(chosen))
+        results = pool.map(compile_case, chosen, [target] * len(chosen))
         for case, found in zip(chosen, results, strict=True):
             show(case, found)
             wrong += failures(case, found, options.most_spilled)

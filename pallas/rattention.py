@@ -82,6 +82,11 @@ def rattention(
 
         arguments |= {"block_sizes": blocks, "return_final_state": return_final_state}
         out, state = rattention_gpu.rattention(q, k, v, **arguments)
+    elif chosen == "tpu":
+        from pallas import rattention_tpu
+
+        arguments |= {"block_sizes": blocks, "return_final_state": return_final_state}
+        out, state = rattention_tpu.rattention(q, k, v, **arguments)
     elif chosen == "reference":
         out, state = reference.rattention(q, k, v, **arguments)
     else:

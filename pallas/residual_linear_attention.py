@@ -53,7 +53,8 @@ def residual_linear_attention(
       ValueError: where arguments do not fit together. NotImplementedError: for an implementation that cannot do it.
 
     Numerics: phi, states and sums in float32 (float64 for float64 inputs), within the bounds of
-      `sliding_window_attention` for values, the state and all gradients: tests/test_ops.py.
+      `sliding_window_attention` for values, the state and all gradients: tests/test_ops.py. "tpu" multiplies in
+      bfloat16 for named maps alone: what any other map gives stays float32.
     Cost: about 2 t h (f dv + chunk (f + dv)) + 2 s kv f dv FLOPs, and f dv numbers of state for each chunk and
       key/value head.
 
@@ -81,6 +82,11 @@ def residual_linear_attention(
 
         arguments |= {"block_sizes": blocks, "return_final_state": return_final_state}
         out, state = rattention_gpu.residual_linear_attention(q, k, v, **arguments)
+    elif chosen == "tpu":
+        from pallas import rattention_tpu
+
+        arguments |= {"block_sizes": blocks, "return_final_state": return_final_state}
+        out, state = rattention_tpu.residual_linear_attention(q, k, v, **arguments)
     elif chosen == "reference":
         out, state = reference.residual_linear_attention(q, k, v, **arguments)
     else:

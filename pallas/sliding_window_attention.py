@@ -34,8 +34,10 @@ def sliding_window_attention(
       window: keys that a query sees, itself included; 0 gives exactly 0.
       scale: multiplies the logits; 1 / sqrt(d) by default.
       segment_ids: one id for each key; a query sees its own segment only. A segment is a maximal run of equal ids.
-      implementation: None, "reference", "chunked" or "gpu". None picks "gpu" on a Hopper GPU whose kernels serve the
-        call (bfloat16, sizes up to 128), else "chunked". "gpu" elsewhere is interpreted, slowly.
+      implementation: None, "reference", "chunked", "gpu" or "tpu". None picks "gpu" on a Hopper GPU whose kernels serve
+        the call (bfloat16, sizes up to 128), "tpu" on a TPU, else "chunked". "gpu" and "tpu" elsewhere are interpreted,
+        slowly. No time was ever measured on a TPU: its kernels are interpreted for their values, and compiled for their
+        costs.
       block_sizes: how the sequence is cut; changes no result beyond rounding.
 
     Returns:
@@ -47,7 +49,8 @@ def sliding_window_attention(
     Numerics: products and softmax in float32 (float64 for float64 inputs). `chunked` is within 1e-5 (float32 at highest
       matmul precision), 5e-3 (bfloat16) and 1e-12 (float64) of `reference`, relative RMS: tests/test_ops.py. "gpu"
       multiplies bfloat16 and adds in float32: within twice the error of `chunked` plus 3e-3, there and in
-      tests/test_gpu_kernels.py.
+      tests/test_gpu_kernels.py. So does "tpu" where q, k and v are bfloat16; all else but float64, which it refuses, it
+      multiplies in float32, within twice the error of `chunked` plus 1e-5: tests/test_tpu_kernels.py.
     Cost: about 2 t h (d + dv) (min(W, t) + chunk) FLOPs for `chunked`, memory linear in t; `reference` is quadratic.
 
     >>> x = jnp.ones((5, 2, 4))
@@ -64,6 +67,10 @@ def sliding_window_attention(
         from pallas import rattention_gpu  # needs jax 0.11
 
         out = rattention_gpu.sliding_window_attention(q, k, v, **arguments, block_sizes=blocks)
+    elif chosen == "tpu":
+        from pallas import rattention_tpu
+
+        out = rattention_tpu.sliding_window_attention(q, k, v, **arguments, block_sizes=blocks)
     elif chosen == "reference":
         out = reference.sliding_window_attention(q, k, v, **arguments)
     else:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 
 IMPLEMENTATIONS = ["chunked"]
-KERNELS = ["gpu"] if jax.__version_info__ >= (0, 11) else []  # in bfloat16 alone
+KERNELS = [*(["gpu"] if jax.__version_info__ >= (0, 11) else []), "tpu"]  # "gpu" in bfloat16 alone
 
 # The interpreter of kernels holds a thread of XLA's pool for each warpgroup. Read when JAX first makes an array.
 os.environ.setdefault("PJRT_NPROC", "16")

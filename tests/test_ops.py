@@ -45,15 +45,36 @@ FEW = [
 ]
 
 
-def own_dtype(implementation: str) -> str:
-    return "bfloat16" if implementation == "gpu" else "float32"
+# What the interpreter of TPU kernels is asked in a quick run; the other cases are slow.
+FEW_FOR_TPU = [
+    Case(SWA, 63, 64, sizes=(4, 2, 8, 5)),
+    Case(RLA, 500, 0, sizes=(4, 2, 8, 5), segments=(128, 1, 200, 171)),
+    Case(RLA, 63, 1, s=64, sizes=(3, 3, 4, 6)),
+    Case(RLA, 101, 100, states=()),
+    Case(BOTH, 1, 64),
+    Case(BOTH, 500, 100, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 299), static=(("scale", 0.7), ("eps", 0.1))),
+]
+
+
+def own_dtypes(implementation: str) -> list[str]:
+    return {"gpu": ["bfloat16"], "tpu": ["float32", "bfloat16"]}.get(implementation, ["float32"])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_conforms(implementation_or_kernel, case):
     if implementation_or_kernel == "gpu" and case.t > 600 and jax.default_backend() != "gpu":
         pytest.skip("minutes in the interpreter")
-    assert_conforms(case, own_dtype(implementation_or_kernel), implementation_or_kernel)
+    if implementation_or_kernel == "tpu" and case not in FEW_FOR_TPU:
+        pytest.skip("slow in the interpreter: test_conforms_in_the_tpu_interpreter")
+    for dtype in own_dtypes(implementation_or_kernel):
+        assert_conforms(case, dtype, implementation_or_kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case not in FEW_FOR_TPU], ids=str)
+@pytest.mark.parametrize("dtype", own_dtypes("tpu"))
+def test_conforms_in_the_tpu_interpreter(case, dtype):
+    assert_conforms(case, dtype, "tpu")
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
@@ -70,7 +91,7 @@ def test_other_dtypes(implementation, dtype, case):
 @pytest.mark.parametrize(("op", "wrong_by"), [(SWA, -1), (RLA, 1), (BOTH, -1)])
 def test_a_window_off_by_one_is_far_outside_the_bounds(implementation_or_kernel, op, wrong_by):
     case = Case(op, 150, 64)
-    dtype = own_dtype(implementation_or_kernel)
+    dtype = own_dtypes(implementation_or_kernel)[-1]
     arrays = case.arrays(dtype)
     got = values_and_gradients(case, arrays, dtype, implementation=implementation_or_kernel)
     found = errors(case, got, reference(case, arrays, window=case.window + wrong_by))
@@ -89,7 +110,7 @@ def test_feature_maps(implementation, name):
 def test_a_callers_own_maps_get_gradients_for_their_parameters(implementation_or_kernel, op):
     case = Case(op, 200, 50, sizes=(4, 2, 8, 5), segments=(120, 80), states=())
     generator = np.random.default_rng(2)
-    dtype = own_dtype(implementation_or_kernel)
+    dtype = own_dtypes(implementation_or_kernel)[-1]
     arrays = case.arrays(dtype) | {
         name: generator.standard_normal((8, 6)).astype(np.float32) for name in ("weight_q", "weight_k")
     }
@@ -211,9 +232,12 @@ def test_segment_ids_of_another_length(op):
 def test_implementations_that_do_not_exist(op):
     with pytest.raises(ValueError, match=f"^{op}: implementation must be .*'reference', 'chunked'.*got 'fast'"):
         call(op, implementation="fast")
-    for kernel in ("gpu", "tpu"):  # "gpu" refuses float32
-        with pytest.raises(NotImplementedError, match=f"^{op}: implementation='{kernel}'.*implementation='chunked'"):
-            call(op, implementation=kernel)
+    with pytest.raises(NotImplementedError, match=f"^{op}: implementation='gpu'.*implementation='chunked'"):
+        call(op, implementation="gpu")  # takes no float32
+    with jax.enable_x64(True):
+        wide = {name: jnp.asarray(x, jnp.float64) for name, x in Case(op, 7, 3).arrays("float64").items()}
+        with pytest.raises(NotImplementedError, match=f"^{op}: implementation='tpu' takes no float64.*'chunked'"):
+            call(op, implementation="tpu", **wide)
 
 
 @pytest.mark.parametrize(

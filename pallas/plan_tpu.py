@@ -1,0 +1,237 @@
+"""What is fixed when a TPU kernel is compiled, feature maps formed in VMEM, and products for the matrix unit."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas.feature_map import EXP_LIMIT
+
+LANES = 128
+PLAIN = (((1,), (0,)), ((), ()))  # a b
+RIGHT = (((1,), (1,)), ((), ()))  # a b^T
+LEFT = (((0,), (0,)), ((), ()))  # a^T b
+UNROLLED = 8  # heads of a group whose work the compiler may interleave; more of them are a loop
+LOWEST = -1e30  # of logits: far below any, and finite, so that no difference of two is NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelMap:
+    """A feature map that kernels form in float32: phi's slice is `function(x, real)`, x negated for the second slice.
+
+    `signed` maps have two slices, for x and -x; the others one. `real` is true in the lanes that are not padding, or
+    None where all are. `backward(phi, x, cotangent)` is the slice's transposed Jacobian, x being the signed input.
+    """
+
+    function: Callable
+    backward: Callable
+    signed: bool
+    sums_to_one: bool = False
+
+    @property
+    def slices(self) -> int:
+        return 2 if self.signed else 1
+
+
+def _softmax(x, real):
+    if real is not None:
+        x = jnp.where(real, x, LOWEST)
+    weights = jnp.exp(x - x.max(axis=1, keepdims=True))
+    return weights * (1.0 / weights.sum(axis=1, keepdims=True))
+
+
+def _softmax_backward(phi, x, g):
+    return phi * (g - (phi * g).sum(axis=1, keepdims=True))
+
+
+def _real_only(function: Callable) -> Callable:
+    return lambda x, real: function(x) if real is None else jnp.where(real, function(x), 0.0)
+
+
+def _relu(x):
+    return jnp.maximum(x, 0.0)
+
+
+def _elu_plus_one(x):
+    return jnp.where(x > 0, x + 1.0, jnp.exp(jnp.minimum(x, 0.0)))
+
+
+def _exp(x):
+    return jnp.exp(jnp.clip(x, -EXP_LIMIT, EXP_LIMIT))
+
+
+KERNEL_MAPS = {
+    "softmax": KernelMap(_softmax, _softmax_backward, signed=True, sums_to_one=True),
+    "relu": KernelMap(_real_only(_relu), lambda phi, x, g: jnp.where(x > 0, g, 0.0), signed=True),
+    "identity": KernelMap(lambda x, real: x, lambda phi, x, g: g, signed=False),
+    "elu_plus_one": KernelMap(_real_only(_elu_plus_one), lambda phi, x, g: jnp.where(x > 0, g, g * phi), signed=False),
+    "exp": KernelMap(
+        _real_only(_exp), lambda phi, x, g: jnp.where(jnp.abs(x) <= EXP_LIMIT, g * phi, 0.0), signed=False
+    ),
+    "squared_relu": KernelMap(
+        _real_only(lambda x: _relu(x) * _relu(x)), lambda phi, x, g: jnp.where(x > 0, 2.0 * x * g, 0.0), signed=True
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static facts of one call. Query i stands at aligned position i; what is aligned differs by branch.
+
+    Residual branch: keys are moved `window` towards the queries, so that query i reads the keys at positions up to i.
+    Local branch: `back` positions lie before the first query's, and query i sees positions i + back - window + 1 to
+    i + back.
+    """
+
+    window: int
+    scale: float
+    length: int  # queries, padded: a multiple of block
+    head_size: int  # of q and k before padding
+    value_size: int
+    map_name: str
+    segmented: bool
+    num_start_states: int  # 0; 1: the initial state; 2: segment_state too
+    chunk: int  # queries of one head that a product takes
+    block: int  # queries that one step of the grid takes: a multiple of chunk
+    back: int  # of the local branch: a multiple of block
+    first_key: int  # of the local branch: positions before it hold no key
+    exact: bool  # float32 operands and products, not bfloat16 ones
+    interpret: bool
+
+    @property
+    def dtype(self):
+        """Of operands."""
+        return jnp.float32 if self.exact else jnp.bfloat16
+
+    @property
+    def precision(self):
+        return lax.Precision.HIGHEST if self.exact else lax.Precision.DEFAULT
+
+    @property
+    def map(self) -> KernelMap:
+        return KERNEL_MAPS[self.map_name]
+
+    @property
+    def width(self) -> int:
+        """Lanes of a head, and of a slice of phi."""
+        return round_up(self.head_size, LANES)
+
+    @property
+    def value_width(self) -> int:
+        return round_up(self.value_size, LANES)
+
+    @property
+    def num_features(self) -> int:
+        return self.map.slices * self.width
+
+    @property
+    def centred(self) -> bool:
+        """Are states rounded without their mean over each slice of f?
+
+        The mean is large, and the softmax map's Jacobian removes it from gradients: they would be left with its
+        rounding. That each slice of phi sums to 1 gives outputs their part of it back.
+        """
+        return self.map.sums_to_one and not self.exact
+
+    @property
+    def precise(self) -> bool:
+        """Are states read, and their gradients summed, beyond bfloat16? Start states are float32."""
+        return self.num_start_states > 0 and not self.exact
+
+    @property
+    def chunks(self) -> int:
+        """In a block: the paper's m."""
+        return self.block // self.chunk
+
+    @property
+    def blocks(self) -> int:
+        return self.length // self.block
+
+    @property
+    def key_blocks(self) -> int:
+        """Blocks of keys that a block of queries may see, of the local branch."""
+        return self.back // self.block + 1
+
+    def dot(self, a, b, dimensions=PLAIN):
+        """A product with float32 sums."""
+        return lax.dot_general(a, b, dimensions, precision=self.precision, preferred_element_type=jnp.float32)
+
+    def parts(self, x):
+        """x as operands: rounded, and where `precise` what rounding took from it too."""
+        rounded = x.astype(self.dtype)
+        if not self.precise or x.dtype != jnp.float32:
+            return [rounded]
+        return [rounded, (x - rounded.astype(jnp.float32)).astype(self.dtype)]
+
+    def product(self, a, b, dimensions=PLAIN) -> Any:
+        """Of parts; that of what rounding took from both is left out."""
+        return sum(self.dot(x, y, dimensions) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2)
+
+    def slices_of(self, x):
+        """phi(x) in float32, [rows, num_features], and its signed inputs. x: [rows, width]."""
+        real = lanes((1, self.width)) < self.head_size if self.width > self.head_size else None
+        signed = [x, -x][: self.map.slices]
+        return along_lanes([self.map.function(x, real) for x in signed]), signed
+
+    def phi(self, x):
+        return self.slices_of(x.astype(jnp.float32))[0]
+
+    def pull_back(self, phi, x, d_phi):
+        """The gradient of x, from phi(x) in float32 and its cotangent."""
+        x, columns = x.astype(jnp.float32), self.width
+        d: Any = None
+        for i, signed in enumerate([x, -x][: self.map.slices]):
+            part = slice(i * columns, (i + 1) * columns)
+            found = self.map.backward(phi[:, part], signed, d_phi[:, part])
+            d = found if i == 0 else d - found
+        return d
+
+    def compiler_params(self, *order: Any):
+        """Axes of the grid, the last by default and `order` in all other cases: which may run in any order?"""
+        axes: Any = ("parallel", "parallel", *(order or ("arbitrary",)))
+        return pltpu.CompilerParams(dimension_semantics=axes)
+
+    def interpreted(self):
+        return pltpu.InterpretParams() if self.interpret else False
+
+
+def round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def lanes(shape):
+    return lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def sublanes(shape):
+    return lax.broadcasted_iota(jnp.int32, shape, 0)
+
+
+def along_lanes(parts):
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def each_head(group: int, body: Callable, carry):
+    """`carry = body(head, carry)` for every head of a group."""
+    if group > UNROLLED:
+        return lax.fori_loop(0, group, body, carry)
+    for head in range(group):
+        carry = body(head, carry)
+    return carry
+
+
+def rows_of(index, chunk: int):
+    return pl.ds(pl.multiple_of(index * chunk, chunk), chunk)
+
+
+def zeros(*shape):
+    return jnp.zeros(shape, jnp.float32)
+
+
+def struct(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype)

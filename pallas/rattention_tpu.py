@@ -1,0 +1,401 @@
+"""The three ops on a TPU: padding, batching and differentiation around the kernels.
+
+residual_tpu.py and window_tpu.py compute; residual_backward_tpu.py and window_backward_tpu.py differentiate. Everything
+here takes one sequence; `jax.vmap` of it becomes one launch for the whole batch.
+
+No time was ever measured on a TPU: values come from the interpreter, costs from the compiler's schedules.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float, Int
+
+from pallas import feature_map as maps
+from pallas import residual_backward_tpu, residual_tpu, window_backward_tpu, window_tpu
+from pallas.block_sizes import BlockSizes
+from pallas.feature_map import FeatureMap, as_pair
+from pallas.plan_tpu import KERNEL_MAPS, LANES, Plan, round_up
+from pallas.reference import segment_runs
+
+LARGEST = 2**20  # bytes of a group's queries that one step of the grid reads
+WIDE = ("v6", "tpu7", "v7")  # kinds whose matrix unit is 256 wide; others have 128
+
+
+def interpreted() -> bool:
+    """Run kernels in the interpreter, unless there is a TPU or the program is being compiled for one."""
+    return target() is None
+
+
+def target() -> str | None:
+    """The kind of TPU that the program is for; None: there is none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.device_kind if device.platform == "tpu" else None
+    return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
+
+
+def sliding_window_attention(q, k, v, *, window, scale, segment_ids, block_sizes):
+    """o_swa [t, h, dv]."""
+    shared = dict(window=window, scale=scale, segment_ids=segment_ids, block_sizes=block_sizes)
+    return _by_time(_local(q, k, v, out_dtype=v.dtype, **shared), q, v)
+
+
+def residual_linear_attention(q, k, v, *, return_final_state, block_sizes, **residual):
+    """o_rla [t, h, dv] and, if asked for, the state that the last query read."""
+    out = _residual(q, k, v, out_dtype=v.dtype, block_sizes=block_sizes, **residual)
+    return _by_time(out, q, v), final_state(k, v, **residual) if return_final_state else None
+
+
+def rattention(
+    q,
+    k,
+    v,
+    *,
+    q_rla,
+    k_rla,
+    swa_gain,
+    rla_gain,
+    eps,
+    window,
+    scale,
+    segment_ids,
+    block_sizes,
+    return_final_state,
+    **residual,
+):
+    """Both branches in float32, then both norms and the sum in XLA, and the final state if asked for."""
+    shared: dict[str, Any] = dict(window=window, segment_ids=segment_ids)
+    settings: dict[str, Any] = dict(block_sizes=block_sizes, out_dtype="float32")
+    o_swa = _local(q, k, v, scale=scale, **shared, **settings)
+    o_rla = _residual(q_rla, k_rla, v, **shared, **settings, **residual)
+    (_, kv, dv), width = v.shape, round_up(v.shape[2], LANES)
+
+    def normed(x, gain):  # [kv, group, t, width]
+        gain = jnp.pad(gain.astype(jnp.float32).reshape(kv, -1, 1, dv), ((0, 0),) * 3 + ((0, width - dv),))
+        return gain * (x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) / dv + eps))
+
+    @jax.checkpoint  # what is saved are the branches alone, and the cotangent comes in v's dtype
+    def joined(*branches):
+        terms = [normed(x, gain) for x, gain in branches if x is not None]
+        return sum(terms[1:], terms[0]).astype(v.dtype) if terms else None
+
+    out = joined((o_swa, swa_gain), (o_rla, rla_gain))
+    state = final_state(k_rla, v, **shared, **residual) if return_final_state else None
+    return _by_time(out, q, v), state
+
+
+def _local(
+    q: Float[Array, "t h d"],
+    k: Float[Array, "s kv d"],
+    v: Float[Array, "s kv dv"],
+    *,
+    window: int,
+    scale: float,
+    segment_ids: Int[Array, "s"] | None,
+    block_sizes: BlockSizes,
+    out_dtype,
+) -> Any:
+    """o_swa [kv, group, t, dv padded], or None where it is 0."""
+    (t, h, d), (s, kv, dv) = q.shape, v.shape
+    if window == 0:
+        return None
+    window = min(window, s)
+    if window == 1:  # one key, so its weight is 1 whatever the logit, and q and k get a gradient of exactly 0
+        out = _keys_by_head(v[s - t :].astype(out_dtype), 0, t, round_up(dv, LANES))
+        return jnp.broadcast_to(out[:, None], (kv, h // kv, *out.shape[1:]))
+    exact = any(x.dtype != jnp.bfloat16 for x in (q, k, v))
+    bytes_of_group = h // kv * round_up(max(d, dv), LANES) * (4 if exact else 2)
+    chunk, block = window_blocks(block_sizes, t, window, bytes_of_group)
+    length, back = round_up(t, block), round_up(window - 1, block)
+    first_key = max(back - (s - t), 0)
+    plan = Plan(
+        window=window,
+        scale=float(scale),
+        length=length,
+        head_size=d,
+        value_size=dv,
+        map_name="identity",
+        segmented=segment_ids is not None,
+        num_start_states=0,
+        chunk=chunk,
+        block=block,
+        back=back,
+        first_key=first_key,
+        exact=exact,
+        interpret=interpreted(),
+    )
+    q, k, v = (x.astype(plan.dtype) for x in (q, k, v))
+    skipped = max(s - t - back, 0)  # keys that no query sees
+    arrays = {
+        "q": _queries_by_head(q, kv, length, plan.width),
+        "k": _keys_by_head(k[skipped:], first_key, back + length, plan.width),
+        "v": _keys_by_head(v[skipped:], first_key, back + length, plan.value_width),
+    }
+    segments = {}
+    if segment_ids is not None:
+        start = _segment_starts(segment_ids)[s - t :] + (back - (s - t))
+        segments["segment_start"] = jnp.pad(start, (0, length - t), mode="edge")[None]
+    out: Any = _window_op(plan, jnp.dtype(out_dtype), arrays, segments)
+    return out[:, :, :t]
+
+
+def _residual(
+    q: Float[Array, "t h d"],
+    k: Float[Array, "s kv d"],
+    v: Float[Array, "s kv dv"],
+    *,
+    window: int,
+    feature_map: FeatureMap,
+    initial_state: Float[Array, "kv f dv"] | None,
+    segment_state: Float[Array, "kv f dv"] | None,
+    segment_ids: Int[Array, "s"] | None,
+    block_sizes: BlockSizes,
+    out_dtype,
+) -> Any:
+    """o_rla [kv, group, t, dv padded], or None where it is 0."""
+    (t, h, d), (s, kv, dv) = q.shape, v.shape
+    if segment_ids is None:
+        segment_state = None
+    older = s - t - window  # keys that every query has left behind: their state is found outside the kernels
+    if older > 0:
+        states = {"initial_state": initial_state, "segment_state": segment_state}
+        initial_state = state_after(k, v, older, segment_ids=segment_ids, feature_map=feature_map, **states)
+        k, v = k[older:], v[older:]
+        segment_ids = None if segment_ids is None else segment_ids[older:]
+        s -= older
+    moved = min(window + t - s, t)  # position of the first key, if that is one of the queries' positions
+    starts = [initial_state, segment_state]
+    num_starts = 0 if all(x is None for x in starts) else 1 if segment_state is None else 2
+    if moved == t and not num_starts:
+        return None
+    map_name, exact = _kernel_map(feature_map), any(x.dtype != jnp.bfloat16 for x in (q, k, v))
+    if map_name is None:  # rounding to bfloat16 is the named maps' alone: nothing is known of these
+        phi_q, phi_k = as_pair(feature_map)
+        q, k = phi_q(q.astype(jnp.float32)), phi_k(k.astype(jnp.float32))
+        map_name, exact, d = "identity", True, q.shape[-1]
+    bytes_of_group = h // kv * round_up(max(d, dv), LANES) * (4 if exact else 2)
+    chunk, block = residual_blocks(block_sizes, t, bytes_of_group, target())
+    length = round_up(t, block)
+    plan = Plan(
+        window=window,
+        scale=1.0,
+        length=length,
+        head_size=d,
+        value_size=dv,
+        map_name=map_name,
+        segmented=segment_ids is not None,
+        num_start_states=num_starts,
+        chunk=chunk,
+        block=block,
+        back=0,
+        first_key=0,
+        exact=exact,
+        interpret=interpreted(),
+    )
+    q, k, v = (x.astype(plan.dtype) for x in (q, k, v))
+    arrays = {
+        "q": _queries_by_head(q, kv, length, plan.width),
+        "k": _keys_by_head(k[: t - moved], moved, length, plan.width),
+        "v": _keys_by_head(v[: t - moved], moved, length, plan.value_width),
+    }
+    if num_starts:
+        empty = jnp.zeros((kv, plan.num_features, plan.value_width), jnp.float32)
+        padded = [empty if x is None else _pad_state(x, plan) for x in starts[:num_starts]]
+        arrays["start_states"] = jnp.stack(padded)
+    segments = {} if segment_ids is None else _segments(segment_ids, t, window, plan)
+    out: Any = _residual_op(plan, jnp.dtype(out_dtype), arrays, segments)
+    return out[:, :, :t]
+
+
+def _kernel_map(feature_map) -> str | None:
+    phi_q, phi_k = as_pair(feature_map)
+    return next((name for name in KERNEL_MAPS if phi_q is phi_k is getattr(maps, name)), None)
+
+
+def residual_blocks(sizes: BlockSizes, t: int, bytes_of_group: int, kind: str | None) -> tuple[int, int]:
+    """Tokens of a chunk and of a block of the residual kernels. bytes_of_group: of a token's queries."""
+    wide = kind is not None and any(name in kind.lower() for name in WIDE)
+    return _fitting(sizes.tpu_chunk or (256 if wide and t > 128 else 128), sizes.tpu_block, t, bytes_of_group)
+
+
+def window_blocks(sizes: BlockSizes, t: int, window: int, bytes_of_group: int) -> tuple[int, int]:
+    """Likewise, of the window's kernels."""
+    short = min(window, t) < sizes.tpu_window_chunk
+    chunk = sizes.tpu_chunk or 128 if short else sizes.tpu_window_chunk
+    return _fitting(chunk, sizes.tpu_block, t, bytes_of_group)
+
+
+def _fitting(chunk: int, block: int, t: int, bytes_of_group: int) -> tuple[int, int]:
+    most = max(LARGEST // (bytes_of_group * chunk), 1)
+    return chunk, chunk * min(max(block // chunk, 1), most, -(-t // chunk))
+
+
+def _queries_by_head(x, kv: int, length: int, width: int):
+    """[t, h, d] -> [kv, group, length, width]"""
+    t, h, d = x.shape
+    x = x.reshape(t, kv, h // kv, d).transpose(1, 2, 0, 3)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - t), (0, width - d)))
+
+
+def _keys_by_head(x, before: int, length: int, width: int):
+    """[s, kv, d] -> [kv, length, width], with `before` rows of zeros in front."""
+    s, _, d = x.shape
+    return jnp.pad(x.transpose(1, 0, 2), ((0, 0), (before, length - before - s), (0, width - d)))
+
+
+def _by_time(x, q, v):
+    """[kv, group, t, width] -> [t, h, dv]; None is 0."""
+    (t, h, _), dv = q.shape, v.shape[2]
+    return jnp.zeros((t, h, dv), v.dtype) if x is None else x[..., :dv].transpose(2, 0, 1, 3).reshape(t, h, dv)
+
+
+def _pad_state(state, plan: Plan):
+    """[kv, f, dv] float32 -> each slice of f, and dv, padded."""
+    kv, f, dv = state.shape
+    slices = state.astype(jnp.float32).reshape(kv, plan.map.slices, f // plan.map.slices, dv)
+    padding = ((0, 0), (0, 0), (0, plan.width - slices.shape[2]), (0, plan.value_width - dv))
+    return jnp.pad(slices, padding).reshape(kv, plan.num_features, plan.value_width)
+
+
+def _segment_starts(segment_ids: Int[Array, "s"]) -> Int[Array, "s"]:
+    """The first key of each key's segment."""
+    opens = jnp.concatenate([jnp.ones((1,), bool), segment_ids[1:] != segment_ids[:-1]])
+    return jax.lax.cummax(jnp.where(opens, jnp.arange(opens.shape[0], dtype=jnp.int32), 0))
+
+
+def _segments(segment_ids: Int[Array, "s"], t: int, window: int, plan: Plan) -> dict:
+    """Where each query's segment starts, and each chunk's last key's, in aligned positions."""
+    s = segment_ids.shape[0]
+    first = s - t
+    start = _segment_starts(segment_ids)
+    start = jnp.where(start == 0, residual_tpu.NO_SEGMENT, start + (window - first)).astype(jnp.int32)
+    at_query = jnp.pad(start[first:], (0, plan.length - t), mode="edge")
+    last_key = jnp.arange(1, plan.length // plan.chunk + 1, dtype=jnp.int32) * plan.chunk - 1 - (window - first)
+    at_chunk = start[jnp.clip(last_key, 0, s - 1)]
+    return {"segment_start": at_query[:, None], "carry_start": at_chunk}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _residual_op(plan: Plan, out_dtype, arrays: dict, segments: dict):
+    return _one(functools.partial(_residual_forward, plan, out_dtype, save=False), arrays, segments)["out"]
+
+
+def _save_residual(plan: Plan, out_dtype, arrays: dict, segments: dict):
+    results = _one(functools.partial(_residual_forward, plan, out_dtype, save=True), arrays, segments)
+    return results["out"], (arrays, segments, results["states"])
+
+
+def _pull_back_residual(plan: Plan, out_dtype, saved, cotangent):
+    arrays, segments, states = saved
+    gradients = _one(functools.partial(_residual_backward, plan), arrays, segments, states, cotangent)
+    return gradients, dict.fromkeys(segments)
+
+
+_residual_op.defvjp(_save_residual, _pull_back_residual)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="save")  # layers alike are traced and lowered once
+def _residual_forward(plan: Plan, out_dtype, arrays: dict, segments: dict, *, save: bool) -> dict:
+    return residual_tpu.forward(arrays | segments, plan, out_dtype=out_dtype, save=save)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _residual_backward(plan: Plan, arrays: dict, segments: dict, states, d_out) -> dict:
+    d_out = d_out if plan.precise else d_out.astype(plan.dtype)  # here, where what gives it is rounded as it is written
+    found = residual_backward_tpu.backward(arrays | segments | {"states": states, "d_out": d_out}, plan)
+    gradients = {name: found[f"d{name}"] for name in "qkv"}
+    if plan.num_start_states:
+        gradients["start_states"] = jnp.transpose(found["d_starts"], (0, 2, 1, 4, 3))
+    return gradients
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _window_op(plan: Plan, out_dtype, arrays: dict, segments: dict):
+    return _one(functools.partial(_window_forward, plan, out_dtype), arrays, segments)["out"]
+
+
+def _save_window(plan: Plan, out_dtype, arrays: dict, segments: dict):
+    """Outputs are saved in float32: rounded, they would leave the gradients of a query's scores a sum other than 0."""
+    results = _one(functools.partial(_window_forward, plan, jnp.dtype("float32")), arrays, segments)
+    return results["out"].astype(out_dtype), (arrays, segments, results)
+
+
+def _pull_back_window(plan: Plan, out_dtype, saved, cotangent):
+    arrays, segments, results = saved
+    gradients = _one(functools.partial(_window_backward, plan), arrays, segments, results, cotangent)
+    return gradients, dict.fromkeys(segments)
+
+
+_window_op.defvjp(_save_window, _pull_back_window)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _window_forward(plan: Plan, out_dtype, arrays: dict, segments: dict) -> dict:
+    return window_tpu.forward(arrays | segments, plan, out_dtype=out_dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _window_backward(plan: Plan, arrays: dict, segments: dict, results: dict, d_out) -> dict:
+    d_out = d_out.astype(plan.dtype)
+    delta = (d_out.astype(jnp.float32) * results["out"]).sum(axis=-1)[..., None, :]
+    arrays = arrays | segments | {"d_out": d_out, "lse": results["lse"], "delta": delta}
+    d_k, d_v = window_backward_tpu.key_gradients(arrays, plan)
+    return {"q": window_backward_tpu.query_gradients(arrays, plan), "k": d_k, "v": d_v}
+
+
+def _one(function: Callable, *arguments):
+    """`function` of arrays with a leading batch axis, called for one sequence; vmap lengthens that axis."""
+    mapped = custom_vmap(function)
+
+    @mapped.def_vmap
+    def rule(size, is_batched, *arguments):
+        whole = lambda x, batched: x if batched else jnp.broadcast_to(x, (size, *x.shape))
+        flat = lambda x: x.reshape(size * x.shape[1], *x.shape[2:])
+        results = mapped(*jax.tree.map(lambda x, b: flat(whole(x, b)), arguments, tuple(is_batched)))
+        split = jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), results)
+        return split, jax.tree.map(lambda _: True, results)
+
+    results = mapped(*jax.tree.map(lambda x: x[None], arguments))
+    return jax.tree.map(lambda x: x[0], results)
+
+
+def state_after(k, v, count: int, *, segment_ids, initial_state, segment_state, feature_map):
+    """What the key number `count` finds: the state of the keys before it, of its segment."""
+    shared = dict(feature_map=feature_map, initial_state=initial_state, segment_state=segment_state)
+    ids = None if segment_ids is None else segment_ids[:count]
+    state = final_state(k[:count], v[:count], window=0, segment_ids=ids, **shared)
+    if segment_ids is None or count == segment_ids.shape[0]:
+        return state
+    fresh = jnp.zeros_like(state) if segment_state is None else segment_state.astype(state.dtype)
+    return jnp.where(segment_ids[count] == segment_ids[count - 1], state, fresh)
+
+
+def final_state(
+    k: Float[Array, "s kv d"],
+    v: Float[Array, "s kv dv"],
+    *,
+    window,
+    feature_map,
+    segment_ids,
+    initial_state,
+    segment_state,
+) -> Float[Array, "kv f dv"]:
+    """The state that the last query reads, in float32 and in plain XLA: the kernels never need it."""
+    last = max(k.shape[0] - window, 0)
+    runs = None if segment_ids is None else segment_runs(segment_ids)
+    phi = as_pair(feature_map)[1](k[:last].astype(jnp.float32)).astype(jnp.float32)
+    if runs is not None:
+        phi = jnp.where((runs[:last] == runs[-1])[:, None, None], phi, 0)
+    state = jnp.einsum("skf,skv->kfv", phi, v[:last].astype(jnp.float32), precision="highest")
+    for start, reads in (
+        (initial_state, True if runs is None else runs[-1] == 0),
+        (segment_state, False if runs is None else runs[-1] > 0),
+    ):
+        if start is not None:
+            state = state + jnp.where(reads, start.astype(jnp.float32), 0)
+    return state
