@@ -6,12 +6,10 @@ here takes one sequence; `jax.vmap` of it becomes one launch for the whole batch
 
 import functools
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
 from pallas import feature_map as maps
@@ -22,10 +20,11 @@ from pallas import (
     sweep_gpu,
     window_backward_gpu,
 )
+from pallas.batched import batched
 from pallas.block_sizes import BlockSizes, gpu_blocks
 from pallas.feature_map import FeatureMap, as_pair
+from pallas.final_state import final_state
 from pallas.plan_gpu import Plan, cdiv, round_up
-from pallas.reference import segment_runs
 from pallas.warpgroup_gpu import KERNEL_MAPS, ROWS
 
 WIDEST = 2048  # windows up to here are faster in our kernels; full attention is cuDNN's: LOG.md, 2026-11-25
@@ -103,32 +102,6 @@ def rattention(
         arrays |= {"q_rla": q_rla, "k_rla": k_rla, "rla_gain": rla_gain}
     out = _attend(arrays, **shared, scale=scale, eps=eps, block_sizes=block_sizes)
     return out, final_state(k_rla, v, **shared) if return_final_state else None
-
-
-def final_state(
-    k: Float[Array, "s kv d"],
-    v: Float[Array, "s kv dv"],
-    *,
-    window,
-    feature_map,
-    segment_ids,
-    initial_state,
-    segment_state,
-) -> Float[Array, "kv f dv"]:
-    """The state that the last query reads, in float32 and in plain XLA: the kernels never need it."""
-    last = k.shape[0] - window
-    runs = None if segment_ids is None else segment_runs(segment_ids)
-    phi = as_pair(feature_map)[1](k[: max(last, 0)].astype(jnp.float32)).astype(jnp.float32)
-    if runs is not None:
-        phi = jnp.where((runs[: max(last, 0)] == runs[-1])[:, None, None], phi, 0)
-    state = jnp.einsum("skf,skv->kfv", phi, v[: max(last, 0)].astype(jnp.float32), precision="highest")
-    for start, reads in (
-        (initial_state, True if runs is None else runs[-1] == 0),
-        (segment_state, False if runs is None else runs[-1] > 0),
-    ):
-        if start is not None:
-            state = state + jnp.where(reads, start.astype(jnp.float32), 0)
-    return state
 
 
 def _attend(
@@ -256,38 +229,22 @@ def _segments(segment_ids: Int[Array, "s"], plan: Plan) -> dict:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _differentiable(plan: Plan, arrays: dict, segments: dict):
-    return _one(functools.partial(_forward, plan, save=False), arrays, segments)["out"]
+    return batched(functools.partial(_forward, plan, save=False), arrays, segments)["out"]
 
 
 def _save(plan: Plan, arrays: dict, segments: dict):
-    results = _one(functools.partial(_forward, plan, save=True), arrays, segments)
+    results = batched(functools.partial(_forward, plan, save=True), arrays, segments)
     out = results["out"] if plan.local and not plan.normed else results.pop("out")  # the backward pass reads it
     return out, (arrays, segments, results)
 
 
 def _pull_back(plan: Plan, residuals, cotangent):
     arrays, segments, saved = residuals
-    gradients = _one(functools.partial(_backward, plan), arrays, segments, saved, cotangent)
+    gradients = batched(functools.partial(_backward, plan), arrays, segments, saved, cotangent)
     return {name: gradients[name].astype(arrays[name].dtype) for name in arrays}, dict.fromkeys(segments)
 
 
 _differentiable.defvjp(_save, _pull_back)
-
-
-def _one(function: Callable, *arguments):
-    """`function` of arrays with a leading batch axis, called for one sequence; vmap lengthens that axis."""
-    mapped = custom_vmap(function)
-
-    @mapped.def_vmap
-    def rule(size, is_batched, *arguments):
-        whole = lambda x, batched: x if batched else jnp.broadcast_to(x, (size, *x.shape))
-        flat = lambda x: x.reshape(size * x.shape[1], *x.shape[2:])
-        results = mapped(*jax.tree.map(lambda x, b: flat(whole(x, b)), arguments, tuple(is_batched)))
-        split = jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), results)
-        return split, jax.tree.map(lambda _: True, results)
-
-    results = mapped(*jax.tree.map(lambda x: x[None], arguments))
-    return jax.tree.map(lambda x: x[0], results)
 
 
 def _parts(x):

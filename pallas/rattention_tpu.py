@@ -7,20 +7,19 @@ No time was ever measured on a TPU: values come from the interpreter, costs from
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
 from pallas import feature_map as maps
 from pallas import residual_backward_tpu, residual_tpu, window_backward_tpu, window_tpu
+from pallas.batched import batched
 from pallas.block_sizes import BlockSizes
 from pallas.feature_map import FeatureMap, as_pair
+from pallas.final_state import final_state, state_after
 from pallas.plan_tpu import KERNEL_MAPS, LANES, Plan, round_up
-from pallas.reference import segment_runs
 
 LARGEST = 2**20  # bytes of a group's queries that one step of the grid reads
 WIDE = ("v6", "tpu7", "v7")  # kinds whose matrix unit is 256 wide; others have 128
@@ -282,17 +281,17 @@ def _segments(segment_ids: Int[Array, "s"], t: int, window: int, plan: Plan) -> 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _residual_op(plan: Plan, out_dtype, arrays: dict, segments: dict):
-    return _one(functools.partial(_residual_forward, plan, out_dtype, save=False), arrays, segments)["out"]
+    return batched(functools.partial(_residual_forward, plan, out_dtype, save=False), arrays, segments)["out"]
 
 
 def _save_residual(plan: Plan, out_dtype, arrays: dict, segments: dict):
-    results = _one(functools.partial(_residual_forward, plan, out_dtype, save=True), arrays, segments)
+    results = batched(functools.partial(_residual_forward, plan, out_dtype, save=True), arrays, segments)
     return results["out"], (arrays, segments, results["states"])
 
 
 def _pull_back_residual(plan: Plan, out_dtype, saved, cotangent):
     arrays, segments, states = saved
-    gradients = _one(functools.partial(_residual_backward, plan), arrays, segments, states, cotangent)
+    gradients = batched(functools.partial(_residual_backward, plan), arrays, segments, states, cotangent)
     return gradients, dict.fromkeys(segments)
 
 
@@ -316,18 +315,18 @@ def _residual_backward(plan: Plan, arrays: dict, segments: dict, states, d_out) 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _window_op(plan: Plan, out_dtype, arrays: dict, segments: dict):
-    return _one(functools.partial(_window_forward, plan, out_dtype), arrays, segments)["out"]
+    return batched(functools.partial(_window_forward, plan, out_dtype), arrays, segments)["out"]
 
 
 def _save_window(plan: Plan, out_dtype, arrays: dict, segments: dict):
     """Outputs are saved in float32: rounded, they would leave the gradients of a query's scores a sum other than 0."""
-    results = _one(functools.partial(_window_forward, plan, jnp.dtype("float32")), arrays, segments)
+    results = batched(functools.partial(_window_forward, plan, jnp.dtype("float32")), arrays, segments)
     return results["out"].astype(out_dtype), (arrays, segments, results)
 
 
 def _pull_back_window(plan: Plan, out_dtype, saved, cotangent):
     arrays, segments, results = saved
-    gradients = _one(functools.partial(_window_backward, plan), arrays, segments, results, cotangent)
+    gradients = batched(functools.partial(_window_backward, plan), arrays, segments, results, cotangent)
     return gradients, dict.fromkeys(segments)
 
 
@@ -346,56 +345,3 @@ def _window_backward(plan: Plan, arrays: dict, segments: dict, results: dict, d_
     arrays = arrays | segments | {"d_out": d_out, "lse": results["lse"], "delta": delta}
     d_k, d_v = window_backward_tpu.key_gradients(arrays, plan)
     return {"q": window_backward_tpu.query_gradients(arrays, plan), "k": d_k, "v": d_v}
-
-
-def _one(function: Callable, *arguments):
-    """`function` of arrays with a leading batch axis, called for one sequence; vmap lengthens that axis."""
-    mapped = custom_vmap(function)
-
-    @mapped.def_vmap
-    def rule(size, is_batched, *arguments):
-        whole = lambda x, batched: x if batched else jnp.broadcast_to(x, (size, *x.shape))
-        flat = lambda x: x.reshape(size * x.shape[1], *x.shape[2:])
-        results = mapped(*jax.tree.map(lambda x, b: flat(whole(x, b)), arguments, tuple(is_batched)))
-        split = jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), results)
-        return split, jax.tree.map(lambda _: True, results)
-
-    results = mapped(*jax.tree.map(lambda x: x[None], arguments))
-    return jax.tree.map(lambda x: x[0], results)
-
-
-def state_after(k, v, count: int, *, segment_ids, initial_state, segment_state, feature_map):
-    """What the key number `count` finds: the state of the keys before it, of its segment."""
-    shared = dict(feature_map=feature_map, initial_state=initial_state, segment_state=segment_state)
-    ids = None if segment_ids is None else segment_ids[:count]
-    state = final_state(k[:count], v[:count], window=0, segment_ids=ids, **shared)
-    if segment_ids is None or count == segment_ids.shape[0]:
-        return state
-    fresh = jnp.zeros_like(state) if segment_state is None else segment_state.astype(state.dtype)
-    return jnp.where(segment_ids[count] == segment_ids[count - 1], state, fresh)
-
-
-def final_state(
-    k: Float[Array, "s kv d"],
-    v: Float[Array, "s kv dv"],
-    *,
-    window,
-    feature_map,
-    segment_ids,
-    initial_state,
-    segment_state,
-) -> Float[Array, "kv f dv"]:
-    """The state that the last query reads, in float32 and in plain XLA: the kernels never need it."""
-    last = max(k.shape[0] - window, 0)
-    runs = None if segment_ids is None else segment_runs(segment_ids)
-    phi = as_pair(feature_map)[1](k[:last].astype(jnp.float32)).astype(jnp.float32)
-    if runs is not None:
-        phi = jnp.where((runs[:last] == runs[-1])[:, None, None], phi, 0)
-    state = jnp.einsum("skf,skv->kfv", phi, v[:last].astype(jnp.float32), precision="highest")
-    for start, reads in (
-        (initial_state, True if runs is None else runs[-1] == 0),
-        (segment_state, False if runs is None else runs[-1] > 0),
-    ):
-        if start is not None:
-            state = state + jnp.where(reads, start.astype(jnp.float32), 0)
-    return state
