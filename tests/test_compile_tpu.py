@@ -170,11 +170,11 @@ def test_a_small_case_compiles(target):
 @pytest.mark.parametrize(
     "case",
     [
-        SMALL(op="rattention", segmented=True, with_states=True),
-        SMALL(op="rattention", segmented=True, head_size=64),
-        SMALL(op="rattention", head_size=256),
-        SMALL(op="residual_linear_attention", feature_map="custom"),
-        SMALL(op="residual_linear_attention", feature_map="squared_relu", with_states=True),
+        SMALL(op="rattention", segmented=True, with_states=True, window=100),
+        SMALL(op="rattention", segmented=True, head_size=64, window=100),
+        SMALL(op="rattention", head_size=256, window=100),
+        SMALL(op="residual_linear_attention", feature_map="custom", window=100),
+        SMALL(op="residual_linear_attention", feature_map="squared_relu", with_states=True, window=100),
     ],
     ids=lambda case: f"{case.op}-{case.head_size}-{case.feature_map}",
 )
