@@ -46,13 +46,13 @@ def needle(
     that do not overlap. The sample ends with `num_queries` questions, each about another key:
     " Again: the code of KEY is VALUE, VALUE." with the key's values in the order of their needles. A key is a word of
     three syllables ("kodemi"), a number of 7 digits, or 8 hex digits; the keys of a sample differ. A value is 7
-    independent digits. At least `gap` bytes without an asked needle stand before the questions.
+    independent digits. At least `gap` bytes without any of these needles stand before the questions.
 
     The haystack is "noise", random small letters and spaces; "corpus", a random stretch of `text`, which the needles
     overwrite; or "needles", as many needles of other keys as fit.
 
-    Scored: the 7 digits of every value of a question (an answer). Distance: to the same digit in its needle. Asked
-    needles are uniform over the places before the gap. Chance: 1/10.
+    Scored: the 7 digits of every value of a question (an answer). Distance: to the same digit in its needle. The
+    needles are spread evenly over the places before the gap. Chance: 1/10.
 
     Raises:
       ValueError: counts below 1, more questions than keys, needles that do not fit, a corpus haystack without a text,
