@@ -203,10 +203,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     for result, row in results:
         print(
             f"{options.task}, length {row['length']:,}: accuracy {result.accuracy:.3f}, chance {result.chance:.3f}; "
-            f"{result.exact:.3f} of {result.answers:,} answers whole\n"
-            f"  evidence beyond the window of {row['window']:,}: {row['beyond_window']:.1%}; "
-            f"beyond all local layers' windows: {row['beyond_layers']:.1%}"
+            f"{result.exact:.3f} of {result.answers:,} answers whole"
         )
+        if row["window"] is not None:
+            print(
+                f"  evidence beyond the window of {row['window']:,}: {row['beyond_window']:.1%}; "
+                f"beyond all local layers' windows: {row['beyond_layers']:.1%}"
+            )
         for bin in result.bins:
             print(f"  distance {bin.low:>7,} to {bin.high - 1:>7,}: {bin.accuracy:.3f} of {bin.positions:,}")
         sys.stdout.flush()

@@ -102,7 +102,7 @@ def evaluate_task(
     """A score for each length, and the same as a row for a line of JSON.
 
     The row also says which share of the scored positions has its evidence beyond the model's window, and beyond
-    the reach of all its local layers' windows one on another, which is num_layers * window.
+    the reach of all its local layers' windows one on another; None for both where no layer is local.
 
     Raises:
       ValueError: as `make_task`, at the call for every length, before anything is computed.
@@ -118,9 +118,9 @@ def evaluate_task(
             }
             row = {"task": name, "length": length, "samples": samples, "seed": seed, "options": shown}
             row |= {"chance": result.chance, "accuracy": result.accuracy, "exact": result.exact}
-            row |= {"positions": result.positions, "answers": result.answers, "window": window}
-            row |= {"beyond_window": share_beyond(batch, window)}
-            row |= {"beyond_layers": share_beyond(batch, window * num_local)}
+            row |= {"positions": result.positions, "answers": result.answers, "window": window if num_local else None}
+            for key, reach in (("beyond_window", window), ("beyond_layers", window * num_local)):
+                row[key] = share_beyond(batch, reach) if num_local else None
             row["by_distance"] = [[b.low, b.high, b.positions, b.accuracy] for b in result.bins]
             yield result, row
 

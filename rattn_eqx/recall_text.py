@@ -54,6 +54,8 @@ def needle(
     Scored: the 7 digits of every value of a question (an answer). Distance: to the same digit in its needle. The
     needles are spread evenly over the places before the gap. Chance: 1/10.
 
+    Beyond a window, at length 1,024: 96.9% of 64, 75.6% of 256, 49.8% of 512.
+
     Raises:
       ValueError: counts below 1, more questions than keys, needles that do not fit, a corpus haystack without a text,
         or a text shorter than the haystack or with a needle's words in it.
@@ -131,6 +133,8 @@ def variables(
     Scored: the value in each question (5 digits, or one token). Distance: to the value in the chain's first
     assignment, the only place that states it, which lies before all the others of its chain. The assignments keep
     `gap` tokens of noise between them and the questions. Chance: 1/10, or 1 / the number of values.
+
+    Beyond a window, at length 1,024: 100.0% of 64, 99.9% of 256, 94.6% of 512.
 
     Raises:
       ValueError: counts below 1, more questions than chains, too few ids for the names, or chains that do not fit.
@@ -213,6 +217,8 @@ def common_words(
     it `rare + 1` times and holds all mentions of the common words that the answer has still to name. It is a word's
     distance for all its letters. Chance: 1 / the number of words, or 13/105 for a letter.
 
+    Beyond a window, at length 1,024: 99.9% of 64, 84.1% of 256, 67.7% of 512.
+
     Raises:
       ValueError: counts below 1, common <= rare, common words that do not fit, or too few ids for the others.
     """
@@ -246,6 +252,8 @@ def frequent_words(
     Distance: let c be the count of rank k + 1. Read backwards from the question, the list shows the word of rank k
     c + 1 times at the nearest place from which it is certain that it is more frequent than all words that follow it:
     distance goes to that mention. Chance: 1 / the number of words, or 13/105 for a letter.
+
+    Beyond a window, at length 1,024: 100.0% of 64, 85.8% of 256, 36.7% of 512.
 
     Raises:
       ValueError: counts below 1, a list in which the counts of the first num_frequent + 1 ranks do not all differ, or

@@ -15,8 +15,10 @@ from training_child import MODEL, SAMPLE, training
 from rattn_eqx.__main__ import main
 from rattn_eqx.checkpoint import save_checkpoint
 from rattn_eqx.corpus import build_corpus
-from rattn_eqx.evaluate_recall import make_task, parse_lengths, parse_options, predict, tasks
+from rattn_eqx.evaluate_recall import evaluate_task, make_task, parse_lengths, parse_options, predict, tasks
 from rattn_eqx.language_model import LanguageModel
+from rattn_eqx.recall import share_beyond
+from rattn_eqx.recall_text import needle
 from rattn_eqx.run_folder import RunConfig, open_run
 from rattn_eqx.tokens import BPETokenizer, ByteTokenizer, Tokenizer
 from rattn_eqx.train import initial_state
@@ -112,6 +114,21 @@ def test_the_corpus_haystack_comes_from_a_file(run, tmp_path, capsys):
     assert json.loads((tmp_path / "rows.jsonl").read_text())["options"] == {"haystack": "corpus", "text": "600 bytes"}
     assert main([*arguments, "--option", "haystack=corpus"]) == 2
     assert "needs a text of at least 162 bytes" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("foresight")
+def test_rows_tell_local_layers_reach():
+    for pattern in (("local",), ("global",)):
+        config = dataclasses.replace(MODEL, num_layers=3, window=128, pattern=pattern)
+        model = eqx.filter_eval_shape(LanguageModel, config, key=jax.random.key(0))
+        options = {"num_keys": 2}
+        [(_, row)] = evaluate_task(model, ByteTokenizer(), "needle", [300], samples=50, seed=0, options=options)
+        assert row["accuracy"] == row["exact"] == 1
+        if pattern == ("local",):
+            assert (row["window"], row["beyond_layers"]) == (128, 0)
+            assert row["beyond_window"] == share_beyond(needle(0, 50, 300, num_keys=2), 128)
+        else:
+            assert row["window"] is row["beyond_window"] is row["beyond_layers"] is None
 
 
 def test_tasks_that_a_run_cannot_hold_are_errors(bpe):

@@ -200,6 +200,15 @@ def test_share_beyond_counts_the_querys_own_key_to_the_window():
         score(nothing, nothing.targets)
 
 
+@pytest.mark.parametrize("generator", [mqar, bigrams, needle, variables, common_words, frequent_words])
+def test_docstrings_give_the_share_beyond_a_window(generator):
+    batch = generator(5, 500, 1024, **{"window": 64} if generator is bigrams else {})
+    stated = re.search(r"1,024.*: ([\d.]+)% of 64, ([\d.]+)% of 256, ([\d.]+)% of 512\.", generator.__doc__)
+    assert stated is not None
+    for share, window in zip(stated.groups(), (64, 256, 512), strict=True):
+        assert abs(float(share) / 100 - share_beyond(batch, window)) < 0.05
+
+
 def test_score_by_hand():
     targets = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.int32)
     distance = np.array([[0, 0, 9, 9], [1, 3, 0, 0]], np.int32)
