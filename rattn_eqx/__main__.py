@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lengths", default="512,1k,2k", help="tokens in a sample, k for 1,024")
     add("--samples", type=int, default=64, help="samples of each length")
     add("--seed", type=int, default=0, help="of the samples")
-    add("--option", metavar="NAME=VALUE", action="append", default=[], help="of the task, such as num_pairs=8; may be "
+    add("--option", metavar="NAME=VALUE", action="append", help="of the task, such as num_pairs=8; may be "
         "given again")  # fmt: skip
     add("--text", type=Path, help="file whose text is the haystack of needle's haystack=corpus")
     add("--out", type=Path, help="file to which a line of JSON is added for each length")
@@ -193,7 +193,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from rattn_eqx.evaluate_recall import evaluate_task, parse_lengths, parse_options
     from rattn_eqx.train import load_model
 
-    lengths, task_options = parse_lengths(options.lengths), parse_options(options.option)
+    lengths, task_options = parse_lengths(options.lengths), parse_options(options.option or [])
     if options.text is not None:
         task_options = {"haystack": "corpus", **task_options, "text": options.text.read_bytes()}
     model, tokenizer, _ = load_model(options.folder, report=lambda line: print(f"rattn: {line}", file=sys.stderr))
