@@ -1,7 +1,8 @@
-"""The command line: `rattn pretrain`, `rattn generate`, `rattn cost`."""
+"""The command line: `rattn pretrain`, `rattn generate`, `rattn evaluate`, `rattn cost`."""
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -92,6 +93,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the draws")
 
     command = commands.add_parser(
+        "evaluate", help="score a trained run on a recall task, by length and distance", formatter_class=_Help,
+        description="Score a trained run on a task whose answers lie a known distance back, beside chance. Each task's "
+        "exact definition is in its docstring, in rattn_eqx/recall.py and recall_text.py.",
+    )  # fmt: skip
+    command.set_defaults(run=_evaluate)
+    add = command.add_argument
+    add("--run", dest="folder", type=Path, required=True, help="run folder that `rattn pretrain` left")
+    add("--task", required=True, help="mqar, bigrams (token ids); needle (bytes); variables, common_words or "
+        "frequent_words (bytes, or token ids with --option level=token)")  # fmt: skip
+    add("--lengths", default="512,1k,2k", help="tokens in a sample, k for 1,024")
+    add("--samples", type=int, default=64, help="samples of each length")
+    add("--seed", type=int, default=0, help="of the samples")
+    add("--option", metavar="NAME=VALUE", action="append", help="of the task, such as num_pairs=8; may be "
+        "given again")  # fmt: skip
+    add("--text", type=Path, help="file whose text is the haystack of needle's haystack=corpus")
+    add("--out", type=Path, help="file to which a line of JSON is added for each length")
+
+    command = commands.add_parser(
         "cost", help="parameters, cache and generation time of a model size", formatter_class=_Help,
         description="What a model costs to hold and to generate with, by the paper's formula. Computes no model.",
     )  # fmt: skip
@@ -168,6 +187,35 @@ def _generate(options: argparse.Namespace) -> None:
         output.flush()
     output.write(b"\n")
     output.flush()
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from rattn_eqx.evaluate_recall import evaluate_task, parse_lengths, parse_options
+    from rattn_eqx.train import load_model
+
+    lengths, task_options = parse_lengths(options.lengths), parse_options(options.option or [])
+    if options.text is not None:
+        task_options = {"haystack": "corpus", **task_options, "text": options.text.read_bytes()}
+    model, tokenizer, _ = load_model(options.folder, report=lambda line: print(f"rattn: {line}", file=sys.stderr))
+    results = evaluate_task(
+        model, tokenizer, options.task, lengths, samples=options.samples, seed=options.seed, options=task_options
+    )
+    for result, row in results:
+        print(
+            f"{options.task}, length {row['length']:,}: accuracy {result.accuracy:.3f}, chance {result.chance:.3f}; "
+            f"{result.exact:.3f} of {result.answers:,} answers whole"
+        )
+        if row["window"] is not None:
+            print(
+                f"  evidence beyond the window of {row['window']:,}: {row['beyond_window']:.1%}; "
+                f"beyond all local layers' windows: {row['beyond_layers']:.1%}"
+            )
+        for bin in result.bins:
+            print(f"  distance {bin.low:>7,} to {bin.high - 1:>7,}: {bin.accuracy:.3f} of {bin.positions:,}")
+        sys.stdout.flush()
+        if options.out is not None:
+            with open(options.out, "a") as file:
+                file.write(json.dumps({"run": str(options.folder), **row}) + "\n")
 
 
 def _cost(options: argparse.Namespace) -> None:
