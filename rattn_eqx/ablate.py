@@ -83,6 +83,12 @@ class Trial:
         """Samples of the task in a batch."""
         return round(self.task_share * self.training.batch_size)
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether the trial reads a corpus."""
+        in_text = self.task_options.get("haystack") == "corpus"
+        return in_text or self.task_sequences < self.training.batch_size
+
     def to_json(self) -> dict[str, Any]:
         """All but the name, as JSON holds it: two trials are the same if this is."""
         values = dataclasses.asdict(self)
@@ -118,19 +124,19 @@ def load_data(source: str, cache: Path) -> Data:
 def run_grid(
     trials: list[Trial],
     seeds: list[int],
-    data: Data,
+    data: Data | None,
     out: Path,
     *,
-    rates: list[float] | None = None,
     part: tuple[int, int] = (1, 1),
+    commit: str | None = None,
     report: Callable[[str], object] = tqdm.write,
     show_progress: bool = True,
 ) -> None:
     """Run every trial whose lines are not in `out` yet, and append them: one for each seed.
 
     Args:
-      rates: run every trial with each of these learning rates in place of its own.
       part: (i, n) runs the i-th of n equal shares, counted from 1, so that n processes can share a grid and a file.
+      commit: of this code, to be written in the lines; None asks git.
       report: told each trial's result in a line.
 
     Raises:
@@ -142,17 +148,15 @@ def run_grid(
     index, parts = part
     if not 1 <= index <= parts:
         raise ValueError(f"run_grid: part must be i/n with 1 <= i <= n; got {index}/{parts}")
+    corpus = None if data is None else data.sha256
     done = {(_key(row["trial"], row["corpus"]), row["seed"]) for row in read_rows(out)}
     for number, trial in enumerate(trials[index - 1 :: parts]):
-        pairs = [(seed, rate) for rate in rates or [trial.training.learning_rate] for seed in seeds]
-        left = [
-            pair for pair in pairs if (_key(_with_rate(trial, pair[1]).to_json(), data.sha256), pair[0]) not in done
-        ]
+        left = [seed for seed in seeds if (_key(trial.to_json(), corpus), seed) not in done]
         if not left:
             report(f"{trial.name}: already in {out}")
             continue
         title = f"{number * parts + index}/{len(trials)} {trial.name}"
-        rows = run_trial(trial, *map(list, zip(*left, strict=True)), data, title=title, show_progress=show_progress)
+        rows = run_trial(trial, left, data, commit=commit, title=title, show_progress=show_progress)
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -190,14 +194,14 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def run_trial(
     trial: Trial,
     seeds: list[int],
-    rates: list[float],
     data: Data | None,
     *,
     implementation: str | None = None,
+    commit: str | None = None,
     title: str = "",
     show_progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Train a trial for each pair of seed and learning rate, all at once, and test each: its lines.
+    """Train a trial for each seed, all at once, and test each: its lines.
 
     A seed fixes the initial parameters and the order of texts and samples, which are the same for trials of one context
     and batch: differences between trials can be paired by seed.
@@ -205,19 +209,20 @@ def run_trial(
     Args:
       data: what text is read; may be None where `task_share` is 1.
       implementation: of the ops.
+      commit: of this code; None asks git.
     """
     started = time.monotonic()
     title = title or trial.name
     models, losses, skipped = train_trial(
-        trial, seeds, rates, data, implementation=implementation, title=title, show_progress=show_progress
+        trial, seeds, data, implementation=implementation, title=title, show_progress=show_progress
     )
     trained = time.monotonic() - started
     lengths = list(trial.test_lengths or (trial.training.context,))
     options = task_options(trial, data)
     tokenizer = ByteTokenizer()
-    about = facts(None)
+    about = facts(commit)
     rows = []
-    for index, (seed, rate) in enumerate(zip(seeds, rates, strict=True)):
+    for index, seed in enumerate(seeds):
         model = jax.tree.map(lambda x, i=index: x[i] if eqx.is_array(x) else x, models)
 
         def test(model: LanguageModel, lengths: list[int]) -> dict[str, Any]:
@@ -229,7 +234,7 @@ def run_trial(
             )
             return {"bits_per_byte": bits, "tests": [row for _, row in tests]}
 
-        row = {"name": trial.name, "trial": _with_rate(trial, rate).to_json(), "seed": seed} | test(model, lengths)
+        row = {"name": trial.name, "trial": trial.to_json(), "seed": seed} | test(model, lengths)
         if trial.model.residual:
             row["without_residual"] = test(without_residual(model), [trial.training.context])
         every = max(1, len(losses) // 50)
@@ -249,20 +254,21 @@ def run_trial(
 def train_trial(
     trial: Trial,
     seeds: list[int],
-    rates: list[float],
     data: Data | None,
     *,
     implementation: str | None = None,
     title: str = "",
     show_progress: bool = True,
 ) -> tuple[LanguageModel, np.ndarray, np.ndarray]:
-    """Train one model for each seed, with its learning rate.
+    """Train one model for each seed.
 
     Returns:
       A `LanguageModel` whose arrays have an axis of seeds in front, the loss of each step and seed, and the number of
       steps that each seed skipped because its gradients were not finite.
     """
-    config = dataclasses.replace(trial.training, learning_rate=1.0)  # the optimiser's update is linear in it
+    # The update is linear in the learning rate, which stays outside: a sweep compiles once, where there is a cache.
+    config = dataclasses.replace(trial.training, learning_rate=1.0)
+    rate = jnp.float32(trial.training.learning_rate)
     make = functools.partial(_make_model, trial, implementation)
     models = eqx.filter_vmap(make)(jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)))
     parameters, _ = eqx.partition(models, eqx.is_array)
@@ -271,7 +277,7 @@ def train_trial(
     sources = _sources(trial, data)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 7))(jnp.asarray(seeds, jnp.uint32))
 
-    def one_seed(window, number, kept, sources, parameters, state, key, rate):
+    def one_seed(window, number, kept, sources, rate, parameters, state, key):
         batch = _batch(jax.random.fold_in(key, number), *sources, trial)
         of_parameters = lambda p: _loss(_with_window(trial, implementation, window, p), trial, batch, kept)
         loss, gradients = jax.value_and_grad(of_parameters)(parameters)
@@ -280,11 +286,11 @@ def train_trial(
         return parameters, state, loss
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def steps(window, carry, numbers, sources, keys, rates):
+    def steps(window, carry, numbers, sources, rate, keys):
         def step(carry, number):
             kept = jax.random.uniform(jax.random.fold_in(jax.random.key(0), number), (trial.model.num_layers,))
-            one = functools.partial(one_seed, window, number, kept >= trial.window_dropout, sources)  # for every seed
-            parameters, state, loss = jax.vmap(one)(*carry, keys, rates)
+            one = functools.partial(one_seed, window, number, kept >= trial.window_dropout, sources, rate)
+            parameters, state, loss = jax.vmap(one)(*carry, keys)
             return (parameters, state), loss
 
         return jax.lax.scan(step, carry, numbers)
@@ -297,7 +303,7 @@ def train_trial(
     with bar:
         for start in range(0, config.steps, together):
             numbers = jnp.arange(start, min(start + together, config.steps))
-            carry, loss = steps(int(drawn[start]), carry, numbers, sources, keys, jnp.asarray(rates, jnp.float32))
+            carry, loss = steps(int(drawn[start]), carry, numbers, sources, rate, keys)
             losses.append(np.asarray(loss))
             bar.set_postfix_str(f"loss {losses[-1][-1].mean():.3f}", refresh=False)
             bar.update(len(numbers))
@@ -309,9 +315,7 @@ def train_trial(
 def task_options(trial: Trial, data: Data | None) -> dict[str, Any]:
     """The trial's task options, with the training text where its haystack is the corpus."""
     options: dict[str, Any] = dict(trial.task_options)
-    if options.get("haystack") == "corpus":
-        if data is None:
-            raise ValueError(f"Trial {trial.name}: haystack=corpus needs a text; got none; use another haystack")
+    if options.get("haystack") == "corpus" and data is not None:
         options["text"] = data.text
     return options
 
@@ -337,8 +341,11 @@ def _with_window(trial: Trial, implementation: str | None, window: int, paramete
 
 def _sources(trial: Trial, data: Data | None) -> tuple[Array, Array, Array]:
     """On the device: training text, the pool's sequences, and where their answers stand."""
-    if trial.task_sequences < trial.training.batch_size and data is None:
-        raise ValueError(f"Trial {trial.name}: task_share={trial.task_share} needs a text; got none; use task_share=1")
+    if trial.needs_text and data is None:
+        raise ValueError(
+            f"Trial {trial.name}: task_share={trial.task_share} with task_options={trial.task_options} needs a text; "
+            "got none; give data"
+        )
     context = trial.training.context
     text = np.zeros(context + 1, np.uint16) if data is None else data.train
     sequences, answers = np.zeros((1, context + 1), np.uint16), np.zeros((1, context), bool)
@@ -382,10 +389,6 @@ def _loss(model: LanguageModel, trial: Trial, batch, kept: Bool[Array, "layers"]
     return mean(is_text) + mean(answers)
 
 
-def _with_rate(trial: Trial, rate: float) -> Trial:
-    return dataclasses.replace(trial, training=dataclasses.replace(trial.training, learning_rate=rate))
-
-
 def _key(trial: dict[str, Any], corpus: str | None) -> str:
     return json.dumps([trial, corpus], sort_keys=True)
 
@@ -398,27 +401,66 @@ def product(trials: list[Trial], settings: dict[str, list[Any]]) -> list[Trial]:
     """
     made = []
     for trial, values in itertools.product(trials, itertools.product(*settings.values())):
-        name = " ".join(
-            [trial.name, *(f"{key.split('.')[-1]}={value}" for key, value in zip(settings, values, strict=True))]
-        )
-        for key, value in zip(settings, values, strict=True):
-            trial = _replaced(trial, key, value)
-        made.append(dataclasses.replace(trial, name=name))
+        pairs = list(zip(settings, values, strict=True))
+        name = " ".join([trial.name, *(f"{key.split('.')[-1]}={value}" for key, value in pairs)])
+        made.append(dataclasses.replace(_replaced(trial, pairs), name=name))
     return made
 
 
-def _replaced(trial: Trial, key: str, value: Any) -> Trial:
-    head, _, tail = key.partition(".")
-    target = getattr(trial, head, None)
-    if tail and isinstance(target, dict):
-        return dataclasses.replace(trial, **{head: target | {tail: value}})
-    owner = target if tail else trial
-    known = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
-    if (tail or head) not in known:
-        raise ValueError(
-            f"ablate: no setting {key!r}; use model.FIELD, training.FIELD, task_options.NAME or a field of Trial: "
-            + ", ".join(field.name for field in dataclasses.fields(Trial))
-        )
-    if not tail:
-        return dataclasses.replace(trial, **{head: value})
-    return dataclasses.replace(trial, **{head: dataclasses.replace(owner, **{tail: value})})
+def _replaced(trial: Trial, pairs: list[tuple[str, Any]]) -> Trial:
+    changes: dict[str, Any] = {}
+    for key, value in pairs:
+        head, _, tail = key.partition(".")
+        owner = getattr(trial, head, None) if tail else trial
+        known = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+        if not (tail and isinstance(owner, dict)) and (tail or head) not in known:
+            raise ValueError(
+                f"ablate: no setting {key!r}; use model.FIELD, training.FIELD, task_options.NAME or a field of Trial: "
+                + ", ".join(field.name for field in dataclasses.fields(Trial))
+            )
+        if tail:
+            changes.setdefault(head, {})[tail] = value
+        else:
+            changes[head] = value
+    for head, value in changes.items():
+        old: Any = getattr(trial, head)
+        if isinstance(value, dict):
+            changes[head] = old | value if isinstance(old, dict) else dataclasses.replace(old, **value)
+    return dataclasses.replace(trial, **changes)
+
+
+def parse_settings(texts: list[str]) -> dict[str, list[Any]]:
+    """Settings of `product` from the command line, such as "model.window=4,8"; values are JSON, or else text.
+
+    Raises:
+      ValueError: for anything without a name and a value.
+    """
+    settings: dict[str, list[Any]] = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        if not (name and values):
+            raise ValueError(f"ablate: a setting must be NAME=VALUE,VALUE such as model.window=4,8; got {text!r}")
+        settings[name] = [_value(name, value) for value in values.split(",")]
+    return settings
+
+
+def _value(name: str, text: str) -> Any:
+    if name in ("model.pattern", "windows", "test_lengths"):  # several, with + between
+        return tuple(_value("", part) for part in text.split("+"))
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def replayed(place: str) -> dict[str, Any]:
+    """The line of results at "FILE:LINE", counted from 1.
+
+    Raises:
+      ValueError: no such file or line.
+    """
+    file, _, number = place.rpartition(":")
+    rows = read_rows(Path(file)) if file else []
+    if not number.isdigit() or not 1 <= int(number) <= len(rows):
+        raise ValueError(f"ablate: replay needs FILE:LINE with a line from 1 to {len(rows)}; got {place!r}")
+    return rows[int(number) - 1]

@@ -1,9 +1,11 @@
 """The grids of ablations that this project ran: each a function that gives a list of trials."""
 
 import dataclasses
+import runpy
+from pathlib import Path
 
 from rattn_eqx.ablate import Trial
-from rattn_eqx.presets import ModelConfig
+from rattn_eqx.presets import LayerKind, ModelConfig
 from rattn_eqx.run_folder import TrainConfig
 
 FULL = 2**20  # a window longer than any sequence here: full attention
@@ -20,17 +22,19 @@ SMALL = ModelConfig(
     window=128,
     rla_gain=0.3,
 )
+# 49 million tokens. Many small batches learn recall in fewer tokens than few large ones: LOG.md.
 TRAINING = TrainConfig(
-    steps=1000,
-    batch_size=16,
+    steps=3000,
+    batch_size=8,
     context=2048,
     learning_rate=2e-3,
-    warmup_steps=100,
+    warmup_steps=300,
     compute_dtype="bfloat16",
     evaluation_tokens=2**19,
 )
-# Four needles in text, all of them asked for: a guess among the needles is right in a quarter of the answers.
-NEEDLE = {"haystack": "corpus", "num_keys": 4, "num_queries": 4}
+# Eight needles in text, and all of them asked for.
+NEEDLE = {"haystack": "corpus", "num_keys": 8, "num_queries": 8}
+LENGTHS = (2048, 4096, 8192, 16384, 32768)
 
 NO_GLOBAL = ("local",)
 MIXERS = {
@@ -39,24 +43,44 @@ MIXERS = {
     "linear": {"window": 0},
     "rattention": {},
 }
+SWEPT = (1e-3, 2e-3, 4e-3)
+RATES = {"full": 2e-3, "window": 2e-3, "linear": 2e-3, "rattention": 2e-3}  # the best of `sweep`
 
 
-def trial(name: str, *, steps: int = TRAINING.steps, rate: float = TRAINING.learning_rate, **model) -> Trial:
-    """A trial of the small model on text with needles, with fields of its `ModelConfig` exchanged."""
-    training = dataclasses.replace(TRAINING, steps=steps, warmup_steps=steps // 10, learning_rate=rate)
-    return Trial(name, dataclasses.replace(SMALL, **model), training, task_options=NEEDLE)
+def trial(name: str, mixer: str = "rattention", **model) -> Trial:
+    """A trial of the small model on text with needles: a mixer, and fields of `ModelConfig` exchanged."""
+    config = dataclasses.replace(SMALL, **(MIXERS[mixer] | model))
+    training = dataclasses.replace(TRAINING, learning_rate=RATES[mixer])
+    return Trial(name, config, training, task_options=NEEDLE, test_lengths=LENGTHS, test_samples=64)
 
 
-def pareto(**options) -> list[Trial]:
-    """The window alone against RATTENTION at windows from 32 to 512, and full attention: one layer in four global, or none."""
-    trials = []
-    for label, pattern in (("3:1", SMALL.pattern), ("no global", NO_GLOBAL)):
-        trials.append(trial(f"full, {label}", pattern=pattern, **MIXERS["full"], **options))
-        for window in (32, 64, 128, 256, 512):
-            for mixer in ("window", "rattention"):
-                name = f"{mixer} {window}, {label}"
-                trials.append(trial(name, pattern=pattern, **(MIXERS[mixer] | {"window": window}), **options))
+def sweep() -> list[Trial]:
+    """The learning rate of each family of mixers, without a global layer."""
+    trials = [trial(f"{mixer} 64", mixer, pattern=NO_GLOBAL, window=64) for mixer in ("window", "rattention")]
+    return [_at_rate(each, rate) for each in [trial("full", "full", pattern=NO_GLOBAL), *trials] for rate in SWEPT]
+
+
+def pareto() -> list[Trial]:
+    """The window alone against RATTENTION at windows from 32 to 512, and full attention, without a global layer."""
+    return _pareto("no global", NO_GLOBAL)
+
+
+def pareto_global() -> list[Trial]:
+    """As `pareto`, with the paper's pattern of three local layers to one global."""
+    return _pareto("3:1", SMALL.pattern)
+
+
+def _pareto(label: str, pattern: tuple[LayerKind, ...]) -> list[Trial]:
+    trials = [trial(f"full, {label}", "full", pattern=pattern)]
+    for window in (32, 64, 128, 256, 512):
+        for mixer in ("window", "rattention"):
+            trials.append(trial(f"{mixer} {window}, {label}", mixer, pattern=pattern, window=window))
     return trials
+
+
+def _at_rate(each: Trial, rate: float) -> Trial:
+    training = dataclasses.replace(each.training, learning_rate=rate)
+    return dataclasses.replace(each, name=f"{each.name}, rate {rate:g}", training=training, test_lengths=())
 
 
 def quick() -> list[Trial]:
@@ -70,4 +94,21 @@ def quick() -> list[Trial]:
     return [Trial("quick", model, training, task="mqar", task_options=options, task_share=1)]
 
 
-grids = {"pareto": pareto, "quick": quick}
+grids = {"quick": quick, "sweep": sweep, "pareto": pareto, "pareto_global": pareto_global}
+
+
+def load_grid(name: str) -> list[Trial]:
+    """A grid of this module, or the list `trials` that a Python file of the user's defines.
+
+    Raises:
+      ValueError: no such grid or file, or a file without a list of `Trial`.
+    """
+    if name in grids:
+        return grids[name]()
+    path = Path(name)
+    if path.suffix != ".py" or not path.exists():
+        raise ValueError(f"ablate: no grid {name!r}; give {', '.join(grids)} or a Python file that defines `trials`")
+    trials = runpy.run_path(str(path)).get("trials")
+    if not isinstance(trials, list) or not all(isinstance(each, Trial) for each in trials):
+        raise ValueError(f"ablate: {path} must define `trials`, a list of rattn_eqx.ablate.Trial; got {type(trials)}")
+    return trials
