@@ -297,7 +297,7 @@ def gated_residual(
         out = dot("cskg,skv->ckgv", inner.astype(v.dtype), v)
         old = jnp.where((query_runs == run_before)[:, None], jnp.exp(total), 0)
         out = out + dot("ckgf,kfv->ckgv", q, state.astype(v.dtype)) * old[..., None, None]
-        kept = jnp.where((key_runs == key_runs[-1])[:, None], jnp.exp(total[-1] - total), 0)
+        kept = jnp.where((key_runs == key_runs[-1])[:, None], jnp.exp(total[-1:] - total), 0)
         state = jnp.where(key_runs[-1] == run_before, jnp.exp(total[-1]), 0)[:, None, None] * state
         state = state + dot("skf,skv->kfv", k * kept[..., None].astype(k.dtype), v)
         return (state, key_runs[-1]), out
