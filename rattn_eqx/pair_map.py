@@ -13,6 +13,7 @@ import numpy as np
 from beartype import beartype
 from jaxtyping import Array, Bool, Float, jaxtyped
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm, to_rgb
 from matplotlib.figure import Figure
@@ -183,9 +184,10 @@ def pair_map(
 @jaxtyped(typechecker=beartype)
 def draw(found: PairMap, title: str = "") -> Figure:
     """The six parts of `found` as one figure: pairs, both kinds of weights, their agreement, the state, collisions."""
-    figure = Figure(figsize=(12, 7.4))
+    # rcParams may ask for a layout engine, which takes longer than all else; matplotlib's types forget "none".
+    figure = Figure(figsize=(12, 7.4), layout="none")  # pyright: ignore[reportArgumentType]
     (pairs, exact, linear), (agreement, state, collisions) = figure.subplots(2, 3)
-    figure.subplots_adjust(left=0.06, right=0.93, bottom=0.075, top=0.88, wspace=0.27, hspace=0.33)
+    figure.subplots_adjust(left=0.06, right=0.93, bottom=0.075, top=0.88, wspace=0.29, hspace=0.33)
     figure.suptitle(title, fontsize=13)
     _draw_pairs(pairs, found)
     _draw_weights(exact, found, found.softmax_weights, "softmax weights of the residual pairs")
@@ -256,6 +258,12 @@ def _title(axes: Axes, text: str) -> None:
     axes.set_title(text, fontsize=10, y=1.02)  # without a height, matplotlib measures every label to find one
 
 
+def _plain_ticks(axis: Axis) -> None:
+    """Of a logarithmic axis: 0.01, which unlike a power of ten needs no parser of formulas."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def _nothing(axes: Axes, text: str = "no residual pairs:\nthe window sees all") -> None:
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
     axes.set(xticks=[], yticks=[])
@@ -322,7 +330,7 @@ def _draw_agreement(axes: Axes, found: PairMap) -> None:
     axes.axhline(1, color=GREY, linestyle=":", linewidth=1, label="uniform")
     axes.set(xscale="log", xlim=(0.8e-3, 100), ylim=(min(0, 1.1 * float(y.min())), max(4, 1.1 * float(y.max()))))
     axes.set(xlabel="softmax weight, × mean (≤ 0.001 at the edge)", ylabel="φ weight, × mean of the row")
-    axes.xaxis.set_minor_locator(NullLocator())
+    _plain_ticks(axes.xaxis)
     axes.legend(fontsize=8, loc="upper left")
 
 
@@ -336,10 +344,10 @@ def _draw_state(axes: Axes, found: PairMap) -> None:
         (found.singular_values, found.effective_rank, ORANGE, "state S"),
     ):
         number = np.arange(1, len(values) + 1)
-        axes.plot(number, np.maximum(values, 1e-4), ".-", color=colour, label=f"{name}: {rank:.1f}")
-    axes.set(yscale="log", ylim=(0.7e-4, 1.5), xlabel="index of the singular value")
-    axes.set_ylabel("σ / largest σ (≤ 0.0001 at the edge)")
-    axes.yaxis.set_minor_locator(NullLocator())
+        axes.plot(number, np.maximum(values, 1e-3), ".-", color=colour, label=f"{name}: {rank:.1f}")
+    axes.set(yscale="log", ylim=(0.7e-3, 1.5), xlabel="index of the singular value")
+    axes.set_ylabel("σ / largest σ (≤ 0.001 at the edge)")
+    _plain_ticks(axes.yaxis)
     axes.legend(title="effective rank", fontsize=8, title_fontsize=8, loc="lower left")
 
 

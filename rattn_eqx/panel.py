@@ -40,17 +40,18 @@ class Panel:
         widgets = _ipywidgets()
         self.maps: dict[str, FeatureMap] = {**named, **(feature_maps or {})}
         self.length, self.seed, self.error = length, seed, None
-        wide: Any = dict(continuous_update=False, style={"description_width": "7em"})
-        self.feature_map = widgets.Dropdown(options=list(self.maps), description="feature map", style=wide["style"])
-        self.window = widgets.IntSlider(window, 0, length, description="window W", **wide)
+        look: Any = dict(style={"description_width": "8em"}, layout={"width": "30em"})
+        self.feature_map = widgets.Dropdown(options=list(self.maps), description="feature map", **look)
+        look |= dict(continuous_update=False)
+        self.window = widgets.IntSlider(window, 0, length, description="window W", **look)
         self.head_size = widgets.SelectionSlider(
-            options=sorted({*HEAD_SIZES, head_size}), value=head_size, description="head size d", **wide
+            options=sorted({*HEAD_SIZES, head_size}), value=head_size, description="head size d", **look
         )
         self.scale = widgets.FloatLogSlider(
-            scale, base=2, min=-3, max=3, step=0.25, readout_format=".2f", description="scale of q, k", **wide
+            scale, base=2, min=-3, max=3, step=0.25, readout_format=".2f", description="scale of q, k", **look
         )
         self.message = widgets.HTML()
-        self.picture = widgets.Image(format="png", layout={"max_width": "100%"})
+        self.picture = widgets.Image(format="png", layout={"width": "960px", "max_width": "100%"})
         controls = (self.feature_map, self.window, self.head_size, self.scale)
         rows = [widgets.HBox(controls[:2]), widgets.HBox(controls[2:])]
         self.box = widgets.VBox([*rows, self.message, self.picture])

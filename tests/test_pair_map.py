@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import pytest
 
@@ -192,3 +193,9 @@ def test_what_random_head_refuses():
     for scale in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=f"^random_head: scale must be positive and finite; got scale={scale}; 1"):
             pm.random_head(scale=scale)
+
+
+def test_a_layout_engine_set_for_all_figures_is_left_out():
+    with matplotlib.rc_context({"figure.constrained_layout.use": True}):
+        figure = pm.draw(pm.pair_map(*head(), window=5, feature_map=maps.relu))
+    assert figure.get_layout_engine() is None
