@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from rattn_eqx import ablation_table
+
 
 def loss_curves(
     runs: dict[str, list[dict[str, Any]]], lines: dict[str, float] | None = None, *, smooth: int = 20
@@ -52,3 +54,71 @@ def _column(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarr
     pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None and np.isfinite(row[name])]
     steps, values = zip(*pairs, strict=True) if pairs else ((), ())
     return np.asarray(steps), np.asarray(values, float)
+
+
+def by_window(rows: list[dict[str, Any]], metric: str, *, full: int = 2**20) -> Figure:
+    """A result of `rattn ablate` by window: means with 95% t intervals over seeds, each seed a dot.
+
+    Args:
+      rows: lines that differ in window, in whether there is a residual branch, and in seed.
+      metric: as of `ablation_table.result`.
+      full: a window of at least this is full attention, drawn as a line across.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    groups: dict[tuple[bool, int], list[float]] = {}
+    for row in rows:
+        model = row["trial"]["model"]
+        value = ablation_table.result(row, metric)
+        if value is not None:
+            groups.setdefault((model["residual"], model["window"]), []).append(value)
+    for colour, (residual, name) in enumerate(((False, "window alone"), (True, "RATTENTION"))):
+        windows = sorted(window for has, window in groups if has == residual and window < full)
+        found = [groups[residual, window] for window in windows]
+        at = np.asarray(windows) * (1.04 if residual else 0.96)  # beside each other
+        summaries = np.array([ablation_table.mean_and_half_width(values) for values in found]).reshape(-1, 2)
+        means, half_widths = summaries.T
+        axes.errorbar(at, means, half_widths, color=f"C{colour}", marker="o", capsize=3, label=name)
+        for x, values in zip(at, found, strict=True):
+            axes.plot([x] * len(values), values, ".", color=f"C{colour}", alpha=0.5)
+    for (_, window), values in groups.items():
+        if window >= full:
+            mean, half_width = ablation_table.mean_and_half_width(values)
+            axes.axhline(mean, color="black", linestyle="--", linewidth=1, label="full attention")
+            axes.axhspan(mean - half_width, mean + half_width, color="black", alpha=0.08)
+    axes.set(xlabel="window of the local layers, in tokens", ylabel=metric.replace("_", " "), xscale="log")
+    ticks = sorted({window for _, window in groups if window < full})
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
+def by_length(rows: dict[str, list[dict[str, Any]]], trained: int) -> Figure:
+    """Accuracy of `rattn ablate` by the length of the test: means over seeds, each seed a dot.
+
+    Args:
+      rows: lines of each curve, by its label.
+      trained: tokens in a training sequence; marked by a line.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (label, lines) in enumerate(rows.items()):
+        lengths = sorted({test["length"] for row in lines for test in row["tests"]})
+        seen = [[ablation_table.result(row, f"accuracy {length}") for row in lines] for length in lengths]
+        style = {"color": f"C{number}", "marker": "osD^v"[number % 5], "markersize": 9 - 2 * (number % 4)}
+        axes.plot(lengths, [np.mean(values) for values in seen], label=label, **style)
+        for length, values in zip(lengths, seen, strict=True):
+            axes.plot([length] * len(values), values, ".", color=f"C{number}", alpha=0.5)
+    chance = next(test["chance"] for lines in rows.values() for row in lines for test in row["tests"])
+    axes.axhline(chance, color="black", linestyle=":", linewidth=1, label=f"chance, {chance:g}")
+    axes.axvline(trained, color="black", linestyle="--", linewidth=1, label="length of training")
+    axes.set(xlabel="length of the test, in tokens", ylabel="accuracy", xscale="log", ylim=(-0.03, 1.05))
+    axes.xaxis.set_major_locator(FixedLocator(lengths))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure

@@ -66,3 +66,37 @@ def test_everything_measured_lies_inside_the_axes():
     low, high = figure.axes[0].get_ylim()
     assert low < 1.6
     assert high > 7.0, "the run's last loss and a line to compare with are cut off"
+
+
+def line(residual: bool, window: int, seed: int, bits: float) -> dict:
+    model = {"residual": residual, "window": window}
+    tests = [{"length": length, "accuracy": 1 / seed, "chance": 0.1} for length in (512, 2048)]
+    return {"trial": {"model": model}, "seed": seed, "bits_per_byte": bits, "tests": tests}
+
+
+def test_results_by_window_are_means_of_seeds():
+    rows = [
+        line(residual, window, seed, seed + window)
+        for residual in (True, False)
+        for window in (8, 64)
+        for seed in (1, 3)
+    ]
+    rows += [line(False, 2**20, seed, seed) for seed in (1, 2)]
+    figure = plot.by_window(rows, "bits_per_byte")
+    (axes,) = figure.axes
+    assert axes.get_ylabel() == "bits per byte"
+    means = [np.asarray(container.lines[0].get_ydata()).tolist() for container in axes.containers]
+    assert means == [[10.0, 66.0], [10.0, 66.0]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "full attention",
+        "window alone",
+        "RATTENTION",
+    ]
+    assert 1.5 in [line.get_ydata()[0] for line in axes.get_lines()]
+
+
+def test_results_by_length_show_chance_and_the_length_of_training():
+    figure = plot.by_length({"one": [line(True, 8, seed, 0) for seed in (1, 2)]}, 512)
+    (axes,) = figure.axes
+    assert texts(figure) == ["one", "chance, 0.1", "length of training"]
+    assert np.asarray(axes.get_lines()[0].get_ydata()).tolist() == [0.75, 0.75]
