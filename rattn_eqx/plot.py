@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from rattn_eqx.attribution import BranchShares, EffectiveMemory
 
@@ -63,7 +63,7 @@ def branch_shares(shares: BranchShares, window: int) -> Figure:
 
 
 def effective_memory(curves: dict[str, EffectiveMemory], window: int, num_local: int) -> Figure:
-    """How much a changed token moves the logits, by how far back it lies; triangles below stand for exactly 0.
+    """How much a changed token moves the logits, by how far back it lies; triangles stand for exactly 0.
 
     The token itself, distance 0, is left out.
 
@@ -80,6 +80,7 @@ def effective_memory(curves: dict[str, EffectiveMemory], window: int, num_local:
         zeros, height = distance[change == 0], 0.02 + 0.03 * number
         axes.plot(zeros, np.full(len(zeros), height), "v", color=f"C{number}", markersize=3,
                   transform=axes.get_xaxis_transform())  # fmt: skip
+    axes.plot([], [], "v", color="black", markersize=4, label="exactly 0")
     for distance, style, what in (
         (window - 1, "--", "window's last key"),
         (num_local * (window - 1), ":", f"{num_local} windows' last"),
@@ -87,6 +88,9 @@ def effective_memory(curves: dict[str, EffectiveMemory], window: int, num_local:
         axes.axvline(distance + 0.5, color="black", linestyle=style, linewidth=1, label=f"{what}, {distance} back")
     axes.set(xlabel="distance of the changed token (tokens)", ylabel="|change of logits| / |logits|")
     axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_major_locator(LogLocator(2))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure

@@ -266,7 +266,7 @@ def test_figures_show_what_was_measured():
 
     memory = EffectiveMemory(np.array([9, 0.5, 0.25, 0, np.nan]), np.array([4, 3, 2, 1, 0]))
     (axes,) = plot.effective_memory({"whole": memory}, 3, 2).axes
-    curve, zeros, window, stack = axes.get_lines()
+    curve, zeros, _, window, stack = axes.get_lines()
     np.testing.assert_array_equal(curve.get_ydata(), [0.5, 0.25, np.nan, np.nan])
     np.testing.assert_array_equal(curve.get_xdata(), [1, 2, 3, 4])
     np.testing.assert_array_equal(zeros.get_xdata(), [3])
