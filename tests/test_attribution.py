@@ -181,6 +181,7 @@ def test_memory_by_hand(model, tokens):
     places = np.array([[2, 9], [0, 1], [22, 23]])
     read = np.zeros(two.shape, bool)
     read[:, 5:20] = read[:, 23] = True
+    read[1, 8] = False
     got = effective_memory(model, two, places=places, read=read)
     total, pairs = np.zeros(24), np.zeros(24)
     logits_of = eqx.filter_jit(lambda tokens: model(tokens) - model(tokens).mean(axis=1, keepdims=True))
