@@ -25,6 +25,7 @@ from pallas.warpgroup_gpu import (
     ROWS,
     Ring,
     across,
+    axis_index,
     down,
     for_each_tile,
     iota,
@@ -82,14 +83,14 @@ def forward(arrays: dict, plan: Plan, *, save: bool) -> dict:
 
 def _forward_block(refs, ring, plan: Plan, save: bool, num_tiles: int, **scratch):
     """A block stays on its multiprocessor and takes one tile of queries after the other, copies running ahead."""
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup = axis_index("warpgroup")
     ring = Ring(*ring, plan.interpret)
 
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(240, action="increase")
         compute = _Compute(refs, ring, plan, save, warpgroup, **scratch)
-        compute.load_queries(plan.place(lax.axis_index("block"), warpgroup))
+        compute.load_queries(plan.place(axis_index("block"), warpgroup))
         for_each_tile(num_tiles, compute.tile, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 

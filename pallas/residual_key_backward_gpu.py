@@ -19,6 +19,7 @@ from pallas.warpgroup_gpu import (
     ROWS,
     Ring,
     across,
+    axis_index,
     down,
     iota,
     launch,
@@ -66,11 +67,11 @@ def key_gradients(arrays: dict, plan: Plan):
 
 
 def _residual_key_gradients(refs, plan: Plan, ring, **scratch):
-    warpgroup, batch, kv_head = (lax.axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
+    warpgroup, batch, kv_head = (axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
     ring = Ring(*ring, plan.interpret)
     count, group = plan.slices_at_once, plan.group
-    first_slice = lax.axis_index("part") * count
-    key = lax.axis_index("block") * ROWS
+    first_slice = axis_index("part") * count
+    key = axis_index("block") * ROWS
     begin, end = (x * group for x in plan.residual_queries(key))
     state = key // plan.spacing + 1  # the first that holds these keys
     read = int32(state < plan.num_states) if plan.num_states > 1 else None

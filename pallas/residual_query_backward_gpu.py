@@ -20,6 +20,7 @@ from pallas.warpgroup_gpu import (
     ROWS,
     Ring,
     across,
+    axis_index,
     close_gates,
     down,
     for_each_tile,
@@ -73,7 +74,7 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
 
 
 def _residual_query_gradients(refs, ring, plan: Plan, num_tiles: int, **scratch):
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup = axis_index("warpgroup")
     ring = Ring(*ring, plan.interpret)
 
     @pl.when(warpgroup == 2)
@@ -199,7 +200,7 @@ def _compute_for_queries(
 
         if plan.normed:
             r = per_row(refs["r_rla"].at[batch, head, rows])
-            is_first = index == lax.axis_index("block")
+            is_first = index == axis_index("block")
             sum_rows = lambda x: one_after_the_other(gates, warpgroup, is_first, lambda: x.sum(axis=0))
             gain = plgpu.load(refs["rla_gain"].at[batch, head], layout=PER_COLUMN, optimized=False)
             plgpu.barrier_wait(loaded)
@@ -263,7 +264,7 @@ def _compute_for_queries(
         send(stage, dq, target("dq"))
         return use
 
-    first_place = plan.place(lax.axis_index("block"), warpgroup)
+    first_place = plan.place(axis_index("block"), warpgroup)
     load(first_place)
     load_q(first_place)
     for_each_tile(num_tiles, one_tile, jnp.int32(0))

@@ -26,6 +26,7 @@ from pallas.warpgroup_gpu import (
     ROWS,
     Ring,
     across,
+    axis_index,
     launch,
     multiply_add,
     send,
@@ -165,8 +166,8 @@ def _launch(sweep: Sweep, arrays: dict, outputs: dict, length: int, pieces: int)
 
 def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, outputs: tuple):
     plan, count, d = sweep.plan, sweep.warpgroups, sweep.plan.head_size
-    warpgroup, batch, kv_head = (lax.axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
-    piece, first_slice = lax.axis_index("piece"), lax.axis_index("slices") * count
+    warpgroup, batch, kv_head = (axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
+    piece, first_slice = axis_index("piece"), axis_index("slices") * count
     ring = Ring(*ring, plan.interpret)
     begin = piece * length
     end = jnp.minimum(begin + length, sweep.num_intervals)

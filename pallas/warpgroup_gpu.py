@@ -265,7 +265,18 @@ def send(stage, value, target=None) -> None:
 def load_next(load: Callable, plan, index, is_last, warpgroup) -> None:
     """Ask for what `load(place)` brings for this block's next tile: all threads are done with what lies there."""
     plgpu.commit_smem()
-    pl.when(jnp.logical_not(is_last))(lambda: load(plan.place(index + lax.axis_size("block"), warpgroup)))
+    pl.when(jnp.logical_not(is_last))(lambda: load(plan.place(index + lax.axis_size(axis("block")), warpgroup)))
+
+
+def axis(name: str) -> str:
+    """A kernel's own name of an axis: one such as "batch" may name an axis of the device mesh around it, and would then
+    be read as the device's place there."""
+    return f"rattention {name}"
+
+
+def axis_index(name: str):
+    """This block's place along an axis of the grid, or this warpgroup's in its block."""
+    return lax.axis_index(axis(name))
 
 
 def named_refs(body: Callable, inputs: dict, outputs: dict):
@@ -280,7 +291,7 @@ def named_refs(body: Callable, inputs: dict, outputs: dict):
 
 def for_each_tile(num_tiles: int, body: Callable, carry):
     """`body(index, is_last, carry)` for every tile of this block: resident blocks deal the tiles out among them."""
-    block, blocks = lax.axis_index("block"), lax.axis_size("block")
+    block, blocks = axis_index("block"), lax.axis_size(axis("block"))
     count = (num_tiles - 1 - block) // blocks + 1
     return lax.fori_loop(0, count, lambda i, carry: body(block + i * blocks, i == count - 1, carry), carry)
 
@@ -311,9 +322,9 @@ def launch(
         out_type=tuple(outputs.values()),
         scratch_types=scratch,
         grid=tuple(grid.values()),
-        grid_names=tuple(grid),
+        grid_names=tuple(map(axis, grid)),
         num_threads=warpgroups,
-        thread_name="warpgroup",
+        thread_name=axis("warpgroup"),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=reduction_bytes),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(*(value for value in inputs.values() if value is not None))

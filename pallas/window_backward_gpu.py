@@ -21,6 +21,7 @@ from pallas.warpgroup_gpu import (
     ROWS,
     Ring,
     across,
+    axis_index,
     close_gates,
     down,
     for_each_tile,
@@ -66,7 +67,7 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
 
 
 def _window_query_gradients(refs, ring, plan: Plan, num_tiles: int, **scratch):
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup = axis_index("warpgroup")
     ring = Ring(*ring, plan.interpret)
 
     @pl.when(warpgroup == 2)
@@ -118,7 +119,7 @@ def _compute_for_queries(
         start = per_row(refs["segment_start"].at[batch, rows]) if plan.segmented else None
         if plan.normed:
             r = per_row(refs["r_swa"].at[batch, head, rows])
-            is_first = index == lax.axis_index("block")
+            is_first = index == axis_index("block")
             sum_rows = lambda x: one_after_the_other(gates, warpgroup, is_first, lambda: x.sum(axis=0))
             gain = plgpu.load(refs["swa_gain"].at[batch, head], layout=PER_COLUMN, optimized=False)
             plgpu.barrier_wait(loaded)
@@ -164,7 +165,7 @@ def _compute_for_queries(
         send(stage, dq * plan.scale, target("dq"))
         return use
 
-    load(plan.place(lax.axis_index("block"), warpgroup))
+    load(plan.place(axis_index("block"), warpgroup))
     for_each_tile(num_tiles, one_tile, jnp.int32(0))
     if plan.normed:
         close_gates(gates, warpgroup)
@@ -194,9 +195,9 @@ def key_gradients(arrays: dict, plan: Plan):
 
 
 def _window_key_gradients(refs, ring, lse_ring, delta_ring, k_tile, v_tile, loaded, plan: Plan):
-    warpgroup, batch, kv_head = (lax.axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
+    warpgroup, batch, kv_head = (axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
     ring, lse_ring, delta_ring = (Ring(*scratch, plan.interpret) for scratch in (ring, lse_ring, delta_ring))
-    lowest, group, d = lax.axis_index("block") * 2 * ROWS, plan.group, plan.head_size
+    lowest, group, d = axis_index("block") * 2 * ROWS, plan.group, plan.head_size
     begin, unmasked, masked_again, end = (x * group for x in plan.window_queries(lowest, 2 * ROWS))
     place = lambda step: (pl.ds(step // group * ROWS, ROWS), kv_head * group + step % group)
 

@@ -1,4 +1,4 @@
-"""The command line: `rattn pretrain`, `rattn generate`, `rattn evaluate`, `rattn cost`."""
+"""The command line: `rattn pretrain`, `rattn generate`, `rattn evaluate`, `rattn ablate`, `rattn cost`."""
 
 import argparse
 import dataclasses
@@ -111,6 +111,28 @@ def _parser() -> argparse.ArgumentParser:
     add("--attribution", action="store_true", help="also what each branch contributes: accuracy without it, its share "
         "of each layer's output, and how far back a changed token moves the logits")  # fmt: skip
     add("--out", type=Path, help="file to which a line of JSON is added for each length")
+
+    command = commands.add_parser(
+        "ablate", help="train and test a grid of small models", formatter_class=_Help,
+        description="Train every trial of a grid for some seeds, test it, and add a line of JSON for each seed. "
+        "Started again, it runs what is missing.",
+    )  # fmt: skip
+    command.set_defaults(run=_ablate)
+    add = command.add_argument
+    add("--grid", default="quick", help="a grid of rattn_eqx/grids.py, or a Python file that defines `trials`")
+    add("--set", metavar="SETTING=VALUE,...", action="append", dest="settings", help="run every trial with each of "
+        "these values, such as model.window=4,8; may be given again, for all combinations")  # fmt: skip
+    add("--only", help="trials whose name has this in it")
+    add("--list", action="store_true", help="print the trials and do nothing")
+    add("--seeds", type=int, default=3, help="seeds 0, 1, ... of each trial")
+    add("--out", type=Path, default=Path("runs/ablations.jsonl"), help="file of results")
+    add("--corpus", default="python", help="text, as of `rattn pretrain`; read if a trial needs it")
+    add("--cache", type=Path, default=Path("~/.cache/rattn"), help="where corpora and tokens are kept between runs")
+    add("--part", default="1/1", help="i/n runs the i-th of n shares of the grid: n processes may share a file")
+    add("--commit", help="of this code, for the results; default: git's")
+    add("--replay", metavar="FILE:LINE", help="run the trial and seed of a line of results again, and print both")
+    add("--table", action="store_true", help="print what --out holds: means, and differences with 95%% intervals")
+    add("--baseline", help="trial that --table compares the others with, seed by seed; default: its first")
 
     command = commands.add_parser(
         "cost", help="parameters, cache and generation time of a model size", formatter_class=_Help,
@@ -236,6 +258,33 @@ def _attribution(model, tokenizer, options: argparse.Namespace, length: int, tas
     for bins in zip(*row["memory"].values(), strict=True):
         print(f"  distance {bins[0][0]:>7,} to {bins[0][1] - 1:>7,}: " + "  ".join(f"{x:8.2g}" for *_, x in bins))
     return row
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    from rattn_eqx import ablate, ablation_table, grids
+
+    if options.table:
+        print(ablation_table.table(ablate.read_rows(options.out), options.baseline))
+        return
+    if options.replay:
+        old = ablate.replayed(options.replay)
+        trials, seeds = [ablate.Trial.from_json(old["name"], old["trial"])], [old["seed"]]
+    else:
+        trials = ablate.product(grids.load_grid(options.grid), ablate.parse_settings(options.settings or []))
+        trials, seeds = [trial for trial in trials if (options.only or "") in trial.name], list(range(options.seeds))
+    if options.list:
+        print("\n".join(trial.name for trial in trials))
+        return
+    needs_text = any(trial.needs_text for trial in trials)
+    data = ablate.load_data(options.corpus, options.cache.expanduser()) if needs_text else None
+    if options.replay:
+        print(f"then {ablate.summary([old])}, commit {old['commit']}, {old['device']}")
+        print(f"now  {ablate.summary(ablate.run_trial(trials[0], seeds, data, commit=options.commit))}")
+        return
+    index, _, parts = options.part.partition("/")
+    if not (index.isdigit() and parts.isdigit()):
+        raise ValueError(f"ablate: --part must be i/n such as 1/3; got {options.part!r}")
+    ablate.run_grid(trials, seeds, data, options.out, part=(int(index), int(parts)), commit=options.commit)
 
 
 def _cost(options: argparse.Namespace) -> None:

@@ -199,15 +199,29 @@ class RAttention(eqx.Module):
           x: normed stream of one sequence.
           segment_ids: one id for each token; a token reads its own run of equal ids only.
         """
+        return self.projections.merge(self.attend(*self.inputs(x), segment_ids))
+
+    def inputs(self, x: Array, feature_input: str = "raw") -> tuple[Array, Array, Array, Array, Array]:
+        """(q, k) of the window, with qk-norm and rotary embedding; (q, k) of the residual branch; and v, of heads.
+
+        `feature_input="normed"` gives the residual branch q and k after qk-norm; its learned scale comes after that.
+        """
         q, k, v = self.projections.project(x)
         positions = jnp.arange(x.shape[0])
-        q_local, k_local = (rotary(y, positions, theta=self.rope_theta) for y in self.projections.norm(q, k))
-        options: dict[str, Any] = dict(window=self.window, segment_ids=segment_ids, implementation=self.implementation)
-        if self.swa_gain is None or self.rla_gain is None:
-            return self.projections.merge(pallas.sliding_window_attention(q_local, k_local, v, **options))
+        q_normed, k_normed = self.projections.norm(q, k)
+        q_local, k_local = (rotary(y, positions, theta=self.rope_theta) for y in (q_normed, k_normed))
+        if feature_input == "normed":
+            q, k = q_normed, k_normed
         if self.feature_scale is not None:
             q = q * self.feature_scale.query.astype(q.dtype)[None]
             k = k * self.feature_scale.key.astype(k.dtype)[None]
+        return q_local, k_local, q, k, v
+
+    def attend(self, q_local: Array, k_local: Array, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+        """The heads: `pallas.rattention` of what `inputs` gives, or without the residual branch the window's alone."""
+        options: dict[str, Any] = dict(window=self.window, segment_ids=segment_ids, implementation=self.implementation)
+        if self.swa_gain is None or self.rla_gain is None:
+            return pallas.sliding_window_attention(q_local, k_local, v, **options)
         state = None if self.meta_tokens is None else self.meta_tokens.state(as_pair(self.feature_map)[1])
         heads: Any = pallas.rattention(  # one array: no final state is asked for
             q_local,
@@ -222,7 +236,7 @@ class RAttention(eqx.Module):
             segment_state=state,
             **options,
         )
-        return self.projections.merge(heads)
+        return heads
 
 
 @jaxtyped(typechecker=beartype)

@@ -7,7 +7,8 @@ import jax
 from beartype import beartype
 from jaxtyping import Array, Float, Int, PRNGKeyArray, jaxtyped
 
-from pallas.feature_map import FeatureMap, named
+from pallas.feature_map import FeatureMap, Hedgehog, named
+from rattn_eqx.ablated import AblatedAttention
 from rattn_eqx.attention import GlobalAttention, RAttention
 from rattn_eqx.feed_forward import FeedForward
 from rattn_eqx.norm import RMSNorm
@@ -19,7 +20,7 @@ class Block(eqx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm, in x's dtype."""
 
     attention_norm: RMSNorm
-    attention: RAttention | GlobalAttention
+    attention: RAttention | AblatedAttention | GlobalAttention
     feed_forward_norm: RMSNorm
     feed_forward: FeedForward
 
@@ -49,7 +50,9 @@ class Block(eqx.Module):
         if kind == "global":
             self.attention = GlobalAttention(config.model_width, **heads)
             return
-        self.attention = RAttention(
+        if feature_map is None and config.feature_map == "learned":
+            feature_map = Hedgehog(config.head_size, key=jax.random.fold_in(key, 2))  # 0 and 1 give the keys split off
+        attention = RAttention(
             config.model_width,
             window=config.window,
             residual=config.residual,
@@ -61,6 +64,7 @@ class Block(eqx.Module):
             rope_theta=config.rope_theta,
             **heads,
         )
+        self.attention = AblatedAttention(attention, config) if config.is_ablated else attention
 
     @jaxtyped(typechecker=beartype)
     def __call__(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 
-from pallas.feature_map import named, num_features
+from pallas.feature_map import named, num_features, softmax
 from rattn_eqx.language_model import LanguageModel
 from rattn_eqx.presets import LayerKind, ModelConfig
 
@@ -107,7 +107,7 @@ def state_bytes(config: ModelConfig, *, bytes_per_element: int = 4) -> int:
     """
     if not config.residual:
         return 0
-    features = num_features(named[config.feature_map], config.head_size)
+    features = num_features(named.get(config.feature_map, softmax), config.head_size)  # a learned map has as many
     per_layer = config.num_kv_heads * features * config.head_size * bytes_per_element
     return config.layer_kinds.count("local") * per_layer
 
@@ -176,7 +176,7 @@ def describe_cost(config: ModelConfig, *, context: int, batch: int, hardware: Ha
 
     per_head = ""
     if config.residual:
-        features = num_features(named[config.feature_map], config.head_size)
+        features = num_features(named.get(config.feature_map, softmax), config.head_size)  # a learned map has as many
         as_tokens = state_in_tokens(features, config.head_size, config.head_size)
         per_head = f"; as many numbers per head as the keys and values of {as_tokens:g} tokens"
 

@@ -15,7 +15,11 @@ class ModelConfig:
     `pattern` is repeated down the layers: a "local" layer is `RAttention`, a "global" one is `GlobalAttention`.
     `window` counts the keys that a local layer's query sees, itself included; 0 leaves linear attention alone.
     `residual=False` takes the residual branch away: a plain sliding-window layer.
-    `swa_gain` and `rla_gain` are what the learned gains of the two branches begin at.
+    `swa_gain` and `rla_gain` are what the learned gains of the two branches begin at. `feature_map` is a named one of
+    `pallas.feature_map`, or "learned": a `Hedgehog` of each local layer's own.
+
+    The fields from `branch_norm` on depart from the paper's layer, for ablations; `ablated.AblatedAttention` defines
+    them.
     """
 
     vocabulary_size: int
@@ -37,6 +41,17 @@ class ModelConfig:
     rope_theta: float | int = 5e5
     gate: Literal["gelu", "silu"] = "gelu"
     tie_embeddings: bool = True
+    branch_norm: Literal["group", "sum", "none"] = "group"
+    feature_input: Literal["raw", "normed"] = "raw"
+    head_split: bool = False
+    decay_gate: bool = False
+    num_sinks: int = 0
+    conv_width: int = 0
+
+    @property
+    def is_ablated(self) -> bool:
+        """Whether a local layer departs from the paper's."""
+        return any(getattr(self, field.name) != field.default for field in dataclasses.fields(self)[-6:])
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -68,8 +83,15 @@ class ModelConfig:
             )
         if self.head_size % 2:
             raise ValueError(f"ModelConfig: head_size must be even, for rotary embedding; got {self.head_size}")
-        if self.feature_map not in named:
-            raise ValueError(f"ModelConfig: feature_map must be one of {', '.join(named)}; got {self.feature_map!r}")
+        maps = (*named, "learned")
+        if self.feature_map not in maps:
+            raise ValueError(f"ModelConfig: feature_map must be one of {', '.join(maps)}; got {self.feature_map!r}")
+        for name, known in (("branch_norm", ("group", "sum", "none")), ("feature_input", ("raw", "normed"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"ModelConfig: {name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        for name in ("num_sinks", "conv_width"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"ModelConfig: {name} must be at least 0; got {getattr(self, name)}")
 
 
 # Trained on two laptop cores in minutes; how its numbers were chosen stands in LOG.md.

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+import pallas
 from pallas import compile
 from pallas.__main__ import main
-from pallas.compile import CASES, INSTALL, Case, Kernel, compile_case, failures, parse_listing, refusal
+from pallas.compile import CASES, INSTALL, TARGETS, Case, Kernel, compile_case, failures, parse_listing, refusal
 
 HERE: dict[str, str | None] = {name: "0.11.2" for name in compile.PACKAGES}
 SMALL = Case("small", op="sliding_window_attention", length=256, num_heads=2, num_kv_heads=1, head_size=64, window=100)
@@ -179,3 +184,27 @@ def test_a_case_that_does_not_compile_says_why():
     assert found["error"].startswith(
         "NotImplementedError: sliding_window_attention: implementation='gpu' takes head sizes"
     )
+
+
+@pytest.mark.skipif(not installed(), reason="needs jax-cuda13-plugin: pip install '.[compile]'")
+def test_a_device_mesh_may_name_its_axes_as_it_likes():
+    """A kernel that took a mesh's axis for its own would ask which device it runs on, through NVSHMEM."""
+    from jax.sharding import AbstractDevice  # jax 0.11
+
+    names = ("batch", "block", "kv_head", "part", "piece", "slices", "warpgroup")
+    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=TARGETS["h100"])
+    mesh = Mesh(np.array(topology.devices).reshape((1,) * len(names)), names)
+    gains = {"swa_gain": jnp.ones((2, 64)), "rla_gain": jnp.ones((2, 64))}
+
+    def gradients(*arrays):
+        one = lambda q, k, v: pallas.rattention(q, k, v, window=64, implementation="gpu", **gains)
+        return jax.grad(lambda *x: jnp.sum(jax.vmap(one)(*x)).astype(jnp.float32), argnums=(0, 1, 2))(*arrays)
+
+    shape = lambda heads: jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16)
+    everywhere = PartitionSpec()
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    device = AbstractDevice(topology.devices[0].device_kind, 132, "gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        lowered = jax.jit(sharded).lower(shape(2), shape(1), shape(1)).as_text()
+    assert lowered.count("mosaic_gpu_v2") == 9
+    assert "nvshmem" not in lowered

@@ -1,0 +1,466 @@
+"""Ablations: a grid of trials, each trained and tested for several seeds; `rattn ablate`.
+
+A trial's seeds train together as one vmapped program on one device, for as long as a figure needs and no longer: there
+are no checkpoints. What is kept is a line of JSON for each seed when its trial is done. A grid that is started again
+runs the trials whose lines are missing.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from tqdm import tqdm
+
+from pallas.bench import facts
+from rattn_eqx.corpus import Corpus, build_corpus
+from rattn_eqx.cost import count_parameters
+from rattn_eqx.evaluate import without_residual
+from rattn_eqx.evaluate_recall import evaluate_task, make_task
+from rattn_eqx.language_model import LanguageModel, batch_logits
+from rattn_eqx.loss import cross_entropy
+from rattn_eqx.presets import ModelConfig
+from rattn_eqx.run_folder import TrainConfig
+from rattn_eqx.tokens import ByteTokenizer, tokenize
+from rattn_eqx.train import make_optimizer, validation_loss
+
+POOL = 8192  # task samples that training draws from, over and over
+TEST_SEED = 2**31  # no trial's samples
+DISPATCH = 25  # steps in one call of the device
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One cell of a grid: a model, how it is trained, and what it is tested on.
+
+    `training.seed` counts for nothing: a trial is run for seeds. A step reads `training.batch_size` sequences, of which
+    `task_share` (rounded to whole sequences) are samples of the recall task and the rest is text. `task_loss="all"` is
+    the mean over all tokens; "answers" adds the mean over the text's tokens and the mean over the answers'.
+
+    `windows`: each step trains with one of these, drawn at random, and tests run with the model's own (SWAX, arXiv
+    2509.24552). `window_dropout`: the chance, at each step and local layer, that the window's branch is left out in
+    training (arXiv 2510.05901).
+
+    Raises:
+      ValueError: a share outside [0, 1], or departures that need both branches where there are not two.
+    """
+
+    name: str
+    model: ModelConfig
+    training: TrainConfig
+    task: str = "needle"
+    task_options: dict[str, int | str] = dataclasses.field(default_factory=dict)
+    task_share: float | int = 0.5
+    task_loss: Literal["all", "answers"] = "answers"
+    windows: tuple[int, ...] = ()
+    window_dropout: float | int = 0.0
+    test_lengths: tuple[int, ...] = ()
+    test_samples: int = 128
+
+    def __post_init__(self):
+        for name in ("task_share", "window_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Trial {self.name}: {name} must lie between 0 and 1; got {getattr(self, name)}")
+        if self.task_loss not in ("all", "answers"):
+            raise ValueError(f"Trial {self.name}: task_loss must be 'all' or 'answers'; got {self.task_loss!r}")
+        if self.window_dropout and not self.model.residual:
+            raise ValueError(
+                f"Trial {self.name}: window_dropout needs the residual branch; got residual=False; use window_dropout=0"
+            )
+
+    @property
+    def task_sequences(self) -> int:
+        """Samples of the task in a batch."""
+        return round(self.task_share * self.training.batch_size)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the trial reads a corpus."""
+        in_text = self.task_options.get("haystack") == "corpus"
+        return in_text or self.task_sequences < self.training.batch_size
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the name, as JSON holds it: two trials are the same if this is."""
+        values = dataclasses.asdict(self)
+        del values["name"], values["training"]["seed"]
+        return json.loads(json.dumps(values))
+
+    @classmethod
+    def from_json(cls, name: str, values: dict[str, Any]) -> "Trial":
+        """The trial whose `to_json` is `values`."""
+        model = ModelConfig(**{**values["model"], "pattern": tuple(values["model"]["pattern"])})
+        rest = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(name, **{**rest, "model": model, "training": TrainConfig(**values["training"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What trials read: training tokens, the path of the validation tokens, the training text, and their hash."""
+
+    train: np.ndarray
+    validation: Path
+    text: bytes
+    sha256: str
+
+
+def load_data(source: str, cache: Path) -> Data:
+    """The corpus of `rattn pretrain` in bytes, of `corpus.build_corpus`, gathered or found under `cache`."""
+    corpus: Corpus = build_corpus(source, cache)
+    train, validation = tokenize(corpus, ByteTokenizer(), cache)
+    text = b"\n".join(corpus.documents("train"))
+    return Data(np.load(train, mmap_mode="r"), validation, text, corpus.manifest["sha256"])
+
+
+def run_grid(
+    trials: list[Trial],
+    seeds: list[int],
+    data: Data | None,
+    out: Path,
+    *,
+    part: tuple[int, int] = (1, 1),
+    commit: str | None = None,
+    report: Callable[[str], object] = tqdm.write,
+    show_progress: bool = True,
+) -> None:
+    """Run every trial whose lines are not in `out` yet, and append them: one for each seed.
+
+    Args:
+      part: (i, n) runs the i-th of n equal shares, counted from 1, so that n processes can share a grid and a file.
+      commit: of this code, to be written in the lines; None asks git.
+      report: told each trial's result in a line.
+
+    Raises:
+      ValueError: two trials of one name, a part out of range, a line of `out` that is not JSON; what a trial raises.
+    """
+    names = [trial.name for trial in trials]
+    if len(set(names)) < len(names):
+        raise ValueError(f"run_grid: names must differ; got {', '.join(n for n in names if names.count(n) > 1)}")
+    index, parts = part
+    if not 1 <= index <= parts:
+        raise ValueError(f"run_grid: part must be i/n with 1 <= i <= n; got {index}/{parts}")
+    corpus = None if data is None else data.sha256
+    done = {(_key(row["trial"], row["corpus"]), row["seed"]) for row in read_rows(out)}
+    for number, trial in enumerate(trials[index - 1 :: parts]):
+        left = [seed for seed in seeds if (_key(trial.to_json(), corpus), seed) not in done]
+        if not left:
+            report(f"{trial.name}: already in {out}")
+            continue
+        title = f"{number * parts + index}/{len(trials)} {trial.name}"
+        rows = run_trial(trial, left, data, commit=commit, title=title, show_progress=show_progress)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        report(f"{title}: {summary(rows)}")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a result file; none if there is no file.
+
+    Raises:
+      ValueError: for a line that is no JSON, with its number.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"ablate: line {number} of {path} is no JSON ({error}); remove it") from error
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """One line: bits per byte and accuracy at each length, mean over seeds."""
+    mean = lambda values: sum(values) / len(values)
+    parts = []
+    if rows[0]["bits_per_byte"] is not None:
+        parts.append(f"{mean([row['bits_per_byte'] for row in rows]):.3f} bits/byte")
+    for i, tested in enumerate(rows[0]["tests"]):
+        accuracies = [row["tests"][i]["accuracy"] for row in rows]
+        shown = ", ".join(f"{accuracy:.3f}" for accuracy in accuracies)
+        parts.append(f"{tested['task']} {tested['length']}: {mean(accuracies):.3f} ({shown})")
+    return f"{'; '.join(parts)}; {rows[0]['seconds']:.0f} s"
+
+
+def run_trial(
+    trial: Trial,
+    seeds: list[int],
+    data: Data | None,
+    *,
+    implementation: str | None = None,
+    commit: str | None = None,
+    title: str = "",
+    show_progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Train a trial for each seed, all at once, and test each: its lines.
+
+    A seed fixes the initial parameters and the order of texts and samples, which are the same for trials of one context
+    and batch: differences between trials can be paired by seed.
+
+    Args:
+      data: what text is read; may be None where `task_share` is 1.
+      implementation: of the ops.
+      commit: of this code; None asks git.
+    """
+    started = time.monotonic()
+    title = title or trial.name
+    models, losses, skipped = train_trial(
+        trial, seeds, data, implementation=implementation, title=title, show_progress=show_progress
+    )
+    trained = time.monotonic() - started
+    lengths = list(trial.test_lengths or (trial.training.context,))
+    options = task_options(trial, data)
+    tokenizer = ByteTokenizer()
+    about = facts(commit)
+    rows = []
+    for index, seed in enumerate(seeds):
+        model = jax.tree.map(lambda x, i=index: x[i] if eqx.is_array(x) else x, models)
+
+        def test(model: LanguageModel, lengths: list[int]) -> dict[str, Any]:
+            bits = None
+            if data is not None and trial.task_share < 1:
+                bits = validation_loss(model, trial.training, data.validation, tokenizer)
+            tests = evaluate_task(
+                model, tokenizer, trial.task, lengths, samples=trial.test_samples, seed=TEST_SEED, options=options
+            )
+            return {"bits_per_byte": bits, "tests": [row for _, row in tests]}
+
+        row = {"name": trial.name, "trial": trial.to_json(), "seed": seed} | test(model, lengths)
+        if trial.model.residual:
+            row["without_residual"] = test(without_residual(model), [trial.training.context])
+        every = max(1, len(losses) // 50)
+        row["losses"] = [[step + 1, round(float(losses[step, index]), 4)] for step in range(0, len(losses), every)]
+        row |= {
+            "parameters": count_parameters(trial.model),
+            "tokens": trial.training.steps * trial.training.batch_size * trial.training.context,
+            "skipped": int(skipped[index]),
+            "corpus": data.sha256 if data is not None else None,
+            "seconds": round(time.monotonic() - started, 1),
+            "training_seconds": round(trained, 1),
+        }
+        rows.append(row | about)
+    return rows
+
+
+def train_trial(
+    trial: Trial,
+    seeds: list[int],
+    data: Data | None,
+    *,
+    implementation: str | None = None,
+    title: str = "",
+    show_progress: bool = True,
+) -> tuple[LanguageModel, np.ndarray, np.ndarray]:
+    """Train one model for each seed.
+
+    Returns:
+      A `LanguageModel` whose arrays have an axis of seeds in front, the loss of each step and seed, and the number of
+      steps that each seed skipped because its gradients were not finite.
+    """
+    # The update is linear in the learning rate, which stays outside: a sweep compiles once, where there is a cache.
+    config = dataclasses.replace(trial.training, learning_rate=1.0)
+    rate = jnp.float32(trial.training.learning_rate)
+    make = functools.partial(_make_model, trial, implementation)
+    models = eqx.filter_vmap(make)(jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)))
+    parameters, _ = eqx.partition(models, eqx.is_array)
+    optimizer = make_optimizer(config)
+    state = jax.vmap(optimizer.init)(parameters)
+    sources = _sources(trial, data)
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 7))(jnp.asarray(seeds, jnp.uint32))
+
+    def one_seed(window, number, kept, sources, rate, parameters, state, key):
+        batch = _batch(jax.random.fold_in(key, number), *sources, trial)
+        of_parameters = lambda p: _loss(_with_window(trial, implementation, window, p), trial, batch, kept)
+        loss, gradients = jax.value_and_grad(of_parameters)(parameters)
+        updates, state = optimizer.update(gradients, state, parameters)
+        parameters = optax.apply_updates(parameters, jax.tree.map(lambda x: x * rate, updates))
+        return parameters, state, loss
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def steps(window, carry, numbers, sources, rate, keys):
+        def step(carry, number):
+            kept = jax.random.uniform(jax.random.fold_in(jax.random.key(0), number), (trial.model.num_layers,))
+            one = functools.partial(one_seed, window, number, kept >= trial.window_dropout, sources, rate)
+            parameters, state, loss = jax.vmap(one)(*carry, keys)
+            return (parameters, state), loss
+
+        return jax.lax.scan(step, carry, numbers)
+
+    windows = trial.windows or (trial.model.window,)
+    together = 1 if len(windows) > 1 else DISPATCH
+    drawn = np.random.default_rng(0).choice(windows, config.steps)
+    carry, losses = (parameters, state), []
+    bar = tqdm(total=config.steps, unit="step", disable=not show_progress, dynamic_ncols=True, desc=title, leave=False)
+    with bar:
+        for start in range(0, config.steps, together):
+            numbers = jnp.arange(start, min(start + together, config.steps))
+            carry, loss = steps(int(drawn[start]), carry, numbers, sources, rate, keys)
+            losses.append(np.asarray(loss))
+            bar.set_postfix_str(f"loss {losses[-1][-1].mean():.3f}", refresh=False)
+            bar.update(len(numbers))
+    parameters, state = carry
+    model = _with_window(trial, implementation, trial.model.window, parameters)
+    return model, np.concatenate(losses), np.asarray(state.total_notfinite)
+
+
+def task_options(trial: Trial, data: Data | None) -> dict[str, Any]:
+    """The trial's task options, with the training text where its haystack is the corpus."""
+    options: dict[str, Any] = dict(trial.task_options)
+    if options.get("haystack") == "corpus" and data is not None:
+        options["text"] = data.text
+    return options
+
+
+def _make_model(trial: Trial, implementation: str | None, key: PRNGKeyArray) -> LanguageModel:
+    settings = trial.training
+    return LanguageModel(
+        trial.model,
+        compute_dtype=settings.compute_dtype,
+        rematerialise=settings.rematerialise,
+        implementation=implementation,
+        key=key,
+    )
+
+
+def _with_window(trial: Trial, implementation: str | None, window: int, parameters: Any) -> LanguageModel:
+    """The model with these parameters and this window, which is part of a model's structure."""
+    trial = dataclasses.replace(trial, model=dataclasses.replace(trial.model, window=window))
+    shapes = eqx.filter_eval_shape(functools.partial(_make_model, trial, implementation), jax.random.key(0))
+    arrays, static = eqx.partition(shapes, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+    return eqx.combine(jax.tree.unflatten(jax.tree.structure(arrays), jax.tree.leaves(parameters)), static)
+
+
+def _sources(trial: Trial, data: Data | None) -> tuple[Array, Array, Array]:
+    """On the device: training text, the pool's sequences, and where their answers stand."""
+    if trial.needs_text and data is None:
+        raise ValueError(
+            f"Trial {trial.name}: task_share={trial.task_share} with task_options={trial.task_options} needs a text; "
+            "got none; give data"
+        )
+    context = trial.training.context
+    text = np.zeros(context + 1, np.uint16) if data is None else data.train
+    sequences, answers = np.zeros((1, context + 1), np.uint16), np.zeros((1, context), bool)
+    if trial.task_sequences:
+        shapes = eqx.filter_eval_shape(functools.partial(_make_model, trial, None), jax.random.key(0))
+        needed = trial.task_sequences * trial.training.steps
+        drawn = make_task(trial.task, shapes, ByteTokenizer(), 0, min(POOL, needed), context, task_options(trial, data))
+        sequences = np.concatenate([drawn.tokens, drawn.targets[:, -1:]], axis=1).astype(np.uint16)
+        answers = drawn.scored
+    return jnp.asarray(text), jnp.asarray(sequences), jnp.asarray(answers)
+
+
+def _batch(
+    key: PRNGKeyArray, text: Array, pool: Array, answers: Array, trial: Trial
+) -> tuple[Int[Array, "batch length"], Bool[Array, "batch t"]]:
+    """Sequences of context + 1 tokens, samples of the task first, and where the samples' answers stand."""
+    text_key, pool_key = jax.random.split(key)
+    context, num_tasks = trial.training.context, trial.task_sequences
+    num_texts = trial.training.batch_size - num_tasks
+    chosen = jax.random.randint(pool_key, (num_tasks,), 0, pool.shape[0])
+    starts = jax.random.randint(text_key, (num_texts,), 0, text.shape[0] - context)
+    cut = jax.vmap(lambda start: jax.lax.dynamic_slice(text, (start,), (context + 1,)))
+    sequences = jnp.concatenate([pool[chosen], cut(starts)]).astype(jnp.int32)
+    return sequences, jnp.concatenate([answers[chosen], jnp.zeros((num_texts, context), bool)])
+
+
+def _loss(model: LanguageModel, trial: Trial, batch, kept: Bool[Array, "layers"]) -> Float[Array, ""]:
+    if trial.window_dropout:
+        local = [i for i, kind in enumerate(trial.model.layer_kinds) if kind == "local"]
+        where = lambda model: [model.blocks[i].attention.swa_gain for i in local]
+        gains = [gain * kept[i] for i, gain in zip(local, where(model), strict=True)]
+        model = eqx.tree_at(where, model, gains)
+    sequences, answers = batch
+    tokens, targets = sequences[:, :-1], sequences[:, 1:]
+    segment_ids = jnp.cumsum(tokens == ByteTokenizer().document, axis=-1)
+    logits = batch_logits(model, tokens, segment_ids)
+    if trial.task_loss == "all":
+        return cross_entropy(logits, targets, jnp.ones(targets.shape, bool)) / targets.size
+    is_text = jnp.broadcast_to(jnp.arange(len(tokens))[:, None] >= trial.task_sequences, targets.shape)
+    mean = lambda where: cross_entropy(logits, targets, where) / jnp.maximum(1, jnp.sum(where))
+    return mean(is_text) + mean(answers)
+
+
+def _key(trial: dict[str, Any], corpus: str | None) -> str:
+    return json.dumps([trial, corpus], sort_keys=True)
+
+
+def product(trials: list[Trial], settings: dict[str, list[Any]]) -> list[Trial]:
+    """Every trial with every combination of settings, such as {"model.window": [32, 64], "task_share": [1]}.
+
+    Raises:
+      ValueError: for a setting that no trial has.
+    """
+    made = []
+    for trial, values in itertools.product(trials, itertools.product(*settings.values())):
+        pairs = list(zip(settings, values, strict=True))
+        name = " ".join([trial.name, *(f"{key.split('.')[-1]}={value}" for key, value in pairs)])
+        made.append(dataclasses.replace(_replaced(trial, pairs), name=name))
+    return made
+
+
+def _replaced(trial: Trial, pairs: list[tuple[str, Any]]) -> Trial:
+    changes: dict[str, Any] = {}
+    for key, value in pairs:
+        head, _, tail = key.partition(".")
+        owner = getattr(trial, head, None) if tail else trial
+        known = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+        if not (tail and isinstance(owner, dict)) and (tail or head) not in known:
+            raise ValueError(
+                f"ablate: no setting {key!r}; use model.FIELD, training.FIELD, task_options.NAME or a field of Trial: "
+                + ", ".join(field.name for field in dataclasses.fields(Trial))
+            )
+        if tail:
+            changes.setdefault(head, {})[tail] = value
+        else:
+            changes[head] = value
+    for head, value in changes.items():
+        old: Any = getattr(trial, head)
+        if isinstance(value, dict):
+            changes[head] = old | value if isinstance(old, dict) else dataclasses.replace(old, **value)
+    return dataclasses.replace(trial, **changes)
+
+
+def parse_settings(texts: list[str]) -> dict[str, list[Any]]:
+    """Settings of `product` from the command line, such as "model.window=4,8"; values are JSON, or else text.
+
+    Raises:
+      ValueError: for anything without a name and a value.
+    """
+    settings: dict[str, list[Any]] = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        if not (name and values):
+            raise ValueError(f"ablate: a setting must be NAME=VALUE,VALUE such as model.window=4,8; got {text!r}")
+        settings[name] = [_value(name, value) for value in values.split(",")]
+    return settings
+
+
+def _value(name: str, text: str) -> Any:
+    if name in ("model.pattern", "windows", "test_lengths"):  # several, with + between
+        return tuple(_value("", part) for part in text.split("+"))
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def replayed(place: str) -> dict[str, Any]:
+    """The line of results at "FILE:LINE", counted from 1.
+
+    Raises:
+      ValueError: no such file or line.
+    """
+    file, _, number = place.rpartition(":")
+    rows = read_rows(Path(file)) if file else []
+    if not number.isdigit() or not 1 <= int(number) <= len(rows):
+        raise ValueError(f"ablate: replay needs FILE:LINE with a line from 1 to {len(rows)}; got {place!r}")
+    return rows[int(number) - 1]

@@ -1,0 +1,114 @@
+"""The grids of ablations that this project ran: each a function that gives a list of trials."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from rattn_eqx.ablate import Trial
+from rattn_eqx.presets import LayerKind, ModelConfig
+from rattn_eqx.run_folder import TrainConfig
+
+FULL = 2**20  # a window longer than any sequence here: full attention
+
+# 3.2 million parameters. The head size is one that the GPU kernels compute without padding.
+SMALL = ModelConfig(
+    vocabulary_size=258,
+    model_width=256,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=64,
+    feed_forward_width=768,
+    window=128,
+    rla_gain=0.3,
+)
+# 49 million tokens. Many small batches learn recall in fewer tokens than few large ones: LOG.md.
+TRAINING = TrainConfig(
+    steps=3000,
+    batch_size=8,
+    context=2048,
+    learning_rate=2e-3,
+    warmup_steps=300,
+    compute_dtype="bfloat16",
+    evaluation_tokens=2**19,
+)
+# Eight needles in text, and all of them asked for.
+NEEDLE = {"haystack": "corpus", "num_keys": 8, "num_queries": 8}
+LENGTHS = (2048, 4096, 8192, 16384, 32768)
+
+NO_GLOBAL = ("local",)
+MIXERS = {
+    "full": {"residual": False, "window": FULL},
+    "window": {"residual": False},
+    "linear": {"window": 0},
+    "rattention": {},
+}
+SWEPT = (1e-3, 2e-3, 4e-3)
+RATES = {"full": 2e-3, "window": 2e-3, "linear": 2e-3, "rattention": 2e-3}  # the best of `sweep`
+
+
+def trial(name: str, mixer: str = "rattention", **model) -> Trial:
+    """A trial of the small model on text with needles: a mixer, and fields of `ModelConfig` exchanged."""
+    config = dataclasses.replace(SMALL, **(MIXERS[mixer] | model))
+    training = dataclasses.replace(TRAINING, learning_rate=RATES[mixer])
+    return Trial(name, config, training, task_options=NEEDLE, test_lengths=LENGTHS, test_samples=64)
+
+
+def sweep() -> list[Trial]:
+    """The learning rate of each family of mixers, without a global layer."""
+    trials = [trial(f"{mixer} 64", mixer, pattern=NO_GLOBAL, window=64) for mixer in ("window", "rattention")]
+    return [_at_rate(each, rate) for each in [trial("full", "full", pattern=NO_GLOBAL), *trials] for rate in SWEPT]
+
+
+def pareto() -> list[Trial]:
+    """The window alone against RATTENTION at windows from 32 to 512, and full attention, without a global layer."""
+    return _pareto("no global", NO_GLOBAL)
+
+
+def pareto_global() -> list[Trial]:
+    """As `pareto`, with the paper's pattern of three local layers to one global."""
+    return _pareto("3:1", SMALL.pattern)
+
+
+def _pareto(label: str, pattern: tuple[LayerKind, ...]) -> list[Trial]:
+    trials = [trial(f"full, {label}", "full", pattern=pattern)]
+    for window in (32, 128, 512, 64, 256):  # the ends first: a grid may be stopped
+        for mixer in ("window", "rattention"):
+            trials.append(trial(f"{mixer} {window}, {label}", mixer, pattern=pattern, window=window))
+    return trials
+
+
+def _at_rate(each: Trial, rate: float) -> Trial:
+    training = dataclasses.replace(each.training, learning_rate=rate)
+    return dataclasses.replace(each, name=f"{each.name}, rate {rate:g}", training=training, test_lengths=())
+
+
+def quick() -> list[Trial]:
+    """One small model on associative recall beyond its windows: seconds on a CPU, for `--set` to vary."""
+    model = dataclasses.replace(
+        SMALL, model_width=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32, feed_forward_width=128,
+        window=8, pattern=NO_GLOBAL, feature_map="relu", rla_gain=0.1, conv_width=3,
+    )  # fmt: skip
+    training = TrainConfig(steps=400, batch_size=32, context=64, learning_rate=3e-3, warmup_steps=40)
+    options: dict[str, int | str] = {"num_pairs": 4, "num_queries": 4, "gap": 20}
+    return [Trial("quick", model, training, task="mqar", task_options=options, task_share=1)]
+
+
+grids = {"quick": quick, "sweep": sweep, "pareto": pareto, "pareto_global": pareto_global}
+
+
+def load_grid(name: str) -> list[Trial]:
+    """A grid of this module, or the list `trials` that a Python file of the user's defines.
+
+    Raises:
+      ValueError: no such grid or file, or a file without a list of `Trial`.
+    """
+    if name in grids:
+        return grids[name]()
+    path = Path(name)
+    if path.suffix != ".py" or not path.exists():
+        raise ValueError(f"ablate: no grid {name!r}; give {', '.join(grids)} or a Python file that defines `trials`")
+    trials = runpy.run_path(str(path)).get("trials")
+    if not isinstance(trials, list) or not all(isinstance(each, Trial) for each in trials):
+        raise ValueError(f"ablate: {path} must define `trials`, a list of rattn_eqx.ablate.Trial; got {type(trials)}")
+    return trials
