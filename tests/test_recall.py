@@ -256,6 +256,25 @@ def test_gaps_keep_the_evidence_out_of_reach():
     assert share_beyond(needle(0, 300, 600), 200) < 1
 
 
+@pytest.mark.parametrize(("num_queries", "digits", "whole"), [(1, 0.85, 0.15), (8, 0.89, 0.34)])
+def test_what_needles_give_without_their_key(num_queries, digits, whole):
+    """Copy any needle that agrees with the digits so far; cross off those that were asked. As the docstring says."""
+    assert all(f"{x}" in needle.__doc__ for x in (digits, whole))
+    rng, batch = np.random.default_rng(0), needle(0, 400, 1024, num_keys=8, num_queries=num_queries)
+    predictions = np.zeros_like(batch.targets)
+    for row, (tokens, targets) in enumerate(zip(batch.tokens, batch.targets, strict=True)):
+        left = re.findall(rb" The code of \w+ is (\d{7})\.", bytes(tokens[1:].tolist()))
+        for places in np.flatnonzero(batch.scored[row]).reshape(-1, 7):
+            answer = bytes(targets[places].tolist())
+            for digit, place in enumerate(places):
+                agree = [value for value in left if value[:digit] == answer[:digit]]
+                predictions[row, place] = agree[rng.integers(len(agree))][digit]
+            left.remove(answer)
+    result = score(batch, predictions)
+    assert abs(result.accuracy - digits) < 0.02
+    assert abs(result.exact - whole) < 0.04
+
+
 def test_share_beyond_counts_the_querys_own_key_to_the_window():
     distance = np.array([[0, 3, 4, 0], [0, 0, 0, 5]], np.int32)
     batch = RecallBatch(np.zeros((2, 4), np.int32), np.zeros((2, 4), np.int32), distance, 0.5, 1, 2)
