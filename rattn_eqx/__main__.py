@@ -108,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--option", metavar="NAME=VALUE", action="append", help="of the task, such as num_pairs=8; may be "
         "given again")  # fmt: skip
     add("--text", type=Path, help="file whose text is the haystack of needle's haystack=corpus")
+    add("--attribution", action="store_true", help="also what each branch contributes: accuracy without it, its share "
+        "of each layer's output, and how far back a changed token moves the logits")  # fmt: skip
     add("--out", type=Path, help="file to which a line of JSON is added for each length")
 
     command = commands.add_parser(
@@ -234,10 +236,28 @@ def _evaluate(options: argparse.Namespace) -> None:
             )
         for bin in result.bins:
             print(f"  distance {bin.low:>7,} to {bin.high - 1:>7,}: {bin.accuracy:.3f} of {bin.positions:,}")
+        if options.attribution:
+            row["attribution"] = _attribution(model, tokenizer, options, row["length"], task_options)
         sys.stdout.flush()
         if options.out is not None:
             with open(options.out, "a") as file:
                 file.write(json.dumps({"run": str(options.folder), **row}) + "\n")
+
+
+def _attribution(model, tokenizer, options: argparse.Namespace, length: int, task_options: dict) -> dict:
+    from rattn_eqx.attribution import attribute_task
+    from rattn_eqx.evaluate_recall import make_task
+
+    row = attribute_task(
+        model, make_task(options.task, model, tokenizer, options.seed, options.samples, length, task_options)
+    )
+    print("  accuracy: " + ", ".join(f"{name} {x:.3f}" for name, x in row["accuracy"].items()))
+    shares = ", ".join(f"{layer}: {share:.2f}" for layer, share in row["residual_share"].items())
+    print(f"  residual branch's share of the output norm, by layer: {shares}")
+    print("  a changed token moves the logits by, " + ", ".join(row["memory"]) + ":")
+    for bins in zip(*row["memory"].values(), strict=True):
+        print(f"  distance {bins[0][0]:>7,} to {bins[0][1] - 1:>7,}: " + "  ".join(f"{x:8.2g}" for *_, x in bins))
+    return row
 
 
 def _ablate(options: argparse.Namespace) -> None:

@@ -179,15 +179,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """One line: bits per byte and accuracy at each length, mean over seeds."""
+    """One line: bits per byte, and whole answers right at each length, mean over seeds and each seed's."""
     mean = lambda values: sum(values) / len(values)
     parts = []
     if rows[0]["bits_per_byte"] is not None:
         parts.append(f"{mean([row['bits_per_byte'] for row in rows]):.3f} bits/byte")
     for i, tested in enumerate(rows[0]["tests"]):
-        accuracies = [row["tests"][i]["accuracy"] for row in rows]
-        shown = ", ".join(f"{accuracy:.3f}" for accuracy in accuracies)
-        parts.append(f"{tested['task']} {tested['length']}: {mean(accuracies):.3f} ({shown})")
+        exact = [row["tests"][i]["exact"] for row in rows]
+        shown = ", ".join(f"{share:.3f}" for share in exact)
+        parts.append(f"{tested['task']} {tested['length']}: {mean(exact):.3f} ({shown})")
     return f"{'; '.join(parts)}; {rows[0]['seconds']:.0f} s"
 
 

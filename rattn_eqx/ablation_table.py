@@ -28,7 +28,7 @@ def values(rows: list[dict[str, Any]], name: str, metric: str) -> dict[int, floa
     """A trial's results by seed. Of several lines for a seed the last counts.
 
     Args:
-      metric: "bits_per_byte", or "accuracy LENGTH" of the task.
+      metric: as of `result`.
     """
     found = {}
     for row in rows:
@@ -38,11 +38,16 @@ def values(rows: list[dict[str, Any]], name: str, metric: str) -> dict[int, floa
 
 
 def result(row: dict[str, Any], metric: str) -> float | None:
-    """One line's number, or None where it has none: "bits_per_byte", or "accuracy LENGTH"."""
-    if metric == "bits_per_byte":
-        return row["bits_per_byte"]
-    length = int(metric.removeprefix("accuracy "))
-    return next((test["accuracy"] for test in row["tests"] if test["length"] == length), None)
+    """One line's number, or None where it has none.
+
+    Args:
+      metric: "bits_per_byte"; or of the task's test at a length, such as "exact 2048", the share of answers that are
+        right in every position, or "accuracy 2048", that of scored positions, some of which may be guessed from others.
+    """
+    kind, _, length = metric.partition(" ")
+    if not length:
+        return row[kind]
+    return next((test[kind] for test in row["tests"] if test["length"] == int(length)), None)
 
 
 def paired_difference(rows: list[dict[str, Any]], name: str, baseline: str, metric: str) -> Difference:
@@ -76,7 +81,7 @@ def table(rows: list[dict[str, Any]], baseline: str | None = None) -> str:
     if baseline not in names:
         raise ValueError(f"ablate: no trial {baseline!r} in the results; they have {', '.join(names) or 'none'}")
     lengths = sorted({test["length"] for row in rows for test in row["tests"]})
-    metrics = ["bits_per_byte", *(f"accuracy {length}" for length in lengths)]
+    metrics = ["bits_per_byte", *(f"exact {length}" for length in lengths)]
     metrics = [metric for metric in metrics if any(result(row, metric) is not None for row in rows)]
     width = max(map(len, names))
     lines = [f"{'':{width}}  seeds  " + "  ".join(f"{metric:>24}" for metric in metrics)]

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -10,11 +11,12 @@ from beartype import beartype
 from jax.sharding import Mesh
 from jaxtyping import jaxtyped
 
-from rattn_eqx.attention import RAttention
 from rattn_eqx.language_model import LanguageModel, batch_logits
 from rattn_eqx.loss import bits_per_byte, cross_entropy
 from rattn_eqx.sharding import BATCH, batch_mesh, over_batch, replicate
 from rattn_eqx.tokens import Batch, Tokenizer
+
+GAINS = {"window": "swa_gain", "residual": "rla_gain"}  # what scales a branch in a local layer, if it has two
 
 
 @jaxtyped(typechecker=beartype)
@@ -46,11 +48,29 @@ def _compile(static: LanguageModel, mesh: Mesh, padding: int) -> Callable:
     return jax.jit(over_batch(local, mesh, 1))
 
 
-def without_residual(model: LanguageModel) -> LanguageModel:
-    """The same model with every residual branch switched off: its gain is 0."""
+def switch_off(model: LanguageModel, branch: Literal["window", "residual"]) -> LanguageModel:
+    """The same model with one branch of every local layer silent: its gain is 0, all else is as it was.
+
+    Raises:
+      ValueError: for another branch, and for the window of a model without a residual branch, which has no gains.
+    """
+    if branch not in GAINS:
+        raise ValueError(f"switch_off: branch must be 'window' or 'residual'; got {branch!r}")
 
     def gains(model):
-        layers = (block.attention for block in model.blocks)
-        return [x.rla_gain for x in layers if isinstance(x, RAttention) and x.rla_gain is not None]
+        found = (getattr(block.attention, GAINS[branch], None) for block in model.blocks)
+        return [gain for gain in found if gain is not None]
 
-    return eqx.tree_at(gains, model, replace_fn=jnp.zeros_like) if gains(model) else model
+    if gains(model):
+        return eqx.tree_at(gains, model, replace_fn=jnp.zeros_like)
+    if branch == "window":
+        raise ValueError(
+            "switch_off: the window can be switched off beside a residual branch only; got a model without one; "
+            "train one with residual=True and a local layer"
+        )
+    return model
+
+
+def without_residual(model: LanguageModel) -> LanguageModel:
+    """`switch_off(model, "residual")`."""
+    return switch_off(model, "residual")

@@ -80,14 +80,18 @@ class LanguageModel(eqx.Module):
         self, tokens: Int[Array, "t"], segment_ids: Int[Array, "t"] | None = None
     ) -> Float[Array, "t vocabulary"]:
         """Logits of the token after each position. A position reads the tokens up to its own, of its own segment."""
-        dtype = jnp.dtype(self.compute_dtype)
-        x = self.embedding[tokens].astype(dtype) * self.config.model_width**0.5
+        x = self.embed(tokens)
         for block in self.blocks:
             apply = eqx.filter_checkpoint(block) if self.rematerialise else block
             x = apply(x, segment_ids)
         x = self.final_norm(x)
         head = self.embedding.T if self.head is None else self.head
-        return jnp.dot(x, head.astype(dtype), preferred_element_type=jnp.float32)
+        return jnp.dot(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    @jaxtyped(typechecker=beartype)
+    def embed(self, tokens: Int[Array, "t"]) -> Float[Array, "t {self.config.model_width}"]:
+        """The stream that the first block reads, in `compute_dtype`."""
+        return self.embedding[tokens].astype(jnp.dtype(self.compute_dtype)) * self.config.model_width**0.5
 
 
 @jaxtyped(typechecker=beartype)

@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+
+from rattn_eqx.attribution import BranchShares, EffectiveMemory
 
 from rattn_eqx import ablation_table
 
@@ -42,6 +45,56 @@ def loss_curves(
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
+    return figure
+
+
+def branch_shares(shares: BranchShares, window: int) -> Figure:
+    """The residual branch's share of the norm of each local layer's output, by position; the rest is the window's."""
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    colours = colormaps["viridis"](np.linspace(0, 0.85, len(shares.layers)))
+    for layer, share, colour in zip(shares.layers, shares.residual, colours, strict=True):
+        axes.plot(share, color=colour, linewidth=1.2, label=f"layer {layer}, mean {share[window:].mean():.2f}")
+    axes.axvline(
+        window, color="black", linestyle=":", linewidth=1, label=f"window, {window}: nothing is behind it before"
+    )
+    axes.set(xlabel="position (tokens)", ylabel="residual branch's share of\nthe output norm", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=1 + len(shares.layers) // 8)
+    return figure
+
+
+def effective_memory(curves: dict[str, EffectiveMemory], window: int, num_local: int) -> Figure:
+    """How much a changed token moves the logits, by how far back it lies; triangles stand for exactly 0.
+
+    The token itself, distance 0, is left out.
+
+    Args:
+      curves: by name, such as those of `attribution.switched`.
+      window, num_local: of the model; marked are what one window sees and what `num_local` of them reach together.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, memory) in enumerate(curves.items()):
+        distance = np.arange(1, len(memory.change))
+        change = memory.change[1:]
+        axes.plot(distance, np.where(change > 0, change, np.nan), ".-", color=f"C{number}", markersize=3, label=name)
+        zeros, height = distance[change == 0], 0.02 + 0.03 * number
+        axes.plot(zeros, np.full(len(zeros), height), "v", color=f"C{number}", markersize=3,
+                  transform=axes.get_xaxis_transform())  # fmt: skip
+    axes.plot([], [], "v", color="black", markersize=4, label="exactly 0")
+    for distance, style, what in (
+        (window - 1, "--", "window's last key"),
+        (num_local * (window - 1), ":", f"{num_local} windows' last"),
+    ):
+        axes.axvline(distance + 0.5, color="black", linestyle=style, linewidth=1, label=f"{what}, {distance} back")
+    axes.set(xlabel="distance of the changed token (tokens)", ylabel="|change of logits| / |logits|")
+    axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_major_locator(LogLocator(2))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     return figure
 
 
@@ -97,7 +150,7 @@ def by_window(rows: list[dict[str, Any]], metric: str, *, full: int = 2**20) -> 
 
 
 def by_length(rows: dict[str, list[dict[str, Any]]], trained: int) -> Figure:
-    """Accuracy of `rattn ablate` by the length of the test: means over seeds, each seed a dot.
+    """Whole answers right, of `rattn ablate`, by the length of the test: means over seeds, each seed a dot.
 
     Args:
       rows: lines of each curve, by its label.
@@ -107,15 +160,13 @@ def by_length(rows: dict[str, list[dict[str, Any]]], trained: int) -> Figure:
     axes = figure.add_subplot()
     for number, (label, lines) in enumerate(rows.items()):
         lengths = sorted({test["length"] for row in lines for test in row["tests"]})
-        seen = [[ablation_table.result(row, f"accuracy {length}") for row in lines] for length in lengths]
+        seen = [[ablation_table.result(row, f"exact {length}") for row in lines] for length in lengths]
         style = {"color": f"C{number}", "marker": "osD^v"[number % 5], "markersize": 9 - 2 * (number % 4)}
         axes.plot(lengths, [np.mean(values) for values in seen], label=label, **style)
         for length, values in zip(lengths, seen, strict=True):
             axes.plot([length] * len(values), values, ".", color=f"C{number}", alpha=0.5)
-    chance = next(test["chance"] for lines in rows.values() for row in lines for test in row["tests"])
-    axes.axhline(chance, color="black", linestyle=":", linewidth=1, label=f"chance, {chance:g}")
     axes.axvline(trained, color="black", linestyle="--", linewidth=1, label="length of training")
-    axes.set(xlabel="length of the test, in tokens", ylabel="accuracy", xscale="log", ylim=(-0.03, 1.05))
+    axes.set(xlabel="length of the test, in tokens", ylabel="share of answers right", xscale="log", ylim=(-0.03, 1.05))
     axes.xaxis.set_major_locator(FixedLocator(lengths))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())

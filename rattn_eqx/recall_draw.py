@@ -4,6 +4,8 @@ Only the raw bits of NumPy's Philox are used, which are fixed for good. The dist
 not: they may change with NumPy's version.
 """
 
+import math
+
 import numpy as np
 from beartype import beartype
 from jaxtyping import Int64, Integer, jaxtyped
@@ -23,7 +25,11 @@ def bits(op: str, seed: int, block: int = 0) -> np.random.Philox:
 @jaxtyped(typechecker=beartype)
 def below(source: np.random.Philox, shape: tuple[int, ...], bound: int) -> Int64[np.ndarray, "..."]:
     """Whole numbers from 0 to `bound - 1`, each equally likely to one part in 2**32 / bound; bound <= 2**32."""
-    size = int(np.prod(shape, dtype=np.int64))
+    return _below(source, shape, bound)
+
+
+def _below(source: np.random.Philox, shape: tuple[int, ...], bound: int) -> np.ndarray:  # unchecked, for loops
+    size = math.prod(shape)
     words = source.random_raw((size + 1) // 2).astype("<u8").view("<u4")[:size]
     return ((words.astype(np.uint64) * np.uint64(bound)) >> np.uint64(32)).astype(np.int64).reshape(shape)
 
@@ -46,7 +52,7 @@ def distinct(source: np.random.Philox, n: int, count: int, space: int) -> Int64[
     if space <= 4096:
         pool = np.tile(np.arange(space, dtype=np.int16), (n, 1))
         for place in range(count):  # Fisher and Yates, all rows at once
-            chosen = place + below(source, (n,), space - place)
+            chosen = place + _below(source, (n,), space - place)
             first = pool[:, place].copy()
             pool[:, place] = pool[rows, chosen]
             pool[rows, chosen] = first

@@ -54,6 +54,11 @@ def needle(
     Scored: the 7 digits of every value of a question (an answer). Distance: to the same digit in its needle. The
     needles are spread evenly over the places before the gap. Chance: 1/10.
 
+    An answer's digits are given one after the other, so that the first ones pick its needle out. A reader that copies
+    any needle which agrees with the digits so far, and never reads the question's key, is right in 0.85 of the digits
+    and 0.15 of the answers with 8 keys and 1 question, 0.89 and 0.34 with 8 questions, crossing off what was asked.
+    Compare `RecallScore.exact` with that, not digits with chance.
+
     Beyond a window, at length 1,024: 96.9% of 64, 75.6% of 256, 49.8% of 512.
 
     Raises:

@@ -200,7 +200,7 @@ def test_every_grid_of_the_module_can_be_made():
 
 
 def line(name: str, seed: int, bits: float, accuracy: float) -> dict:
-    return {"name": name, "seed": seed, "bits_per_byte": bits, "tests": [{"length": 64, "accuracy": accuracy}]}
+    return {"name": name, "seed": seed, "bits_per_byte": bits, "tests": [{"length": 64, "exact": accuracy}]}
 
 
 def test_differences_are_paired_by_seed():
@@ -212,7 +212,7 @@ def test_differences_are_paired_by_seed():
     assert found.by_seed == {1: 1.0, 2: 2.0, 3: 3.0}
     assert found.mean == 2.0
     assert not found.is_clear
-    assert paired_difference(rows, "b", "a", "accuracy 64").is_clear
+    assert paired_difference(rows, "b", "a", "exact 64").is_clear
     text = table(rows)
     assert "+2.000 ± 2.484" in text
     assert "-0.250 ± 0.000" in text

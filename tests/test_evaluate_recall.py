@@ -148,6 +148,25 @@ def test_tasks_that_a_run_cannot_hold_are_errors(bpe):
         make_task("common_words", model, ByteTokenizer(), 0, 1, 600, {"level": "token"})
 
 
+def test_attribution_is_printed_and_written(run, tmp_path, capsys):
+    arguments = ["--run", str(run), "--task", "mqar", "--lengths", "96", "--samples", "10", "--attribution"]
+    assert main(["evaluate", *arguments, "--out", str(tmp_path / "out.jsonl")]) == 0
+    out = capsys.readouterr().out
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    found = row["attribution"]
+    names = ["whole", "window off", "residual off"]
+    assert [*found["accuracy"]] == [*found["memory"]] == names
+    assert found["accuracy"]["whole"] == row["accuracy"]
+    assert "  accuracy: " + ", ".join(f"{name} {found['accuracy'][name]:.3f}" for name in names) in out
+    assert [*found["residual_share"]] == ["0", "1"]
+    assert all(0 < share < 1 for share in found["residual_share"].values())
+    beyond = {name: [change for low, _, change in found["memory"][name] if low >= 16] for name in names}
+    assert min(beyond["whole"]) > 0
+    assert max(beyond["residual off"]) == 0  # two windows of 8 reach 14 back
+    assert [high - low for low, high, _ in found["memory"]["whole"]] == [1, 2, 4, 8, 16, 32, 64]
+    assert len(re.findall(r"distance +\d+ to +\d+: +[\d.e-]+ +[\d.e-]+ +[\d.e-]+\n", out)) == 7
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -70,7 +70,7 @@ def test_everything_measured_lies_inside_the_axes():
 
 def line(residual: bool, window: int, seed: int, bits: float) -> dict:
     model = {"residual": residual, "window": window}
-    tests = [{"length": length, "accuracy": 1 / seed, "chance": 0.1} for length in (512, 2048)]
+    tests = [{"length": length, "exact": 1 / seed} for length in (512, 2048)]
     return {"trial": {"model": model}, "seed": seed, "bits_per_byte": bits, "tests": tests}
 
 
@@ -95,8 +95,8 @@ def test_results_by_window_are_means_of_seeds():
     assert 1.5 in [line.get_ydata()[0] for line in axes.get_lines()]
 
 
-def test_results_by_length_show_chance_and_the_length_of_training():
+def test_results_by_length_show_the_length_of_training():
     figure = plot.by_length({"one": [line(True, 8, seed, 0) for seed in (1, 2)]}, 512)
     (axes,) = figure.axes
-    assert texts(figure) == ["one", "chance, 0.1", "length of training"]
+    assert texts(figure) == ["one", "length of training"]
     assert np.asarray(axes.get_lines()[0].get_ydata()).tolist() == [0.75, 0.75]

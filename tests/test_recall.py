@@ -1,6 +1,7 @@
 """Recall tasks: a solver finds every answer and its distance, seeds fix every byte, scores are counted by hand."""
 
 import hashlib
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -175,10 +176,75 @@ def test_chance_is_what_the_best_blind_guess_scores(name):
     assert abs(accuracy - batch.chance) < 4.5 * np.sqrt(batch.chance / samples)
 
 
+CHANCE = {"mqar": 1 / 96, "mqar, tight": 1 / 96, "mqar, few ids": 1 / 9, "bigrams": 1 / 63, "bigrams, close": 1 / 8}
+CHANCE |= {"variables, tokens": 1 / 64, "common words, tokens": 1 / 255, "frequent words, tokens": 1 / 255}
+CHANCE |= {name: (1 / 21 + 1 / 5) / 2 for name in ("common words", "frequent words")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_chance_by_hand(name):
+    np.testing.assert_allclose(draw(name, 3, 1).chance, CHANCE.get(name, 1 / 10))
+
+
+def even(numbers: np.ndarray, kinds: int) -> bool:
+    """Whether 0 ... kinds - 1 come equally often, to five standard deviations."""
+    counts, expected = np.bincount(numbers.ravel(), minlength=kinds), numbers.size / kinds
+    return len(counts) == kinds and abs(counts - expected).max() < 5 * np.sqrt(expected)
+
+
+def test_mqar_is_laid_out_as_its_docstring_says():
+    """Four stretches of 18 tokens, 50 fillers, three queries; ids are 24 keys, 24 values and 16 fillers."""
+    batch = mqar(4, 600, 127, num_pairs=4, num_queries=3, gap=50, vocabulary_size=64)
+    sequence = np.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1)
+    is_key, is_filler = sequence < 24, sequence >= 48
+    stretches = is_key[:, :72].reshape(600, 4, 18)
+    assert (stretches.sum(axis=2) == 1).all()
+    in_stretch = stretches.argmax(axis=2)
+    assert (in_stretch % 2 == 0).all()
+    assert even(in_stretch // 2, 9)
+    places = in_stretch + 18 * np.arange(4)
+    written = np.zeros((600, 128), bool)
+    np.put_along_axis(written, places, True, axis=1)
+    np.put_along_axis(written, places + 1, True, axis=1)
+    written[:, 122:] = True
+    assert (is_filler == ~written).all()
+    assert even(sequence[is_filler] - 48, 16)
+    keys, values = (np.take_along_axis(sequence, at, axis=1) for at in (places, places + 1))
+    assert even(keys, 24)
+    assert even(values - 24, 24)
+    assert 0.15 < np.mean([len(set(row)) < 4 for row in values.tolist()]) < 0.32  # of 24 values, four drawn apart
+    asked = (sequence[:, 122::2, None] == keys[:, None]).argmax(axis=2)
+    assert even(asked, 4)
+    assert abs(np.mean((np.diff(asked, axis=1) > 0).all(axis=1)) - 1 / 6) < 0.08  # in the pairs' order by accident only
+    assert len({row.tobytes() for row in sequence}) == 600
+
+
+def test_bigrams_follow_a_rule_of_each_samples_own():
+    batch = bigrams(4, 400, 99, window=1, num_symbols=6, run_length=4)
+    runs = np.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1).reshape(400, 20, 5)
+    assert (runs[:, :, 4] == 6).all()
+    assert even(runs[:, :, 0], 6)
+    rules = []
+    for sample in runs[:, :, :4]:
+        pairs = {(a, b) for run in sample.tolist() for a, b in itertools.pairwise(run)}
+        rule = dict(pairs)
+        assert len(rule) == len(pairs)
+        assert all(a != b for a, b in pairs)
+        rules += [(b - a) % 6 - 1 for a, b in pairs]
+    assert even(np.array(rules), 5)
+    assert len({sample.tobytes() for sample in runs}) == 400
+
+
 def test_gaps_keep_the_evidence_out_of_reach():
     for gap in (0, 1, 100, 239):
         batch = mqar(0, 300, 287, gap=gap)
         assert share_beyond(batch, gap + 1) == 1
+    for gap in (0, 1, 30):
+        for length in range(33 + gap, 40 + gap):
+            batch = mqar(0, 300, length, num_pairs=3, num_queries=2, gap=gap)
+            nearest = batch.distance[batch.scored].min()
+            assert nearest >= gap + 1
+        assert nearest == gap + 1  # no token to spare: the last pair can stand right before the gap
     assert share_beyond(mqar(0, 300, 287, gap=239), 242) < 1  # 1 for a gap one longer
     assert share_beyond(bigrams(0, 30, 300, window=40), 40) == 1
     assert 0 < share_beyond(bigrams(0, 30, 300, window=40), 80) < 1
@@ -188,6 +254,25 @@ def test_gaps_keep_the_evidence_out_of_reach():
         assert share_beyond(batch, 520) == 0 or batch.distance.max() >= 520
     assert share_beyond(variables(0, 100, 500, gap=200), 200) == 1
     assert share_beyond(needle(0, 300, 600), 200) < 1
+
+
+@pytest.mark.parametrize(("num_queries", "digits", "whole"), [(1, 0.85, 0.15), (8, 0.89, 0.34)])
+def test_what_needles_give_without_their_key(num_queries, digits, whole):
+    """Copy any needle that agrees with the digits so far; cross off those that were asked. As the docstring says."""
+    assert all(f"{x}" in (needle.__doc__ or "") for x in (digits, whole))
+    rng, batch = np.random.default_rng(0), needle(0, 400, 1024, num_keys=8, num_queries=num_queries)
+    predictions = np.zeros_like(batch.targets)
+    for row, (tokens, targets) in enumerate(zip(batch.tokens, batch.targets, strict=True)):
+        left = re.findall(rb" The code of \w+ is (\d{7})\.", bytes(tokens[1:].tolist()))
+        for places in np.flatnonzero(batch.scored[row]).reshape(-1, 7):
+            answer = bytes(targets[places].tolist())
+            for digit, place in enumerate(places):
+                agree = [value for value in left if value[:digit] == answer[:digit]]
+                predictions[row, place] = agree[rng.integers(len(agree))][digit]
+            left.remove(answer)
+    result = score(batch, predictions)
+    assert abs(result.accuracy - digits) < 0.02
+    assert abs(result.exact - whole) < 0.04
 
 
 def test_share_beyond_counts_the_querys_own_key_to_the_window():
