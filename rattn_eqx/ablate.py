@@ -273,12 +273,12 @@ def train_trial(
     models = eqx.filter_vmap(make)(jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)))
     parameters, _ = eqx.partition(models, eqx.is_array)
     optimizer = make_optimizer(config)
-    state = jax.vmap(optimizer.init)(parameters)
+    state: Any = jax.vmap(optimizer.init)(parameters)
     sources = _sources(trial, data)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 7))(jnp.asarray(seeds, jnp.uint32))
 
     def one_seed(window, number, kept, sources, rate, parameters, state, key):
-        batch = _batch(jax.random.fold_in(key, number), *sources, trial)
+        batch = _batch(jax.random.fold_in(key, number), sources, trial)
         of_parameters = lambda p: _loss(_with_window(trial, implementation, window, p), trial, batch, kept)
         loss, gradients = jax.value_and_grad(of_parameters)(parameters)
         updates, state = optimizer.update(gradients, state, parameters)
@@ -290,7 +290,7 @@ def train_trial(
         def step(carry, number):
             kept = jax.random.uniform(jax.random.fold_in(jax.random.key(0), number), (trial.model.num_layers,))
             one = functools.partial(one_seed, window, number, kept >= trial.window_dropout, sources, rate)
-            parameters, state, loss = jax.vmap(one)(*carry, keys)
+            parameters, state, loss = jax.vmap(one)(carry[0], carry[1], keys)
             return (parameters, state), loss
 
         return jax.lax.scan(step, carry, numbers)
@@ -298,7 +298,8 @@ def train_trial(
     windows = trial.windows or (trial.model.window,)
     together = 1 if len(windows) > 1 else DISPATCH
     drawn = np.random.default_rng(0).choice(windows, config.steps)
-    carry, losses = (parameters, state), []
+    carry: Any = (parameters, state)
+    losses = []
     bar = tqdm(total=config.steps, unit="step", disable=not show_progress, dynamic_ncols=True, desc=title, leave=False)
     with bar:
         for start in range(0, config.steps, together):
@@ -359,9 +360,10 @@ def _sources(trial: Trial, data: Data | None) -> tuple[Array, Array, Array]:
 
 
 def _batch(
-    key: PRNGKeyArray, text: Array, pool: Array, answers: Array, trial: Trial
+    key: PRNGKeyArray, sources: tuple[Array, Array, Array], trial: Trial
 ) -> tuple[Int[Array, "batch length"], Bool[Array, "batch t"]]:
     """Sequences of context + 1 tokens, samples of the task first, and where the samples' answers stand."""
+    text, pool, answers = sources
     text_key, pool_key = jax.random.split(key)
     context, num_tasks = trial.training.context, trial.task_sequences
     num_texts = trial.training.batch_size - num_tasks

@@ -162,7 +162,7 @@ class AblatedAttention(eqx.Module):
         sinks = (self.sinks.logits[:, :h], self.sinks.values[:, :kv])
         return window_with_sinks(q, k, v, *sinks, window=self.layer.window, segment_ids=segment_ids)
 
-    def _residual(self, q, k, v, x, window, *, segment_ids, implementation):
+    def _residual(self, q, k, v, x, window, *, segment_ids, implementation) -> Any:
         layer = self.layer
         if self.decay_gate is not None:
             return gated_residual(

@@ -77,7 +77,7 @@ def table(rows: list[dict[str, Any]], baseline: str | None = None) -> str:
       ValueError: no rows, or a baseline that is not among them.
     """
     names = list(dict.fromkeys(row["name"] for row in rows))
-    baseline = baseline or (names[0] if names else "")
+    baseline = str(baseline or (names[0] if names else ""))
     if baseline not in names:
         raise ValueError(f"ablate: no trial {baseline!r} in the results; they have {', '.join(names) or 'none'}")
     lengths = sorted({test["length"] for row in rows for test in row["tests"]})

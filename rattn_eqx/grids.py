@@ -33,7 +33,7 @@ TRAINING = TrainConfig(
     evaluation_tokens=2**19,
 )
 # Eight needles in text, and all of them asked for.
-NEEDLE = {"haystack": "corpus", "num_keys": 8, "num_queries": 8}
+NEEDLE: dict[str, int | str] = {"haystack": "corpus", "num_keys": 8, "num_queries": 8}
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
 
 NO_GLOBAL = ("local",)
@@ -90,7 +90,7 @@ def quick() -> list[Trial]:
         feed_forward_width=96, window=8, pattern=NO_GLOBAL, feature_map="squared_relu", conv_width=2,
     )  # fmt: skip
     training = TrainConfig(steps=300, batch_size=32, context=64, learning_rate=1e-2, warmup_steps=40)
-    recall = {"num_pairs": 4, "num_queries": 2, "gap": 24, "vocabulary_size": 16}
+    recall: dict[str, int | str] = {"num_pairs": 4, "num_queries": 2, "gap": 24, "vocabulary_size": 16}
     return [Trial("quick", model, training, task="mqar", task_options=recall, task_share=1)]
 
 

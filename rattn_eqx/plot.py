@@ -8,9 +8,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from rattn_eqx.attribution import BranchShares, EffectiveMemory
-
 from rattn_eqx import ablation_table
+from rattn_eqx.attribution import BranchShares, EffectiveMemory
 
 
 def loss_curves(
@@ -160,7 +159,7 @@ def by_length(rows: dict[str, list[dict[str, Any]]], trained: int) -> Figure:
     axes = figure.add_subplot()
     for number, (label, lines) in enumerate(rows.items()):
         lengths = sorted({test["length"] for row in lines for test in row["tests"]})
-        seen = [[ablation_table.result(row, f"exact {length}") for row in lines] for length in lengths]
+        seen = [np.array([ablation_table.result(row, f"exact {length}") for row in lines]) for length in lengths]
         style = {"color": f"C{number}", "marker": "osD^v"[number % 5], "markersize": 9 - 2 * (number % 4)}
         axes.plot(lengths, [np.mean(values) for values in seen], label=label, **style)
         for length, values in zip(lengths, seen, strict=True):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ TINY = Trial(
     task_share=1,
     test_samples=4,
 )
-QUIET = {"show_progress": False}
+QUIET: dict[str, Any] = {"show_progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,8 @@ def test_random_windows_and_a_dropped_branch_change_training():
     drawn = train_trial(dataclasses.replace(TINY, windows=(1, 24)), [0], None, **QUIET)
     assert plain[0] != without[0]
     assert plain[0] != drawn[1][0]
-    assert drawn[0].blocks[0].attention.window == 3
+    local: Any = drawn[0].blocks[0].attention
+    assert local.window == 3
 
 
 def test_text_and_samples_share_a_batch(tmp_path):

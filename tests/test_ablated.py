@@ -1,6 +1,7 @@
 """A departure from the paper's layer computes what its definition says, and leaves causality and packing alone."""
 
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -111,7 +112,7 @@ def test_the_residual_branch_reads_normed_queries_and_keys_where_told():
     assert all(jnp.array_equal(raw[i], normed[i]) for i in (0, 1, 4))
     q, k, _ = layer.projections.project(x)
     q, k = layer.projections.norm(q, k)
-    scale = layer.feature_scale
+    scale: Any = layer.feature_scale
     assert relative_rms(normed[2], q * scale.query[None]) < 1e-6
     assert relative_rms(normed[3], k * scale.key[None]) < 1e-6
 
@@ -136,7 +137,7 @@ def test_window_with_sinks_is_softmax_over_both(window):
 def test_the_gated_state_decays_as_defined(window):
     q, k, v = draw(T, 4, 6), draw(T, 2, 6, seed=1), draw(T, 2, 5, seed=2)
     log_gate = -jnp.abs(draw(T, 2)) * 0.3
-    options = dict(window=window, feature_map=relu, segment_ids=jnp.asarray(IDS))
+    options: dict[str, Any] = dict(window=window, feature_map=relu, segment_ids=jnp.asarray(IDS))
     total = np.cumsum(np.asarray(log_gate, np.float64), axis=0)
     phi_q, phi_k = np.asarray(relu(q)), np.asarray(relu(k))
     expected = np.zeros((T, 4, 5))

@@ -194,10 +194,10 @@ def test_a_device_mesh_may_name_its_axes_as_it_likes():
     names = ("batch", "block", "kv_head", "part", "piece", "slices", "warpgroup")
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=TARGETS["h100"])
     mesh = Mesh(np.array(topology.devices).reshape((1,) * len(names)), names)
-    gains = {"swa_gain": jnp.ones((2, 64)), "rla_gain": jnp.ones((2, 64))}
+    gains: dict[str, Any] = {"swa_gain": jnp.ones((2, 64)), "rla_gain": jnp.ones((2, 64))}
 
     def gradients(*arrays):
-        one = lambda q, k, v: pallas.rattention(q, k, v, window=64, implementation="gpu", **gains)
+        one: Any = lambda q, k, v: pallas.rattention(q, k, v, window=64, implementation="gpu", **gains)
         return jax.grad(lambda *x: jnp.sum(jax.vmap(one)(*x)).astype(jnp.float32), argnums=(0, 1, 2))(*arrays)
 
     shape = lambda heads: jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16)

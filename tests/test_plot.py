@@ -85,14 +85,14 @@ def test_results_by_window_are_means_of_seeds():
     figure = plot.by_window(rows, "bits_per_byte")
     (axes,) = figure.axes
     assert axes.get_ylabel() == "bits per byte"
-    means = [np.asarray(container.lines[0].get_ydata()).tolist() for container in axes.containers]
+    means = [np.asarray(container[0].get_ydata()).tolist() for container in axes.containers]
     assert means == [[10.0, 66.0], [10.0, 66.0]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "full attention",
         "window alone",
         "RATTENTION",
     ]
-    assert 1.5 in [line.get_ydata()[0] for line in axes.get_lines()]
+    assert 1.5 in [np.asarray(line.get_ydata())[0] for line in axes.get_lines()]
 
 
 def test_results_by_length_show_the_length_of_training():
