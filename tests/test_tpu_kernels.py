@@ -68,6 +68,16 @@ def test_maps_formed_in_the_kernel(name):
     assert_conforms(Case(RLA, 140, 20, sizes=SMALL, states=(), static=(feature_map,)), "bfloat16", "tpu")
 
 
+def test_nan_is_not_lost_in_integers():
+    """The fused op's branches leave their kernels as integers, which know no NaN."""
+    gain, x = jnp.ones((2, 8)), jnp.ones((40, 1, 8), jnp.bfloat16)
+    q = jnp.ones((40, 2, 8), jnp.bfloat16).at[20, 1].set(jnp.nan)
+    out = pallas.rattention(q, x, x, window=4, swa_gain=gain, rla_gain=gain, implementation="tpu")
+    rows, heads = np.nonzero(np.isnan(np.asarray(out, np.float32)).all(axis=2))
+    assert (rows.tolist(), heads.tolist()) == ([20], [1])
+    assert np.isnan(np.asarray(out, np.float32)).sum() == 8
+
+
 def test_values_in_another_dtype_than_keys():
     case = Case(RLA, 70, 16)
     arrays = case.arrays("bfloat16")
