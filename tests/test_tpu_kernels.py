@@ -99,6 +99,18 @@ def test_vmap_is_one_launch():
     assert text.count("pallas_call[") == 1
 
 
+def test_every_kernel_tells_its_cost():
+    x, gain = jax.ShapeDtypeStruct((300, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 64), jnp.float32)
+
+    def both(x, gain):
+        op = lambda x: pallas.rattention(x, x, x, window=100, swa_gain=gain, rla_gain=gain, implementation="tpu")
+        out, pull = jax.vjp(op, x)
+        return pull(out)
+
+    text = str(jax.make_jaxpr(both)(x, gain))
+    assert text.count("pallas_call[") == text.count("cost_estimate=CostEstimate(") == 5
+
+
 def test_nothing_of_a_document_depends_on_another():
     case, inside = Case(BOTH, 300, 40, sizes=SMALL, segments=(70, 90, 140), static=(blocks(1),)), slice(70, 160)
     before = case.arrays("bfloat16")
