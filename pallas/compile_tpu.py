@@ -228,7 +228,7 @@ def compile_case(case: Case, target: str) -> dict[str, Any]:
         (folder / "dump").mkdir()
         command = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(case)), target, name]
         with (folder / "errors").open("w") as errors:
-            done = subprocess.run(command, stdout=errors, stderr=errors, env=_environment(folder), cwd=folder)
+            done = subprocess.run(command, stdout=errors, stderr=errors, env=environment(folder), cwd=folder)
         if done.returncode:
             found = {"error": gpu.last_error((folder / "errors").read_text(errors="replace"), done.returncode)}
         else:
@@ -250,7 +250,7 @@ def per_unit(case: Case, found: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     """For the process that compiles: no device, schedules into the folder, and nothing from a cache."""
     dump = folder / "dump"
     paths = [str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]

@@ -101,12 +101,18 @@ class Plan:
     back: int  # of the local branch: a multiple of block
     first_key: int  # of the local branch: positions before it hold no key
     exact: bool  # float32 operands and products, not bfloat16 ones
+    eps: float | None  # outputs are normed, with this under the root; None: they are not
     interpret: bool
 
     @property
     def dtype(self):
         """Of operands."""
         return jnp.float32 if self.exact else jnp.bfloat16
+
+    @property
+    def unit(self) -> float | None:
+        """Of a normed output, at most sqrt(value_size), kept as an integer of 16 bits; None: it is float32."""
+        return None if self.exact else self.value_size**0.5 / 32767
 
     @property
     def precision(self):
@@ -190,6 +196,29 @@ class Plan:
             found = self.map.backward(phi[:, part], signed, d_phi[:, part])
             d = found if i == 0 else d - found
         return d
+
+    def normed(self, out, axis: int):
+        """out, float32 with its values along `axis`, as it is kept: normed, and the factor that did it."""
+        assert self.eps is not None
+        factor = lax.rsqrt(jnp.square(out).sum(axis=axis, keepdims=True) / self.value_size + self.eps)
+        return out * (factor if self.unit is None else factor * (1 / self.unit)), factor
+
+    def store_out(self, given: dict, head, rows, out, factor=None):
+        """Of a head: out [rows, dv] float32 and factor [1, rows]."""
+        ref = given["out"]
+        if ref.dtype == jnp.int16:
+            out = jnp.round(out).astype(jnp.int32)
+        ref[head, rows, :] = out.astype(ref.dtype)
+        if factor is not None:
+            given["factor"][head, :, rows] = factor
+
+    def out_shapes(self, batch: int, kv: int, group: int, out_dtype) -> dict:
+        """Of out and, if it is normed, of the factor."""
+        if self.eps is None:
+            return {"out": struct((batch, kv, group, self.length, self.value_width), out_dtype)}
+        kept = jnp.float32 if self.unit is None else jnp.int16
+        out = struct((batch, kv, group, self.length, self.value_width), kept)
+        return {"out": out, "factor": struct((batch, kv, group, 1, self.length), jnp.float32)}
 
     def compiler_params(self, *order: Any):
         """Axes of the grid, the last by default and `order` in all other cases: which may run in any order?"""

@@ -1,12 +1,12 @@
-"""The three ops on a TPU: padding, batching and differentiation around the kernels.
+"""The three ops on a TPU: layouts and padding for the kernels.
 
-residual_tpu.py and window_tpu.py compute; residual_backward_tpu.py and window_backward_tpu.py differentiate. Everything
-here takes one sequence; `jax.vmap` of it becomes one launch for the whole batch.
+residual_tpu.py and window_tpu.py compute; residual_backward_tpu.py and window_backward_tpu.py differentiate, and
+gradients_tpu.py joins them. Everything here takes one sequence; `jax.vmap` of it becomes one launch for the
+whole batch.
 
 No time was ever measured on a TPU: values come from the interpreter, costs from the compiler's schedules.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas import feature_map as maps
-from pallas import residual_backward_tpu, residual_tpu, window_backward_tpu, window_tpu
-from pallas.batched import batched
+from pallas import residual_tpu
 from pallas.block_sizes import BlockSizes
 from pallas.feature_map import FeatureMap, as_pair
 from pallas.final_state import final_state, state_after
+from pallas.gradients_tpu import Call, Norms, output, sum_of_norms
 from pallas.plan_tpu import KERNEL_MAPS, LANES, Plan, round_up
 
 LARGEST = 2**20  # bytes of a group's queries that one step of the grid reads
@@ -41,13 +41,16 @@ def target() -> str | None:
 def sliding_window_attention(q, k, v, *, window, scale, segment_ids, block_sizes):
     """o_swa [t, h, dv]."""
     shared = dict(window=window, scale=scale, segment_ids=segment_ids, block_sizes=block_sizes)
-    return _by_time(_local(q, k, v, out_dtype=v.dtype, **shared), q, v)
+    call = _local(q, k, v, **shared)
+    return _by_time(None if call is None else output(call, v.dtype), q, v)
 
 
 def residual_linear_attention(q, k, v, *, return_final_state, block_sizes, **residual):
     """o_rla [t, h, dv] and, if asked for, the state that the last query read."""
-    out = _residual(q, k, v, out_dtype=v.dtype, block_sizes=block_sizes, **residual)
-    return _by_time(out, q, v), final_state(k, v, **residual) if return_final_state else None
+    call = _residual(q, k, v, block_sizes=block_sizes, **residual)
+    return _by_time(None if call is None else output(call, v.dtype), q, v), final_state(
+        k, v, **residual
+    ) if return_final_state else None
 
 
 def rattention(
@@ -67,23 +70,16 @@ def rattention(
     return_final_state,
     **residual,
 ):
-    """Both branches in float32, then both norms and the sum in XLA, and the final state if asked for."""
+    """Both branches, their norms and the sum, and the final state if asked for."""
     shared: dict[str, Any] = dict(window=window, segment_ids=segment_ids)
-    settings: dict[str, Any] = dict(block_sizes=block_sizes, out_dtype="float32")
-    o_swa = _local(q, k, v, scale=scale, **shared, **settings)
-    o_rla = _residual(q_rla, k_rla, v, **shared, **settings, **residual)
-    (_, kv, dv), width = v.shape, round_up(v.shape[2], LANES)
-
-    def normed(x, gain):  # [kv, group, t, width]
-        gain = jnp.pad(gain.astype(jnp.float32).reshape(kv, -1, 1, dv), ((0, 0),) * 3 + ((0, width - dv),))
-        return gain * (x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) / dv + eps))
-
-    @jax.checkpoint  # what is saved are the branches alone, and the cotangent comes in v's dtype
-    def joined(*branches):
-        terms = [normed(x, gain) for x, gain in branches if x is not None]
-        return sum(terms[1:], terms[0]).astype(v.dtype) if terms else None
-
-    out = joined((o_swa, swa_gain), (o_rla, rla_gain))
+    settings: dict[str, Any] = dict(block_sizes=block_sizes, eps=float(eps))
+    local = _local(q, k, v, scale=scale, **shared, **settings)
+    far = _residual(q_rla, k_rla, v, **shared, **settings, **residual)
+    terms = [(call, gain) for call, gain in ((far, rla_gain), (local, swa_gain)) if call is not None]
+    out = None
+    if terms:
+        norms = Norms(q.shape[0], v.shape[2], float(eps), v.dtype)
+        out = sum_of_norms([call for call, _ in terms], [gain for _, gain in terms], norms)
     state = final_state(k_rla, v, **shared, **residual) if return_final_state else None
     return _by_time(out, q, v), state
 
@@ -97,16 +93,16 @@ def _local(
     scale: float,
     segment_ids: Int[Array, "s"] | None,
     block_sizes: BlockSizes,
-    out_dtype,
-) -> Any:
-    """o_swa [kv, group, t, dv padded], or None where it is 0."""
+    eps: float | None = None,
+) -> Call | None:
+    """What gives o_swa, or None where it is 0."""
     (t, h, d), (s, kv, dv) = q.shape, v.shape
     if window == 0:
         return None
     window = min(window, s)
     if window == 1:  # one key, so its weight is 1 whatever the logit, and q and k get a gradient of exactly 0
-        out = _keys_by_head(v[s - t :].astype(out_dtype), 0, t, round_up(dv, LANES))
-        return jnp.broadcast_to(out[:, None], (kv, h // kv, *out.shape[1:]))
+        out = _keys_by_head(v[s - t :], 0, t, round_up(dv, LANES))
+        return Call("given", None, {"out": jnp.broadcast_to(out[:, None], (kv, h // kv, *out.shape[1:]))}, {})
     exact = any(x.dtype != jnp.bfloat16 for x in (q, k, v))
     bytes_of_group = h // kv * round_up(max(d, dv), LANES) * (4 if exact else 2)
     chunk, block = window_blocks(block_sizes, t, window, bytes_of_group)
@@ -126,6 +122,7 @@ def _local(
         back=back,
         first_key=first_key,
         exact=exact,
+        eps=eps,
         interpret=interpreted(),
     )
     q, k, v = (x.astype(plan.dtype) for x in (q, k, v))
@@ -139,8 +136,7 @@ def _local(
     if segment_ids is not None:
         start = _segment_starts(segment_ids)[s - t :] + (back - (s - t))
         segments["segment_start"] = jnp.pad(start, (0, length - t), mode="edge")[None]
-    out: Any = _window_op(plan, jnp.dtype(out_dtype), arrays, segments)
-    return out[:, :, :t]
+    return Call("window", plan, arrays, segments)
 
 
 def _residual(
@@ -154,9 +150,9 @@ def _residual(
     segment_state: Float[Array, "kv f dv"] | None,
     segment_ids: Int[Array, "s"] | None,
     block_sizes: BlockSizes,
-    out_dtype,
-) -> Any:
-    """o_rla [kv, group, t, dv padded], or None where it is 0."""
+    eps: float | None = None,
+) -> Call | None:
+    """What gives o_rla, or None where it is 0."""
     (t, h, d), (s, kv, dv) = q.shape, v.shape
     if segment_ids is None:
         segment_state = None
@@ -194,6 +190,7 @@ def _residual(
         back=0,
         first_key=0,
         exact=exact,
+        eps=eps,
         interpret=interpreted(),
     )
     q, k, v = (x.astype(plan.dtype) for x in (q, k, v))
@@ -207,8 +204,7 @@ def _residual(
         padded = [empty if x is None else _pad_state(x, plan) for x in starts[:num_starts]]
         arrays["start_states"] = jnp.stack(padded)
     segments = {} if segment_ids is None else _segments(segment_ids, t, window, plan)
-    out: Any = _residual_op(plan, jnp.dtype(out_dtype), arrays, segments)
-    return out[:, :, :t]
+    return Call("residual", plan, arrays, segments)
 
 
 def _kernel_map(feature_map) -> str | None:
@@ -248,9 +244,9 @@ def _keys_by_head(x, before: int, length: int, width: int):
 
 
 def _by_time(x, q, v):
-    """[kv, group, t, width] -> [t, h, dv]; None is 0."""
+    """[kv, group, length, width] -> [t, h, dv]; None is 0."""
     (t, h, _), dv = q.shape, v.shape[2]
-    return jnp.zeros((t, h, dv), v.dtype) if x is None else x[..., :dv].transpose(2, 0, 1, 3).reshape(t, h, dv)
+    return jnp.zeros((t, h, dv), v.dtype) if x is None else x[:, :, :t, :dv].transpose(2, 0, 1, 3).reshape(t, h, dv)
 
 
 def _pad_state(state, plan: Plan):
@@ -277,71 +273,3 @@ def _segments(segment_ids: Int[Array, "s"], t: int, window: int, plan: Plan) -> 
     last_key = jnp.arange(1, plan.length // plan.chunk + 1, dtype=jnp.int32) * plan.chunk - 1 - (window - first)
     at_chunk = start[jnp.clip(last_key, 0, s - 1)]
     return {"segment_start": at_query[:, None], "carry_start": at_chunk}
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _residual_op(plan: Plan, out_dtype, arrays: dict, segments: dict):
-    return batched(functools.partial(_residual_forward, plan, out_dtype, save=False), arrays, segments)["out"]
-
-
-def _save_residual(plan: Plan, out_dtype, arrays: dict, segments: dict):
-    results = batched(functools.partial(_residual_forward, plan, out_dtype, save=True), arrays, segments)
-    return results["out"], (arrays, segments, results["states"])
-
-
-def _pull_back_residual(plan: Plan, out_dtype, saved, cotangent):
-    arrays, segments, states = saved
-    gradients = batched(functools.partial(_residual_backward, plan), arrays, segments, states, cotangent)
-    return gradients, dict.fromkeys(segments)
-
-
-_residual_op.defvjp(_save_residual, _pull_back_residual)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="save")  # layers alike are traced and lowered once
-def _residual_forward(plan: Plan, out_dtype, arrays: dict, segments: dict, *, save: bool) -> dict:
-    return residual_tpu.forward(arrays | segments, plan, out_dtype=out_dtype, save=save)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _residual_backward(plan: Plan, arrays: dict, segments: dict, states, d_out) -> dict:
-    d_out = d_out if plan.precise else d_out.astype(plan.dtype)  # here, where what gives it is rounded as it is written
-    found = residual_backward_tpu.backward(arrays | segments | {"states": states, "d_out": d_out}, plan)
-    gradients = {name: found[f"d{name}"] for name in "qkv"}
-    if plan.num_start_states:
-        gradients["start_states"] = jnp.transpose(found["d_starts"], (0, 2, 1, 4, 3))
-    return gradients
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _window_op(plan: Plan, out_dtype, arrays: dict, segments: dict):
-    return batched(functools.partial(_window_forward, plan, out_dtype), arrays, segments)["out"]
-
-
-def _save_window(plan: Plan, out_dtype, arrays: dict, segments: dict):
-    """Outputs are saved in float32: rounded, they would leave the gradients of a query's scores a sum other than 0."""
-    results = batched(functools.partial(_window_forward, plan, jnp.dtype("float32")), arrays, segments)
-    return results["out"].astype(out_dtype), (arrays, segments, results)
-
-
-def _pull_back_window(plan: Plan, out_dtype, saved, cotangent):
-    arrays, segments, results = saved
-    gradients = batched(functools.partial(_window_backward, plan), arrays, segments, results, cotangent)
-    return gradients, dict.fromkeys(segments)
-
-
-_window_op.defvjp(_save_window, _pull_back_window)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _window_forward(plan: Plan, out_dtype, arrays: dict, segments: dict) -> dict:
-    return window_tpu.forward(arrays | segments, plan, out_dtype=out_dtype)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _window_backward(plan: Plan, arrays: dict, segments: dict, results: dict, d_out) -> dict:
-    d_out = d_out.astype(plan.dtype)
-    delta = (d_out.astype(jnp.float32) * results["out"]).sum(axis=-1)[..., None, :]
-    arrays = arrays | segments | {"d_out": d_out, "lse": results["lse"], "delta": delta}
-    d_k, d_v = window_backward_tpu.key_gradients(arrays, plan)
-    return {"q": window_backward_tpu.query_gradients(arrays, plan), "k": d_k, "v": d_v}

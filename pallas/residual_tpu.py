@@ -19,16 +19,21 @@ NO_SEGMENT = -(2**30)  # where the first segment starts
 
 
 def forward(arrays: dict, plan: Plan, *, out_dtype, save: bool) -> dict:
-    """out [b, kv, group, t, dv]; with `save` also states [b, kv, blocks, f, dv] float32.
+    """out [b, kv, group, t, dv], its factor [b, kv, group, 1, t] float32 if it is normed, and with `save` the states.
+
+    states: [b, kv, blocks, f, dv] float32
 
     q: [b, kv, group, t, d]   k: [b, kv, t, d]   v: [b, kv, t, dv]   start_states: [b, n, kv, f, dv] float32
     segment_start [b, t, 1]: the position of the first key in a query's segment
     carry_start [b, chunks]: likewise, of the segment whose keys a chunk hands on
     """
-    batch, kv, group, length, _ = arrays["q"].shape
+    batch, kv, group = arrays["q"].shape[:3]
     f, dv, block = plan.num_features, plan.value_width, plan.block
-    out = struct((batch, kv, group, length, dv), out_dtype)
-    shapes, specs = {"out": out}, {"out": pl.BlockSpec((None, None, group, block, dv), lambda b, h, n: (b, h, 0, n, 0))}
+    shapes = plan.out_shapes(batch, kv, group, out_dtype)
+    specs = {
+        "out": pl.BlockSpec((None, None, group, block, dv), lambda b, h, n: (b, h, 0, n, 0)),
+        "factor": pl.BlockSpec((None, None, group, 1, block), lambda b, h, n: (b, h, 0, 0, n)),
+    }
     if save:
         shapes["states"] = struct((batch, kv, plan.blocks, f, dv), jnp.float32)
         specs["states"] = pl.BlockSpec((None, None, None, f, dv), lambda b, h, n: (b, h, n, 0, 0))
@@ -43,7 +48,7 @@ def forward(arrays: dict, plan: Plan, *, out_dtype, save: bool) -> dict:
         scratch_shapes=[pltpu.VMEM((f, dv), jnp.float32), pltpu.VMEM((1, dv), jnp.float32)],
         compiler_params=plan.compiler_params(),
         interpret=plan.interpreted(),
-        cost_estimate=forward_cost(plan, arrays, out_dtype),
+        cost_estimate=forward_cost(plan, arrays, shapes.values()),
         name="residual_forward",
     )(*(arrays[name] for name in names))
     return dict(zip(shapes, results, strict=True))
@@ -69,15 +74,15 @@ def input_specs(plan: Plan, arrays: dict, block_of) -> dict:
     return specs
 
 
-def forward_cost(plan: Plan, arrays: dict, out_dtype) -> pl.CostEstimate:
+def forward_cost(plan: Plan, arrays: dict, results) -> pl.CostEstimate:
     batch, kv, group, length, _ = arrays["q"].shape
     f, dv, c = plan.num_features, plan.value_width, plan.chunk
     rows = batch * kv * length
-    itemsize = jnp.dtype(out_dtype).itemsize
+    size = lambda x: x.size * jnp.dtype(x.dtype).itemsize
     return pl.CostEstimate(
         flops=2 * rows * (group * (f * dv + c * (f + dv)) + f * dv),
         transcendentals=rows * (group + 1) * f,
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays.values()) + rows * group * dv * itemsize,
+        bytes_accessed=sum(map(size, arrays.values())) + sum(map(size, results)),
     )
 
 
@@ -106,6 +111,7 @@ def _kernel(plan: Plan, names, outputs, *refs):
             position = (block_index * plan.chunks + c) * plan.chunk
             reads, seen = first < position, lanes((plan.chunk, plan.chunk)) + position >= first
         mask = lanes((plan.chunk, plan.chunk)) <= sublanes((plan.chunk, plan.chunk))
+        diagonal = lanes((plan.chunk, plan.chunk)) == sublanes((plan.chunk, plan.chunk))
         mask = mask if seen is None else mask & seen
 
         def one_head(head, _):
@@ -114,7 +120,11 @@ def _kernel(plan: Plan, names, outputs, *refs):
             out = plan.product([phi_q], before) + shift
             if reads is not None:
                 out = jnp.where(reads, out, 0.0 if fresh is None else plan.product([phi_q], fresh[0]) + fresh[1])
-            given["out"][head, rows, :] = (out + plan.dot(scores, v)).astype(given["out"].dtype)
+            out, factor = out + plan.dot(scores, v), None
+            if plan.eps is not None:
+                out, factor = plan.normed(out, axis=1)
+                factor = jnp.where(diagonal, factor, 0.0).sum(axis=0, keepdims=True)  # a row
+            plan.store_out(given, head, rows, out, factor)
             return 0
 
         each_head(given["q"].shape[0], one_head, 0)

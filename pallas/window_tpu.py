@@ -18,23 +18,25 @@ AT_ONCE = 4
 
 
 def forward(arrays: dict, plan: Plan, *, out_dtype) -> dict:
-    """out [b, kv, group, t, dv] and lse [b, kv, group, 1, t] float32, the log of each query's total.
+    """out [b, kv, group, t, dv], its factor if it is normed, and lse, the log of each query's total.
+
+    factor, lse: [b, kv, group, 1, t] float32
 
     q: [b, kv, group, t, d]   k: [b, kv, back + t, d]   v: [b, kv, back + t, dv]
     segment_start [b, 1, t]: the position of the first key in a query's segment
     """
     batch, kv, group, length, _ = arrays["q"].shape
     dv, chunk = plan.value_width, plan.chunk
+    shapes = plan.out_shapes(batch, kv, group, out_dtype)
+    shapes["lse"] = struct((batch, kv, group, 1, length), jnp.float32)
     names = [name for name in ("q", "k", "v", "segment_start") if name in arrays]
     given = input_specs(plan, arrays, lambda n, j: n, lambda n, j: n + j)
-    row = struct((batch, kv, group, 1, length), jnp.float32)
-    shapes = {"out": struct((batch, kv, group, length, dv), out_dtype), "lse": row}
     results = pl.pallas_call(
         functools.partial(_kernel, plan, [*names, *shapes]),
         out_shape=list(shapes.values()),
         grid=(batch, kv, plan.blocks, plan.key_blocks),
         in_specs=[given[name] for name in names],
-        out_specs=[given["d_out"], given["lse"]],
+        out_specs=[given["d_out" if name == "out" else "lse"] for name in shapes],
         scratch_shapes=[
             pltpu.VMEM((group, plan.chunks, dv, chunk), jnp.float32),
             pltpu.VMEM((group, plan.chunks, 1, chunk), jnp.float32),
@@ -175,8 +177,10 @@ def _kernel(plan: Plan, names, *refs):
         def _():
             def one_head(head, _):
                 sums = weight[head, c]
-                out = total[head, c] * (1.0 / sums)
-                given["out"][head, rows, :] = jnp.transpose(out).astype(given["out"].dtype)
+                out, factor = total[head, c] * (1.0 / sums), None
+                if plan.eps is not None:
+                    out, factor = plan.normed(out, axis=0)
+                plan.store_out(given, head, rows, jnp.transpose(out), factor)
                 given["lse"][head, :, rows] = maximum[head, c] + jnp.log(sums)
                 return 0
 

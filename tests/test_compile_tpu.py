@@ -183,6 +183,17 @@ def test_other_calls_compile(case):
 
 
 @needs_libtpu
+@pytest.mark.slow
+def test_the_longest_case_fits_a_v5e():
+    """Inputs, outputs and temporaries: the compiler refuses more than the 15.75 GiB that programs may use."""
+    [case] = [
+        c for c in cases() if (c.op, c.num_heads, c.length, c.window) == ("rattention", 40, 131072, 1024) and c.backward
+    ]
+    assert "error" not in (found := compile_case(case, "v5e")), found
+    assert found["memory"]["temp"] < 4.5e9
+
+
+@needs_libtpu
 def test_a_case_that_does_not_compile_says_why():
     found = compile_case(SMALL(op="rattention", num_heads=3, num_kv_heads=2), "v5e")
     assert found["error"].startswith("ValueError: rattention: h must be a multiple of kv")

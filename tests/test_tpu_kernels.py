@@ -68,6 +68,16 @@ def test_maps_formed_in_the_kernel(name):
     assert_conforms(Case(RLA, 140, 20, sizes=SMALL, states=(), static=(feature_map,)), "bfloat16", "tpu")
 
 
+def test_nan_is_not_lost_in_integers():
+    """The fused op's branches leave their kernels as integers, which know no NaN."""
+    gain, x = jnp.ones((2, 8)), jnp.ones((40, 1, 8), jnp.bfloat16)
+    q = jnp.ones((40, 2, 8), jnp.bfloat16).at[20, 1].set(jnp.nan)
+    out = pallas.rattention(q, x, x, window=4, swa_gain=gain, rla_gain=gain, implementation="tpu")
+    rows, heads = np.nonzero(np.isnan(np.asarray(out, np.float32)).all(axis=2))
+    assert (rows.tolist(), heads.tolist()) == ([20], [1])
+    assert np.isnan(np.asarray(out, np.float32)).sum() == 8
+
+
 def test_values_in_another_dtype_than_keys():
     case = Case(RLA, 70, 16)
     arrays = case.arrays("bfloat16")
@@ -87,6 +97,18 @@ def test_vmap_is_one_launch():
     with jax.default_matmul_precision("highest"):
         text = str(jax.make_jaxpr(op)({name: jnp.asarray(x) for name, x in arrays.items()}))
     assert text.count("pallas_call[") == 1
+
+
+def test_every_kernel_tells_its_cost():
+    x, gain = jax.ShapeDtypeStruct((300, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 64), jnp.float32)
+
+    def both(x, gain):
+        op = lambda x: pallas.rattention(x, x, x, window=100, swa_gain=gain, rla_gain=gain, implementation="tpu")
+        out, pull = jax.vjp(op, x)
+        return pull(out)
+
+    text = str(jax.make_jaxpr(both)(x, gain))
+    assert text.count("pallas_call[") == text.count("cost_estimate=CostEstimate(") == 5
 
 
 def test_nothing_of_a_document_depends_on_another():
