@@ -270,7 +270,7 @@ def _ablate(options: argparse.Namespace) -> None:
         old = ablate.replayed(options.replay)
         trials, seeds = [ablate.Trial.from_json(old["name"], old["trial"])], [old["seed"]]
     else:
-        trials = ablate.product(grids.load_grid(options.grid), ablate.parse_settings(options.settings or []))
+        trials = grids.product(grids.load_grid(options.grid), grids.parse_settings(options.settings or []))
         trials, seeds = [trial for trial in trials if (options.only or "") in trial.name], list(range(options.seeds))
     if options.list:
         print("\n".join(trial.name for trial in trials))

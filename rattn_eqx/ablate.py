@@ -7,7 +7,6 @@ runs the trials whose lines are missing.
 
 import dataclasses
 import functools
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -393,66 +392,6 @@ def _loss(model: LanguageModel, trial: Trial, batch, kept: Bool[Array, "layers"]
 
 def _key(trial: dict[str, Any], corpus: str | None) -> str:
     return json.dumps([trial, corpus], sort_keys=True)
-
-
-def product(trials: list[Trial], settings: dict[str, list[Any]]) -> list[Trial]:
-    """Every trial with every combination of settings, such as {"model.window": [32, 64], "task_share": [1]}.
-
-    Raises:
-      ValueError: for a setting that no trial has.
-    """
-    made = []
-    for trial, values in itertools.product(trials, itertools.product(*settings.values())):
-        pairs = list(zip(settings, values, strict=True))
-        name = " ".join([trial.name, *(f"{key.split('.')[-1]}={value}" for key, value in pairs)])
-        made.append(dataclasses.replace(_replaced(trial, pairs), name=name))
-    return made
-
-
-def _replaced(trial: Trial, pairs: list[tuple[str, Any]]) -> Trial:
-    changes: dict[str, Any] = {}
-    for key, value in pairs:
-        head, _, tail = key.partition(".")
-        owner = getattr(trial, head, None) if tail else trial
-        known = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
-        if not (tail and isinstance(owner, dict)) and (tail or head) not in known:
-            raise ValueError(
-                f"ablate: no setting {key!r}; use model.FIELD, training.FIELD, task_options.NAME or a field of Trial: "
-                + ", ".join(field.name for field in dataclasses.fields(Trial))
-            )
-        if tail:
-            changes.setdefault(head, {})[tail] = value
-        else:
-            changes[head] = value
-    for head, value in changes.items():
-        old: Any = getattr(trial, head)
-        if isinstance(value, dict):
-            changes[head] = old | value if isinstance(old, dict) else dataclasses.replace(old, **value)
-    return dataclasses.replace(trial, **changes)
-
-
-def parse_settings(texts: list[str]) -> dict[str, list[Any]]:
-    """Settings of `product` from the command line, such as "model.window=4,8"; values are JSON, or else text.
-
-    Raises:
-      ValueError: for anything without a name and a value.
-    """
-    settings: dict[str, list[Any]] = {}
-    for text in texts:
-        name, _, values = text.partition("=")
-        if not (name and values):
-            raise ValueError(f"ablate: a setting must be NAME=VALUE,VALUE such as model.window=4,8; got {text!r}")
-        settings[name] = [_value(name, value) for value in values.split(",")]
-    return settings
-
-
-def _value(name: str, text: str) -> Any:
-    if name in ("model.pattern", "windows", "test_lengths"):  # several, with + between
-        return tuple(_value("", part) for part in text.split("+"))
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def replayed(place: str) -> dict[str, Any]:

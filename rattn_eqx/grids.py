@@ -1,8 +1,11 @@
-"""The grids of ablations that this project ran: each a function that gives a list of trials."""
+"""The grids of ablations that this project ran, each a function that gives a list of trials, and how to vary one."""
 
 import dataclasses
+import itertools
+import json
 import runpy
 from pathlib import Path
+from typing import Any
 
 from rattn_eqx.ablate import Trial
 from rattn_eqx.presets import LayerKind, ModelConfig
@@ -112,3 +115,63 @@ def load_grid(name: str) -> list[Trial]:
     if not isinstance(trials, list) or not all(isinstance(each, Trial) for each in trials):
         raise ValueError(f"ablate: {path} must define `trials`, a list of rattn_eqx.ablate.Trial; got {type(trials)}")
     return trials
+
+
+def product(trials: list[Trial], settings: dict[str, list[Any]]) -> list[Trial]:
+    """Every trial with every combination of settings, such as {"model.window": [32, 64], "task_share": [1]}.
+
+    Raises:
+      ValueError: for a setting that no trial has.
+    """
+    made = []
+    for trial, values in itertools.product(trials, itertools.product(*settings.values())):
+        pairs = list(zip(settings, values, strict=True))
+        name = " ".join([trial.name, *(f"{key.split('.')[-1]}={value}" for key, value in pairs)])
+        made.append(dataclasses.replace(_replaced(trial, pairs), name=name))
+    return made
+
+
+def _replaced(trial: Trial, pairs: list[tuple[str, Any]]) -> Trial:
+    changes: dict[str, Any] = {}
+    for key, value in pairs:
+        head, _, tail = key.partition(".")
+        owner = getattr(trial, head, None) if tail else trial
+        known = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+        if not (tail and isinstance(owner, dict)) and (tail or head) not in known:
+            raise ValueError(
+                f"ablate: no setting {key!r}; use model.FIELD, training.FIELD, task_options.NAME or a field of Trial: "
+                + ", ".join(field.name for field in dataclasses.fields(Trial))
+            )
+        if tail:
+            changes.setdefault(head, {})[tail] = value
+        else:
+            changes[head] = value
+    for head, value in changes.items():
+        old: Any = getattr(trial, head)
+        if isinstance(value, dict):
+            changes[head] = old | value if isinstance(old, dict) else dataclasses.replace(old, **value)
+    return dataclasses.replace(trial, **changes)
+
+
+def parse_settings(texts: list[str]) -> dict[str, list[Any]]:
+    """Settings of `product` from the command line, such as "model.window=4,8"; values are JSON, or else text.
+
+    Raises:
+      ValueError: for anything without a name and a value.
+    """
+    settings: dict[str, list[Any]] = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        if not (name and values):
+            raise ValueError(f"ablate: a setting must be NAME=VALUE,VALUE such as model.window=4,8; got {text!r}")
+        settings[name] = [_value(name, value) for value in values.split(",")]
+    return settings
+
+
+def _value(name: str, text: str) -> Any:
+    if name in ("model.pattern", "windows", "test_lengths"):  # several, with + between
+        return tuple(_value("", part) for part in text.split("+"))
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
