@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student_t
+from scipy.special import stdtrit  # quantiles of Student's t
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def mean_and_half_width(numbers: list[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95% interval by Student's t; NaN for one number."""
     n = len(numbers)
     spread = float(np.std(numbers, ddof=1)) / n**0.5 if n > 1 else float("nan")
-    return float(np.mean(numbers)), float(student_t.ppf(0.975, n - 1)) * spread if n > 1 else spread
+    return float(np.mean(numbers)), float(stdtrit(n - 1, 0.975)) * spread if n > 1 else spread
 
 
 def table(rows: list[dict[str, Any]], baseline: str | None = None) -> str:

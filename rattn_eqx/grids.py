@@ -40,11 +40,32 @@ NEEDLE: dict[str, int | str] = {"haystack": "corpus", "num_keys": 8, "num_querie
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
 
 NO_GLOBAL = ("local",)
-MIXERS = {
+MIXERS: dict[str, dict[str, Any]] = {
     "full": {"residual": False, "window": FULL},
     "window": {"residual": False},
     "linear": {"window": 0},
     "rattention": {},
+}
+# What the paper's ablation table changes, and what it does not; "rattention" begins with a gain of 0.3.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rattention": {},
+    "relu": {"feature_map": "relu"},
+    "identity": {"feature_map": "identity"},
+    "squared relu": {"feature_map": "squared_relu"},
+    "Taylor": {"feature_map": "taylor"},
+    "learned map": {"feature_map": "learned"},
+    "decay gate": {"decay_gate": True},
+    "head split": {"head_split": True},
+    "no window": {"window": 0},
+    "no group norm": {"branch_norm": "none"},
+    "one norm": {"branch_norm": "sum"},
+    "gain 1": {"rla_gain": 1.0},
+    "gain 0.1": {"rla_gain": 0.1},
+    "normed q and k": {"feature_input": "normed"},
+    "learned scale": {"learned_feature_scale": True},
+    "learned state": {"num_meta_tokens": 16},
+    "sinks": {"num_sinks": 4},
+    "convolution": {"conv_width": 4},
 }
 SWEPT = (1e-3, 2e-3, 4e-3)
 RATES = {"full": 2e-3, "window": 2e-3, "linear": 2e-3, "rattention": 2e-3}  # the best of `sweep`
@@ -81,6 +102,15 @@ def _pareto(label: str, pattern: tuple[LayerKind, ...]) -> list[Trial]:
     return trials
 
 
+def variants() -> list[Trial]:
+    """RATTENTION-64 without a global layer, with one part exchanged at a time."""
+    base: dict[str, Any] = {"pattern": NO_GLOBAL, "window": 64}
+    made = [trial(name, **(base | changes)) for name, changes in VARIANTS.items()]
+    made = [dataclasses.replace(each, test_lengths=()) for each in made]
+    random_window = dataclasses.replace(made[0], name="random window", windows=(32, 64, 128))
+    return [*made, random_window, dataclasses.replace(made[0], name="window dropped", window_dropout=0.5)]
+
+
 def _at_rate(each: Trial, rate: float) -> Trial:
     training = dataclasses.replace(each.training, learning_rate=rate)
     return dataclasses.replace(each, name=f"{each.name}, rate {rate:g}", training=training, test_lengths=())
@@ -97,7 +127,7 @@ def quick() -> list[Trial]:
     return [Trial("quick", model, training, task="mqar", task_options=recall, task_share=1)]
 
 
-grids = {"quick": quick, "sweep": sweep, "pareto": pareto, "pareto_global": pareto_global}
+grids = {"quick": quick, "sweep": sweep, "pareto": pareto, "pareto_global": pareto_global, "variants": variants}
 
 
 def load_grid(name: str) -> list[Trial]:

@@ -6,6 +6,7 @@ from typing import Literal
 from pallas.feature_map import named
 
 LayerKind = Literal["local", "global"]
+DEPARTURES = ("branch_norm", "feature_input", "head_split", "decay_gate", "num_sinks", "conv_width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class ModelConfig:
     `swa_gain` and `rla_gain` are what the learned gains of the two branches begin at. `feature_map` is a named one of
     `pallas.feature_map`, or "learned": a `Hedgehog` of each local layer's own.
 
-    The fields from `branch_norm` on depart from the paper's layer, for ablations; `ablated.AblatedAttention` defines
+    The fields named in `DEPARTURES` depart from the paper's layer, for ablations; `ablated.AblatedAttention` defines
     them.
     """
 
@@ -51,7 +52,8 @@ class ModelConfig:
     @property
     def is_ablated(self) -> bool:
         """Whether a local layer departs from the paper's."""
-        return any(getattr(self, field.name) != field.default for field in dataclasses.fields(self)[-6:])
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        return any(getattr(self, name) != fields[name] for name in DEPARTURES)
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
