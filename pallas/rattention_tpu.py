@@ -48,9 +48,8 @@ def sliding_window_attention(q, k, v, *, window, scale, segment_ids, block_sizes
 def residual_linear_attention(q, k, v, *, return_final_state, block_sizes, **residual):
     """o_rla [t, h, dv] and, if asked for, the state that the last query read."""
     call = _residual(q, k, v, block_sizes=block_sizes, **residual)
-    return _by_time(None if call is None else output(call, v.dtype), q, v), final_state(
-        k, v, **residual
-    ) if return_final_state else None
+    state = final_state(k, v, **residual) if return_final_state else None
+    return _by_time(None if call is None else output(call, v.dtype), q, v), state
 
 
 def rattention(

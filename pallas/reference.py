@@ -98,13 +98,14 @@ def normed_sum(
     rla_gain: Float[Array, "h dv"],
     eps: float,
 ) -> Float[Array, "t h dv"]:
-    """o = g_swa rms(o_swa) + g_rla rms(o_rla), where rms(x) = x / sqrt(mean(x^2) + eps) over dv."""
-
-    def rms(x):
-        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-
+    """o = g_swa rms(o_swa) + g_rla rms(o_rla)."""
     swa_gain, rla_gain = (gain.astype(o_swa.dtype)[None] for gain in (swa_gain, rla_gain))
-    return swa_gain * rms(o_swa) + rla_gain * rms(o_rla)
+    return swa_gain * rms(o_swa, eps) + rla_gain * rms(o_rla, eps)
+
+
+def rms(x: Float[Array, "t h dv"], eps: float) -> Float[Array, "t h dv"]:
+    """x / sqrt(mean(x^2) + eps) over dv."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
 def rattention(

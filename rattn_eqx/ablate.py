@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
 from pallas.bench import facts
-from rattn_eqx.corpus import Corpus, build_corpus
+from rattn_eqx.corpus import build_corpus
 from rattn_eqx.cost import count_parameters
 from rattn_eqx.evaluate import without_residual
 from rattn_eqx.evaluate_recall import evaluate_task, make_task
@@ -97,9 +97,11 @@ class Trial:
     @classmethod
     def from_json(cls, name: str, values: dict[str, Any]) -> "Trial":
         """The trial whose `to_json` is `values`."""
-        model = ModelConfig(**{**values["model"], "pattern": tuple(values["model"]["pattern"])})
-        rest = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        return cls(name, **{**rest, "model": model, "training": TrainConfig(**values["training"])})
+        rest: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        rest |= {"model": ModelConfig.from_json(values["model"]), "training": TrainConfig(**values["training"])}
+        return cls(name, **rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Data:
 
 def load_data(source: str, cache: Path) -> Data:
     """The corpus of `rattn pretrain` in bytes, of `corpus.build_corpus`, gathered or found under `cache`."""
-    corpus: Corpus = build_corpus(source, cache)
+    corpus = build_corpus(source, cache)
     train, validation = tokenize(corpus, ByteTokenizer(), cache)
     text = b"\n".join(corpus.documents("train"))
     return Data(np.load(train, mmap_mode="r"), validation, text, corpus.manifest["sha256"])
@@ -179,14 +181,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """One line: bits per byte, and whole answers right at each length, mean over seeds and each seed's."""
-    mean = lambda values: sum(values) / len(values)
     parts = []
     if rows[0]["bits_per_byte"] is not None:
-        parts.append(f"{mean([row['bits_per_byte'] for row in rows]):.3f} bits/byte")
+        parts.append(f"{np.mean([row['bits_per_byte'] for row in rows]):.3f} bits/byte")
     for i, tested in enumerate(rows[0]["tests"]):
         exact = [row["tests"][i]["exact"] for row in rows]
         shown = ", ".join(f"{share:.3f}" for share in exact)
-        parts.append(f"{tested['task']} {tested['length']}: {mean(exact):.3f} ({shown})")
+        parts.append(f"{tested['task']} {tested['length']}: {np.mean(exact):.3f} ({shown})")
     return f"{'; '.join(parts)}; {rows[0]['seconds']:.0f} s"
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, jaxtyped
 import pallas
 from pallas.arguments import accumulation_dtype
 from pallas.feature_map import FeatureMap, as_pair
-from pallas.reference import segment_runs
+from pallas.reference import normed_sum, rms, segment_runs
 from rattn_eqx.attention import RAttention
 from rattn_eqx.presets import ModelConfig
 
@@ -168,9 +168,9 @@ class AblatedAttention(eqx.Module):
             return gated_residual(
                 q, k, v, self.decay_gate(x), window=window, feature_map=layer.feature_map, segment_ids=segment_ids
             )
-        state = None if layer.meta_tokens is None else layer.meta_tokens.state(as_pair(layer.feature_map)[1])
+        state = layer.initial_state()
         if state is not None:
-            state = state[-k.shape[1] :]
+            state = state[-k.shape[1] :]  # of the later half of the heads, where they are split
         return pallas.residual_linear_attention(
             q,
             k,
@@ -185,11 +185,17 @@ class AblatedAttention(eqx.Module):
 
     def _sum(self, o_swa, o_rla):
         o_swa, o_rla = (x.astype(accumulation_dtype(x)) for x in (o_swa, o_rla))
-        rms = lambda x: x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPS)
+        swa_gain: Any = self.layer.swa_gain
+        rla_gain: Any = self.layer.rla_gain
         if self.branch_norm == "group":
-            o_swa, o_rla = rms(o_swa), rms(o_rla)
-        total = self.layer.swa_gain[None] * o_swa + self.layer.rla_gain[None] * o_rla  # pyright: ignore
-        return rms(total) if self.branch_norm == "sum" else total
+            return normed_sum(o_swa, o_rla, swa_gain, rla_gain, EPS)
+        total = swa_gain[None] * o_swa + rla_gain[None] * o_rla
+        return rms(total, EPS) if self.branch_norm == "sum" else total
+
+
+def _runs(t: int, segment_ids: Int[Array, "t"] | None) -> Int[Array, "t"]:
+    """The number of each token's segment."""
+    return jnp.zeros(t, jnp.int32) if segment_ids is None else segment_runs(segment_ids)
 
 
 @jaxtyped(typechecker=beartype)
@@ -198,7 +204,7 @@ def causal_convolution(
 ) -> Float[Array, "t m"]:
     """y[t] = sum over i of taps[i] x[t - i], for tokens t - i of t's own segment."""
     t = x.shape[0]
-    runs = jnp.zeros(t, jnp.int32) if segment_ids is None else segment_runs(segment_ids)
+    runs = _runs(t, segment_ids)
     total = jnp.zeros_like(x)
     for back, tap in enumerate(taps.astype(x.dtype)):
         before = jnp.pad(x, ((back, 0), (0, 0)))[:t]
@@ -225,7 +231,7 @@ def window_with_sinks(
     t, num_sinks = q.shape[0], sink_logits.shape[0]
     block = min(window, t)
     n = -(-t // block)
-    runs = jnp.zeros(t, jnp.int32) if segment_ids is None else segment_runs(segment_ids)
+    runs = _runs(t, segment_ids)
 
     def blocks(x, fill=0):  # [n, block, ...]
         widths = ((0, n * block - t), *[(0, 0)] * (x.ndim - 1))
@@ -271,7 +277,7 @@ def gated_residual(
     """
     t, kv, dv = v.shape
     phi_q, phi_k = as_pair(feature_map)
-    runs = jnp.zeros(t, jnp.int32) if segment_ids is None else segment_runs(segment_ids)
+    runs = _runs(t, segment_ids)
     after = -t % chunk
 
     def chunks(x, back, fill=0):  # [n, chunk, ...]: what stands `back` tokens before each query

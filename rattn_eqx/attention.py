@@ -217,12 +217,16 @@ class RAttention(eqx.Module):
             k = k * self.feature_scale.key.astype(k.dtype)[None]
         return q_local, k_local, q, k, v
 
+    def initial_state(self) -> Array | None:
+        """What every document starts from, [kv, f, dv]; None is zero."""
+        return None if self.meta_tokens is None else self.meta_tokens.state(as_pair(self.feature_map)[1])
+
     def attend(self, q_local: Array, k_local: Array, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
         """The heads: `pallas.rattention` of what `inputs` gives, or without the residual branch the window's alone."""
         options: dict[str, Any] = dict(window=self.window, segment_ids=segment_ids, implementation=self.implementation)
         if self.swa_gain is None or self.rla_gain is None:
             return pallas.sliding_window_attention(q_local, k_local, v, **options)
-        state = None if self.meta_tokens is None else self.meta_tokens.state(as_pair(self.feature_map)[1])
+        state = self.initial_state()
         heads: Any = pallas.rattention(  # one array: no final state is asked for
             q_local,
             k_local,

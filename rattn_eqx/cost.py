@@ -107,8 +107,7 @@ def state_bytes(config: ModelConfig, *, bytes_per_element: int = 4) -> int:
     """
     if not config.residual:
         return 0
-    features = num_features(named.get(config.feature_map, softmax), config.head_size)  # a learned map has as many
-    per_layer = config.num_kv_heads * features * config.head_size * bytes_per_element
+    per_layer = config.num_kv_heads * _features(config) * config.head_size * bytes_per_element
     return config.layer_kinds.count("local") * per_layer
 
 
@@ -176,8 +175,7 @@ def describe_cost(config: ModelConfig, *, context: int, batch: int, hardware: Ha
 
     per_head = ""
     if config.residual:
-        features = num_features(named.get(config.feature_map, softmax), config.head_size)  # a learned map has as many
-        as_tokens = state_in_tokens(features, config.head_size, config.head_size)
+        as_tokens = state_in_tokens(_features(config), config.head_size, config.head_size)
         per_head = f"; as many numbers per head as the keys and values of {as_tokens:g} tokens"
 
     rows = [("parameters", f"{total:,}", f"{_bytes(2 * total)} in bfloat16")]
@@ -223,3 +221,8 @@ def _bytes(size: int) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
+
+
+def _features(config: ModelConfig) -> int:
+    """f, of which a learned map has as many as the softmax map."""
+    return num_features(named.get(config.feature_map, softmax), config.head_size)

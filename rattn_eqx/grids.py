@@ -43,7 +43,6 @@ NO_GLOBAL = ("local",)
 MIXERS: dict[str, dict[str, Any]] = {
     "full": {"residual": False, "window": FULL},
     "window": {"residual": False},
-    "linear": {"window": 0},
     "rattention": {},
 }
 # What the paper's ablation table changes, and what it does not; "rattention" begins with a gain of 0.3.
@@ -68,7 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "convolution": {"conv_width": 4},
 }
 SWEPT = (1e-3, 2e-3, 4e-3)
-RATES = {"full": 2e-3, "window": 2e-3, "linear": 2e-3, "rattention": 2e-3}  # the best of `sweep`
+RATES = {"full": 2e-3, "window": 2e-3, "rattention": 2e-3}  # the best of `sweep`
 
 
 def trial(name: str, mixer: str = "rattention", **model) -> Trial:

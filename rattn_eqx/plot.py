@@ -1,10 +1,13 @@
 """Figures of runs. Each function returns a matplotlib Figure; none touches global state."""
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
@@ -38,9 +41,7 @@ def loss_curves(
         dashes = ("--", ":", "-.")[style % 3]
         axes.axhline(value, color="black", linestyle=dashes, linewidth=1, label=f"{name}: {value:.2f}")
     axes.set(xlabel="optimiser step", ylabel="bits per byte (log scale)", yscale="log")
-    axes.yaxis.set_major_locator(FixedLocator([1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10]))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
+    _ticks_at(axes.yaxis, [1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10])
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
@@ -97,52 +98,38 @@ def effective_memory(curves: dict[str, EffectiveMemory], window: int, num_local:
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG of 150 dots per inch."""
-    figure.savefig(path, dpi=150)
-
-
-def _column(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None and np.isfinite(row[name])]
-    steps, values = zip(*pairs, strict=True) if pairs else ((), ())
-    return np.asarray(steps), np.asarray(values, float)
-
-
-def by_window(rows: list[dict[str, Any]], metric: str, *, full: int = 2**20) -> Figure:
+def by_window(rows: list[dict[str, Any]], metric: str) -> Figure:
     """A result of `rattn ablate` by window: means with 95% t intervals over seeds, each seed a dot.
+
+    A window of the context or more is full attention, drawn as a line across.
 
     Args:
       rows: lines that differ in window, in whether there is a residual branch, and in seed.
       metric: as of `ablation_table.result`.
-      full: a window of at least this is full attention, drawn as a line across.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     groups: dict[tuple[bool, int], list[float]] = {}
+    full: list[float] = []
     for row in rows:
-        model = row["trial"]["model"]
-        value = ablation_table.result(row, metric)
+        model, value = row["trial"]["model"], ablation_table.result(row, metric)
+        sees_all = model["window"] >= row["trial"]["training"]["context"]
         if value is not None:
-            groups.setdefault((model["residual"], model["window"]), []).append(value)
+            (full if sees_all else groups.setdefault((model["residual"], model["window"]), [])).append(value)
     for colour, (residual, name) in enumerate(((False, "window alone"), (True, "RATTENTION"))):
-        windows = sorted(window for has, window in groups if has == residual and window < full)
+        windows = sorted(window for has, window in groups if has == residual)
         found = [groups[residual, window] for window in windows]
         at = np.asarray(windows) * (1.04 if residual else 0.96)  # beside each other
         summaries = np.array([ablation_table.mean_and_half_width(values) for values in found]).reshape(-1, 2)
         means, half_widths = summaries.T
         axes.errorbar(at, means, half_widths, color=f"C{colour}", marker="o", capsize=3, label=name)
-        for x, values in zip(at, found, strict=True):
-            axes.plot([x] * len(values), values, ".", color=f"C{colour}", alpha=0.5)
-    for (_, window), values in groups.items():
-        if window >= full:
-            mean, half_width = ablation_table.mean_and_half_width(values)
-            axes.axhline(mean, color="black", linestyle="--", linewidth=1, label="full attention")
-            axes.axhspan(mean - half_width, mean + half_width, color="black", alpha=0.08)
+        _dots(axes, at, found, f"C{colour}")
+    if full:
+        mean, half_width = ablation_table.mean_and_half_width(full)
+        axes.axhline(mean, color="black", linestyle="--", linewidth=1, label="full attention")
+        axes.axhspan(mean - half_width, mean + half_width, color="black", alpha=0.08)
     axes.set(xlabel="window of the local layers, in tokens", ylabel=metric.replace("_", " "), xscale="log")
-    ticks = sorted({window for _, window in groups if window < full})
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(NullLocator())
+    _ticks_at(axes.xaxis, sorted({window for _, window in groups}))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=3)
     return figure
@@ -162,13 +149,34 @@ def by_length(rows: dict[str, list[dict[str, Any]]], trained: int) -> Figure:
         seen = [np.array([ablation_table.result(row, f"exact {length}") for row in lines]) for length in lengths]
         style = {"color": f"C{number}", "marker": "osD^v"[number % 5], "markersize": 9 - 2 * (number % 4)}
         axes.plot(lengths, [np.mean(values) for values in seen], label=label, **style)
-        for length, values in zip(lengths, seen, strict=True):
-            axes.plot([length] * len(values), values, ".", color=f"C{number}", alpha=0.5)
+        _dots(axes, lengths, seen, f"C{number}")
     axes.axvline(trained, color="black", linestyle="--", linewidth=1, label="length of training")
     axes.set(xlabel="length of the test, in tokens", ylabel="share of answers right", xscale="log", ylim=(-0.03, 1.05))
-    axes.xaxis.set_major_locator(FixedLocator(lengths))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}")
-    axes.xaxis.set_minor_locator(NullLocator())
+    _ticks_at(axes.xaxis, lengths, lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG of 150 dots per inch."""
+    figure.savefig(path, dpi=150)
+
+
+def _column(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None and np.isfinite(row[name])]
+    steps, values = zip(*pairs, strict=True) if pairs else ((), ())
+    return np.asarray(steps), np.asarray(values, float)
+
+
+def _ticks_at(axis: Axis, places: Sequence[float], form: str | Callable = "{x:g}") -> None:
+    """Of a logarithmic axis: these and no others."""
+    axis.set_major_locator(FixedLocator(places))
+    axis.set_major_formatter(form)
+    axis.set_minor_locator(NullLocator())
+
+
+def _dots(axes: Axes, places: Iterable[float], groups: Iterable, colour: str) -> None:
+    """Each group's values above one another at its place."""
+    for place, values in zip(places, groups, strict=True):
+        axes.plot([place] * len(values), values, ".", color=colour, alpha=0.5)

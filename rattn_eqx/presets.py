@@ -1,7 +1,7 @@
 """Named model sizes, as frozen values that a run folder stores as JSON."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from pallas.feature_map import named
 
@@ -48,6 +48,11 @@ class ModelConfig:
     decay_gate: bool = False
     num_sinks: int = 0
     conv_width: int = 0
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
+        """The config that `dataclasses.asdict` gave, as JSON holds it: with a list for the pattern."""
+        return cls(**{**values, "pattern": tuple(values["pattern"])})
 
     @property
     def is_ablated(self) -> bool:

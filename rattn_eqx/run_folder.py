@@ -122,8 +122,7 @@ def load_config(folder: Path) -> RunConfig:
         )
     try:
         values = json.loads(path.read_text())
-        model = ModelConfig(**{**values["model"], "pattern": tuple(values["model"]["pattern"])})
-        return RunConfig(model, TrainConfig(**values["training"]), values["corpus"])
+        return RunConfig(ModelConfig.from_json(values["model"]), TrainConfig(**values["training"]), values["corpus"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"load_config: {path} is damaged: {error}; put back a good copy, or start again in another folder"

@@ -71,7 +71,12 @@ def test_everything_measured_lies_inside_the_axes():
 def line(residual: bool, window: int, seed: int, bits: float) -> dict:
     model = {"residual": residual, "window": window}
     tests = [{"length": length, "exact": 1 / seed} for length in (512, 2048)]
-    return {"trial": {"model": model}, "seed": seed, "bits_per_byte": bits, "tests": tests}
+    return {
+        "trial": {"model": model, "training": {"context": 512}},
+        "seed": seed,
+        "bits_per_byte": bits,
+        "tests": tests,
+    }
 
 
 def test_results_by_window_are_means_of_seeds():
