@@ -33,7 +33,7 @@ from rattn_eqx.run_folder import TrainConfig
 from rattn_eqx.tokens import ByteTokenizer, tokenize
 from rattn_eqx.train import make_optimizer, validation_loss
 
-POOL = 8192  # task samples that training draws from, over and over
+POOL = 2**24  # tokens of the task's samples that training draws from, over and over
 TEST_SEED = 2**31  # no trial's samples
 DISPATCH = 25  # steps in one call of the device
 
@@ -353,7 +353,8 @@ def _sources(trial: Trial, data: Data | None) -> tuple[Array, Array, Array]:
     if trial.task_sequences:
         shapes = eqx.filter_eval_shape(functools.partial(_make_model, trial, None), jax.random.key(0))
         needed = trial.task_sequences * trial.training.steps
-        drawn = make_task(trial.task, shapes, ByteTokenizer(), 0, min(POOL, needed), context, task_options(trial, data))
+        count = min(max(1, POOL // context), needed)
+        drawn = make_task(trial.task, shapes, ByteTokenizer(), 0, count, context, task_options(trial, data))
         sequences = np.concatenate([drawn.tokens, drawn.targets[:, -1:]], axis=1).astype(np.uint16)
         answers = drawn.scored
     return jnp.asarray(text), jnp.asarray(sequences), jnp.asarray(answers)
