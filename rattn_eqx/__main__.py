@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--corpus", default="python", help="text, as of `rattn pretrain`; read if a trial needs it")
     add("--cache", type=Path, default=Path("~/.cache/rattn"), help="where corpora and tokens are kept between runs")
     add("--part", default="1/1", help="i/n runs the i-th of n shares of the grid: n processes may share a file")
+    add("--attribution", action="store_true", help="also what each branch contributes, as of `rattn evaluate`")
     add("--commit", help="of this code, for the results; default: git's")
     add("--replay", metavar="FILE:LINE", help="run the trial and seed of a line of results again, and print both")
     add("--table", action="store_true", help="print what --out holds: means, and differences with 95%% intervals")
@@ -284,7 +285,10 @@ def _ablate(options: argparse.Namespace) -> None:
     index, _, parts = options.part.partition("/")
     if not (index.isdigit() and parts.isdigit()):
         raise ValueError(f"ablate: --part must be i/n such as 1/3; got {options.part!r}")
-    ablate.run_grid(trials, seeds, data, options.out, part=(int(index), int(parts)), commit=options.commit)
+    shares = (int(index), int(parts))
+    ablate.run_grid(
+        trials, seeds, data, options.out, part=shares, attribution=options.attribution, commit=options.commit
+    )
 
 
 def _cost(options: argparse.Namespace) -> None:

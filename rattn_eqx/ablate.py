@@ -22,15 +22,16 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
 from pallas.bench import facts
+from rattn_eqx.attribution import attribute_task, loss_by_branch
 from rattn_eqx.corpus import build_corpus
 from rattn_eqx.cost import count_parameters
-from rattn_eqx.evaluate import without_residual
+from rattn_eqx.evaluate import loss_by_position, without_residual
 from rattn_eqx.evaluate_recall import evaluate_task, make_task
 from rattn_eqx.language_model import LanguageModel, batch_logits
 from rattn_eqx.loss import cross_entropy
 from rattn_eqx.presets import ModelConfig
 from rattn_eqx.run_folder import TrainConfig
-from rattn_eqx.tokens import ByteTokenizer, tokenize
+from rattn_eqx.tokens import ByteTokenizer, long_documents, tokenize, validation_batches
 from rattn_eqx.train import make_optimizer, validation_loss
 
 POOL = 2**24  # tokens of the task's samples that training draws from, over and over
@@ -129,6 +130,7 @@ def run_grid(
     out: Path,
     *,
     part: tuple[int, int] = (1, 1),
+    attribution: bool = False,
     commit: str | None = None,
     report: Callable[[str], object] = tqdm.write,
     show_progress: bool = True,
@@ -137,6 +139,7 @@ def run_grid(
 
     Args:
       part: (i, n) runs the i-th of n equal shares, counted from 1, so that n processes can share a grid and a file.
+      attribution: as of `run_trial`; lines that are there already count as done without it too.
       commit: of this code, to be written in the lines; None asks git.
       report: told each trial's result in a line.
 
@@ -157,7 +160,9 @@ def run_grid(
             report(f"{trial.name}: already in {out}")
             continue
         title = f"{number * parts + index}/{len(trials)} {trial.name}"
-        rows = run_trial(trial, left, data, commit=commit, title=title, show_progress=show_progress)
+        rows = run_trial(
+            trial, left, data, attribution=attribution, commit=commit, title=title, show_progress=show_progress
+        )
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -197,6 +202,7 @@ def run_trial(
     data: Data | None,
     *,
     implementation: str | None = None,
+    attribution: bool = False,
     commit: str | None = None,
     title: str = "",
     show_progress: bool = True,
@@ -209,6 +215,8 @@ def run_trial(
     Args:
       data: what text is read; may be None where `task_share` is 1.
       implementation: of the ops.
+      attribution: whether to ask, of a model with a residual branch, what each branch contributes
+        (`attribution.attribute_task`, `loss_by_branch`).
       commit: of this code; None asks git.
     """
     started = time.monotonic()
@@ -237,6 +245,12 @@ def run_trial(
         row = {"name": trial.name, "trial": trial.to_json(), "seed": seed} | test(model, lengths)
         if trial.model.residual:
             row["without_residual"] = test(without_residual(model), [trial.training.context])
+        if data is not None and trial.task_share < 1:
+            documents = long_documents(data.validation, max(lengths) + 1)
+            row["text"] = {"documents": len(documents)}
+            row["text"]["by_position"] = loss_by_position(model, documents, tokenizer) if len(documents) else []
+        if attribution and trial.model.residual:
+            row["attribution"] = _attribution(model, trial, data)
         every = max(1, len(losses) // 50)
         row["losses"] = [[step + 1, round(float(losses[step, index]), 4)] for step in range(0, len(losses), every)]
         row |= {
@@ -249,6 +263,19 @@ def run_trial(
         }
         rows.append(row | about)
     return rows
+
+
+def _attribution(model: LanguageModel, trial: Trial, data: Data | None) -> dict[str, Any]:
+    tokenizer, context = ByteTokenizer(), trial.training.context
+    options = task_options(trial, data)
+    found = attribute_task(
+        model, make_task(trial.task, model, tokenizer, TEST_SEED, trial.test_samples, context, options)
+    )
+    if data is not None and trial.task_share < 1:
+        tokens = min(2**17, trial.training.evaluation_tokens)
+        batches = validation_batches(data.validation, context=context, batch_size=8, max_tokens=tokens)
+        found["bits_per_byte"] = loss_by_branch(model, list(batches), tokenizer)
+    return found
 
 
 def train_trial(

@@ -7,9 +7,10 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from beartype import beartype
 from jax.sharding import Mesh
-from jaxtyping import jaxtyped
+from jaxtyping import Array, Float, Int, Int32, jaxtyped
 
 from rattn_eqx.language_model import LanguageModel, batch_logits
 from rattn_eqx.loss import bits_per_byte, cross_entropy
@@ -46,6 +47,34 @@ def _compile(static: LanguageModel, mesh: Mesh, padding: int) -> Callable:
         return jax.lax.psum(nats, BATCH)
 
     return jax.jit(over_batch(local, mesh, 1))
+
+
+@jaxtyped(typechecker=beartype)
+def loss_by_position(
+    model: LanguageModel, documents: Int32[np.ndarray, "n length"], tokenizer: Tokenizer
+) -> list[tuple[int, int, float]]:
+    """Rows (low, high, bits per byte) over the targets at positions low <= i < high, of documents that begin at 0.
+
+    What a position predicts depends on nothing after it: one reading of a long document has the loss at each shorter
+    length too. The first bin ends at 128, and each is as long as all before it.
+
+    Args:
+      documents: the first tokens of each, such as `tokens.long_documents` gives; all but the last are read.
+    """
+    nats = sum(np.asarray(_nats(model, jnp.asarray(document)), np.float64) for document in documents)
+    num_bytes = tokenizer.byte_lengths[documents[:, 1:]].sum(axis=0)
+    rows, low = [], 0
+    while low < len(num_bytes):
+        high = min(max(128, 2 * low), len(num_bytes))
+        rows.append((low, high, bits_per_byte(float(nats[low:high].sum()), int(num_bytes[low:high].sum()))))
+        low = high
+    return rows
+
+
+@eqx.filter_jit
+def _nats(model: LanguageModel, document: Int[Array, "length"]) -> Float[Array, "length-1"]:
+    one = lambda logits, target: cross_entropy(logits, target, jnp.bool_(True))
+    return jax.vmap(one)(model(document[:-1]), document[1:])
 
 
 def switch_off(model: LanguageModel, branch: Literal["window", "residual"]) -> LanguageModel:

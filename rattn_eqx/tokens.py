@@ -291,6 +291,20 @@ def training_batches(
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)))
 
 
+def long_documents(path: Path, length: int, *, document: int = DOCUMENT) -> Int32[np.ndarray, "n length"]:
+    """The first `length` tokens, markers included, of every document of a token file that has as many; maybe none.
+
+    Args:
+      path: a token file that `tokenize` wrote.
+      document: the tokenizer's document marker, which begins each document.
+    """
+    stream = _open_tokens(path, document)
+    starts = np.flatnonzero(stream == document)
+    ends = np.append(starts[1:], len(stream))
+    found = [stream[start : start + length] for start in starts[ends - starts >= length]]
+    return np.asarray(found, np.int32).reshape(-1, length)
+
+
 def validation_batches(
     path: Path, *, context: int, batch_size: int, document: int = DOCUMENT, max_tokens: int | None = None
 ) -> Iterator[Batch]:
