@@ -45,9 +45,10 @@ MIXERS: dict[str, dict[str, Any]] = {
     "window": {"residual": False},
     "rattention": {},
 }
-# What the paper's ablation table changes, and what it does not; "rattention" begins with a gain of 0.3.
+# What the paper's ablation table changes, and what it does not; "rattention" begins with gains of 1 and 0.3.
 VARIANTS: dict[str, dict[str, Any]] = {
     "rattention": {},
+    "window alone": {"residual": False},
     "relu": {"feature_map": "relu"},
     "identity": {"feature_map": "identity"},
     "squared relu": {"feature_map": "squared_relu"},
@@ -59,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no group norm": {"branch_norm": "none"},
     "one norm": {"branch_norm": "sum"},
     "gain 1": {"rla_gain": 1.0},
-    "gain 0.1": {"rla_gain": 0.1},
+    "window's gain 0.1": {"swa_gain": 0.1},
     "normed q and k": {"feature_input": "normed"},
     "learned scale": {"learned_feature_scale": True},
     "learned state": {"num_meta_tokens": 16},
@@ -112,22 +113,36 @@ def _pareto(label: str, pattern: tuple[LayerKind, ...]) -> list[Trial]:
     return trials
 
 
-def remedies() -> list[Trial]:
-    """RATTENTION-64 of `pareto_global`, and what may wake a branch that does nothing there."""
-    base = trial("rattention 64, 3:1", window=64)
-    gains = [trial(f"gain {gain:g}, 3:1", window=64, rla_gain=gain) for gain in (1.0, 0.1)]
-    random_window = dataclasses.replace(base, name="random window, 3:1", windows=(32, 64, 128))
-    dropped = dataclasses.replace(base, name="window dropped, 3:1", window_dropout=0.5)
-    return [base, random_window, dropped, *gains]
-
-
 def variants() -> list[Trial]:
-    """RATTENTION-64 without a global layer, with one part exchanged at a time."""
+    """RATTENTION-64 without a global layer, with one part exchanged at a time; half the steps of the other grids."""
     base: dict[str, Any] = {"pattern": NO_GLOBAL, "window": 64}
     made = [trial(name, **(base | changes)) for name, changes in VARIANTS.items()]
-    made = [dataclasses.replace(each, test_lengths=()) for each in made]
+    training = dataclasses.replace(TRAINING, steps=1500)
+    made = [dataclasses.replace(each, training=training, test_lengths=()) for each in made]
     random_window = dataclasses.replace(made[0], name="random window", windows=(32, 64, 128))
     return [*made, random_window, dataclasses.replace(made[0], name="window dropped", window_dropout=0.5)]
+
+
+def remedies() -> list[Trial]:
+    """RATTENTION-512 of `pareto`, whose residual branch does next to nothing, and what may wake it."""
+    base = next(each for each in pareto() if each.name.startswith("rattention 512"))
+    swa_gain = dataclasses.replace(base.model, swa_gain=0.1)
+    return [
+        base,
+        dataclasses.replace(base, name="random window 64 or 512, no global", windows=(64, 512)),
+        dataclasses.replace(base, name="window dropped 512, no global", window_dropout=0.5),
+        dataclasses.replace(base, name="window's gain 0.1 512, no global", model=swa_gain),
+    ]
+
+
+def larger() -> list[Trial]:
+    """Window and RATTENTION of `pareto_global` at 64, in a model of 25 million parameters."""
+    size: dict[str, Any] = {
+        "model_width": 512, "num_layers": 8, "num_heads": 8, "num_kv_heads": 4, "feed_forward_width": 1536,
+    }  # fmt: skip
+    training = dataclasses.replace(TRAINING, steps=2000, learning_rate=1e-3)
+    made = [trial(f"{mixer} 64, 3:1, larger", mixer, window=64, **size) for mixer in ("window", "rattention")]
+    return [dataclasses.replace(each, training=training, test_lengths=(2048, 8192)) for each in made]
 
 
 def _at_rate(each: Trial, rate: float) -> Trial:
@@ -153,6 +168,7 @@ grids = {
     "pareto_global": pareto_global,
     "variants": variants,
     "remedies": remedies,
+    "larger": larger,
 }
 
 
