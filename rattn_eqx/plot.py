@@ -98,17 +98,24 @@ def effective_memory(curves: dict[str, EffectiveMemory], window: int, num_local:
     return figure
 
 
-def by_window(rows: list[dict[str, Any]], metric: str) -> Figure:
-    """A result of `rattn ablate` by window: means with 95% t intervals over seeds, each seed a dot.
+def by_window(rows: list[dict[str, Any]], *metrics: str) -> Figure:
+    """Results of `rattn ablate` by window, a panel for each: means with 95% t intervals over seeds, each seed a dot.
 
     A window of the context or more is full attention, drawn as a line across.
 
     Args:
       rows: lines that differ in window, in whether there is a residual branch, and in seed.
-      metric: as of `ablation_table.result`.
+      metrics: as of `ablation_table.result`.
     """
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(7 if len(metrics) == 1 else 5 * len(metrics), 4), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        _by_window(axes, rows, metric)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
+    return figure
+
+
+def _by_window(axes: Axes, rows: list[dict[str, Any]], metric: str) -> None:
     groups: dict[tuple[bool, int], list[float]] = {}
     full: list[float] = []
     for row in rows:
@@ -128,11 +135,37 @@ def by_window(rows: list[dict[str, Any]], metric: str) -> Figure:
         mean, half_width = ablation_table.mean_and_half_width(full)
         axes.axhline(mean, color="black", linestyle="--", linewidth=1, label="full attention")
         axes.axhspan(mean - half_width, mean + half_width, color="black", alpha=0.08)
-    axes.set(xlabel="window of the local layers, in tokens", ylabel=metric.replace("_", " "), xscale="log")
+        axes.plot([0.985] * len(full), full, "k.", alpha=0.5, transform=axes.get_yaxis_transform())
+    axes.set(xlabel="window of the local layers, in tokens", ylabel=_metric_name(metric), xscale="log")
     _ticks_at(axes.xaxis, sorted({window for _, window in groups}))
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=3)
+
+
+def differences(rows: list[dict[str, Any]], names: Sequence[str], baseline: str, metric: str) -> Figure:
+    """Trials less a baseline, one line each: mean difference over seeds, its 95% t interval, each seed a dot.
+
+    Args:
+      metric: as of `ablation_table.result`.
+    """
+    figure = Figure(figsize=(7, 1.2 + 0.3 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, name in enumerate(names):
+        found = ablation_table.paired_difference(rows, name, baseline, metric)
+        colour = "C1" if found.is_clear else "C0"
+        axes.errorbar(found.mean, place, xerr=found.half_width, color=colour, marker="o", capsize=3)
+        seeds = list(found.by_seed.values())
+        axes.plot(seeds, [place] * len(seeds), ".", color=colour, alpha=0.5)
+    axes.axvline(0, color="black", linestyle="--", linewidth=1)
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel=f"{_metric_name(metric)}, less that of {baseline!r}")
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
     return figure
+
+
+def _metric_name(metric: str) -> str:
+    kind, _, length = metric.partition(" ")
+    names = {"bits_per_byte": "bits per byte", "exact": "whole answers right", "accuracy": "accuracy"}
+    return names[kind] + (f" at length {int(length):,}" if length else "")
 
 
 def by_length(rows: dict[str, list[dict[str, Any]]], trained: int) -> Figure:

@@ -87,9 +87,10 @@ def test_results_by_window_are_means_of_seeds():
         for seed in (1, 3)
     ]
     rows += [line(False, 2**20, seed, seed) for seed in (1, 2)]
-    figure = plot.by_window(rows, "bits_per_byte")
-    (axes,) = figure.axes
+    figure = plot.by_window(rows, "bits_per_byte", "exact 2048")
+    axes, other = figure.axes
     assert axes.get_ylabel() == "bits per byte"
+    assert other.get_ylabel() == "whole answers right at length 2,048"
     means = [np.asarray(container[0].get_ydata()).tolist() for container in axes.containers]
     assert means == [[10.0, 66.0], [10.0, 66.0]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
@@ -98,6 +99,17 @@ def test_results_by_window_are_means_of_seeds():
         "RATTENTION",
     ]
     assert 1.5 in [np.asarray(line.get_ydata())[0] for line in axes.get_lines()]
+
+
+def test_differences_are_drawn_from_the_baseline_and_coloured_where_they_are_clear():
+    rows = [line(True, 8, seed, seed) | {"name": "base"} for seed in (1, 2, 3)]
+    rows += [line(True, 8, seed, seed + 1) | {"name": "worse"} for seed in (1, 2, 3)]
+    rows += [line(True, 8, seed, seed + noise) | {"name": "alike"} for seed, noise in ((1, -1), (2, 0), (3, 1.5))]
+    (axes,) = plot.differences(rows, ["worse", "alike"], "base", "bits_per_byte").axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["worse", "alike"]
+    centres = [container[0] for container in axes.containers]
+    assert [np.asarray(centre.get_xdata()).item() for centre in centres] == pytest.approx([1.0, 0.5 / 3])
+    assert [centre.get_color() for centre in centres] == ["C1", "C0"]
 
 
 def test_results_by_length_show_the_length_of_training():
