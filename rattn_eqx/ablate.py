@@ -216,7 +216,7 @@ def run_trial(
       data: what text is read; may be None where `task_share` is 1.
       implementation: of the ops.
       attribution: whether to ask, of a model with a residual branch, what each branch contributes
-        (`attribution.attribute_task`, `loss_by_branch`).
+        (`attribution.attribute_task`, `loss_by_branch`), or why that cannot be said.
       commit: of this code; None asks git.
     """
     started = time.monotonic()
@@ -250,7 +250,10 @@ def run_trial(
             row["text"] = {"documents": len(documents)}
             row["text"]["by_position"] = loss_by_position(model, documents, tokenizer) if len(documents) else []
         if attribution and trial.model.residual:
-            row["attribution"] = _attribution(model, trial, data)
+            try:
+                row["attribution"] = _attribution(model, trial, data)
+            except ValueError as error:  # a layer that norms the sum of its branches; what was trained is not lost
+                row["attribution"] = {"refused": str(error)}
         every = max(1, len(losses) // 50)
         row["losses"] = [[step + 1, round(float(losses[step, index]), 4)] for step in range(0, len(losses), every)]
         row |= {

@@ -130,12 +130,28 @@ def test_text_and_samples_share_a_batch(tmp_path):
         TINY, task="needle", task_options={"haystack": "corpus", "num_keys": 1}, task_share=0.5, training=training
     )
     assert trial.needs_text
-    [row] = run_trial(trial, [0], data, **QUIET)
+    [row] = json.loads(json.dumps(run_trial(trial, [0], data, attribution=True, **QUIET)))
     assert 6 < row["bits_per_byte"] < 14
+    assert row["text"]["documents"] >= 1
+    [[low, high, bits]] = row["text"]["by_position"]
+    assert (low, high) == (0, 120)
+    assert 6 < bits < 14
+    found = row["attribution"]
+    names = ["whole", "window off", "residual off"]
+    assert [*found["bits_per_byte"]] == [*found["exact"]] == [*found["memory"]] == names
+    assert len(set(found["bits_per_byte"].values())) == 3
+    assert found["exact"]["whole"] == row["tests"][0]["exact"]
     assert row["corpus"] == data.sha256
     assert '"text"' not in json.dumps(row["trial"])
     with pytest.raises(ValueError, match="needs a text; got none"):
         train_trial(trial, [0], None, **QUIET)
+
+
+def test_what_cannot_be_attributed_says_so_and_loses_nothing():
+    one_norm = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, branch_norm="sum", swa_gain=0.5))
+    [row] = run_trial(one_norm, [0], None, attribution=True, **QUIET)
+    assert "norms its branches apart" in row["attribution"]["refused"]
+    assert row["tests"][0]["positions"] == 8
 
 
 def test_the_command_runs_lists_replays_and_tabulates(tmp_path, capsys, monkeypatch):

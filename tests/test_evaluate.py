@@ -11,10 +11,17 @@ import pytest
 from training_child import MODEL, SAMPLE
 
 from rattn_eqx.corpus import Corpus, build_corpus
-from rattn_eqx.evaluate import evaluate, without_residual
+from rattn_eqx.evaluate import evaluate, loss_by_position, without_residual
 from rattn_eqx.language_model import LanguageModel
 from rattn_eqx.pretrain import as_bytes
-from rattn_eqx.tokens import BPETokenizer, ByteTokenizer, Tokenizer, tokenize, validation_batches
+from rattn_eqx.tokens import (
+    BPETokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    long_documents,
+    tokenize,
+    validation_batches,
+)
 
 CONTEXT = 16
 
@@ -71,6 +78,20 @@ def test_bits_per_byte_by_hand(corpus, tokenizer, tmp_path: Path):
     assert padded == [0, 0, 0, 42]
     expected = bits_per_byte_by_hand(model, stream, tokenizer)
     np.testing.assert_allclose(evaluate(model, batches(), tokenizer), expected, rtol=1e-5)
+
+
+def test_loss_by_position_is_the_mean_of_its_positions(corpus, tokenizer, tmp_path: Path):
+    _, validation = tokenize(corpus, tokenizer, tmp_path)
+    documents = long_documents(validation, 301, document=tokenizer.document)
+    model = make_model(tokenizer.vocabulary_size)
+    rows = loss_by_position(model, documents, tokenizer)
+    assert [(low, high) for low, high, _ in rows] == [(0, 128), (128, 256), (256, 300)]
+    one = jax.jit(lambda tokens: jax.nn.log_softmax(model(tokens)))
+    logs = np.stack([one(jnp.asarray(document[:-1])) for document in documents]).astype(np.float64)
+    bits = -np.take_along_axis(logs, documents[:, 1:, None], axis=-1)[..., 0] / np.log(2)
+    num_bytes = tokenizer.byte_lengths[documents[:, 1:]]
+    for low, high, found in rows:
+        assert np.isclose(found, bits[:, low:high].sum() / num_bytes[:, low:high].sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("pattern", [("local",), ("local", "global")])

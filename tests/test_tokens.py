@@ -21,6 +21,7 @@ from rattn_eqx.tokens import (
     ByteTokenizer,
     TokenWindows,
     load_tokenizer,
+    long_documents,
     tokenize,
     training_batches,
     validation_batches,
@@ -122,6 +123,14 @@ def test_token_files_hold_every_document_after_a_marker(corpus, tokenizer, tmp_p
     assert tokenize(corpus, tokenizer, tmp_path) == paths
     assert paths[0].stat().st_mtime_ns == written
     assert load_tokenizer(paths[0].parent / "tokenizer.json").to_json() == tokenizer.to_json()
+
+
+def test_long_documents_are_the_beginnings_of_those_long_enough(tmp_path):
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.array([256, 1, 2, 256, 3, 256, 4, 5, 6, 256, 7, 8], np.uint16))
+    assert long_documents(path, 3).tolist() == [[256, 1, 2], [256, 4, 5], [256, 7, 8]]
+    assert long_documents(path, 4).tolist() == [[256, 4, 5, 6]]
+    assert long_documents(path, 5).shape == (0, 5)
 
 
 def test_windows_shift_targets_and_number_documents(tmp_path):
