@@ -129,7 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--corpus", default="python", help="text, as of `rattn pretrain`; read if a trial needs it")
     add("--cache", type=Path, default=Path("~/.cache/rattn"), help="where corpora and tokens are kept between runs")
     add("--part", default="1/1", help="i/n runs the i-th of n shares of the grid: n processes may share a file")
-    add("--attribution", action="store_true", help="also what each branch contributes, as of `rattn evaluate`")
+    add("--attribution", action="store_true", help="also what each branch contributes, as of `rattn evaluate`; lines "
+        "that --out has already stay as they are")  # fmt: skip
     add("--commit", help="of this code, for the results; default: git's")
     add("--replay", metavar="FILE:LINE", help="run the trial and seed of a line of results again, and print both")
     add("--table", action="store_true", help="print what --out holds: means, and differences with 95%% intervals")
@@ -253,8 +254,8 @@ def _attribution(model, tokenizer, options: argparse.Namespace, length: int, tas
         model, make_task(options.task, model, tokenizer, options.seed, options.samples, length, task_options)
     )
     print("  accuracy: " + ", ".join(f"{name} {x:.3f}" for name, x in row["accuracy"].items()))
-    shares = ", ".join(f"{layer}: {share:.2f}" for layer, share in row["residual_share"].items())
-    print(f"  residual branch's share of the output norm, by layer: {shares}")
+    shares = ", ".join(f"{layer}: {share:.2f}" for layer, share in (row["residual_share"] or {}).items())
+    print(f"  residual branch's share of the output norm, by layer: {shares or 'none, its layers norm the sum'}")
     print("  a changed token moves the logits by, " + ", ".join(row["memory"]) + ":")
     for bins in zip(*row["memory"].values(), strict=True):
         print(f"  distance {bins[0][0]:>7,} to {bins[0][1] - 1:>7,}: " + "  ".join(f"{x:8.2g}" for *_, x in bins))
@@ -285,10 +286,8 @@ def _ablate(options: argparse.Namespace) -> None:
     index, _, parts = options.part.partition("/")
     if not (index.isdigit() and parts.isdigit()):
         raise ValueError(f"ablate: --part must be i/n such as 1/3; got {options.part!r}")
-    shares = (int(index), int(parts))
-    ablate.run_grid(
-        trials, seeds, data, options.out, part=shares, attribution=options.attribution, commit=options.commit
-    )
+    part = (int(index), int(parts))
+    ablate.run_grid(trials, seeds, data, options.out, part=part, attribution=options.attribution, commit=options.commit)
 
 
 def _cost(options: argparse.Namespace) -> None:

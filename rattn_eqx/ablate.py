@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
 from pallas.bench import facts
-from rattn_eqx.attribution import attribute_task, loss_by_branch
+from rattn_eqx.attribution import attribute_task, switched
 from rattn_eqx.corpus import build_corpus
 from rattn_eqx.cost import count_parameters
 from rattn_eqx.evaluate import loss_by_position, without_residual
@@ -31,7 +31,7 @@ from rattn_eqx.language_model import LanguageModel, batch_logits
 from rattn_eqx.loss import cross_entropy
 from rattn_eqx.presets import ModelConfig
 from rattn_eqx.run_folder import TrainConfig
-from rattn_eqx.tokens import ByteTokenizer, long_documents, tokenize, validation_batches
+from rattn_eqx.tokens import ByteTokenizer, long_documents, tokenize
 from rattn_eqx.train import make_optimizer, validation_loss
 
 POOL = 2**24  # tokens of the task's samples that training draws from, over and over
@@ -215,8 +215,8 @@ def run_trial(
     Args:
       data: what text is read; may be None where `task_share` is 1.
       implementation: of the ops.
-      attribution: whether to ask, of a model with a residual branch, what each branch contributes
-        (`attribution.attribute_task`, `loss_by_branch`), or why that cannot be said.
+      attribution: whether to ask, of a model with a residual branch, what each branch contributes:
+        `attribution.attribute_task`, and bits per byte with each branch switched off.
       commit: of this code; None asks git.
     """
     started = time.monotonic()
@@ -229,14 +229,13 @@ def run_trial(
     options = task_options(trial, data)
     tokenizer = ByteTokenizer()
     about = facts(commit)
+    documents = long_documents(data.validation, max(lengths) + 1) if data is not None and trial.task_share < 1 else None
     rows = []
     for index, seed in enumerate(seeds):
         model = jax.tree.map(lambda x, i=index: x[i] if eqx.is_array(x) else x, models)
 
         def test(model: LanguageModel, lengths: list[int]) -> dict[str, Any]:
-            bits = None
-            if data is not None and trial.task_share < 1:
-                bits = validation_loss(model, trial.training, data.validation, tokenizer)
+            bits = _text_loss(model, trial, data)
             tests = evaluate_task(
                 model, tokenizer, trial.task, lengths, samples=trial.test_samples, seed=TEST_SEED, options=options
             )
@@ -245,15 +244,11 @@ def run_trial(
         row = {"name": trial.name, "trial": trial.to_json(), "seed": seed} | test(model, lengths)
         if trial.model.residual:
             row["without_residual"] = test(without_residual(model), [trial.training.context])
-        if data is not None and trial.task_share < 1:
-            documents = long_documents(data.validation, max(lengths) + 1)
-            row["text"] = {"documents": len(documents)}
-            row["text"]["by_position"] = loss_by_position(model, documents, tokenizer) if len(documents) else []
+        if documents is not None:
+            by_position = loss_by_position(model, documents, tokenizer)
+            row["text"] = {"documents": len(documents), "by_position": by_position}
         if attribution and trial.model.residual:
-            try:
-                row["attribution"] = _attribution(model, trial, data)
-            except ValueError as error:  # a layer that norms the sum of its branches; what was trained is not lost
-                row["attribution"] = {"refused": str(error)}
+            row["attribution"] = _attribution(model, trial, data)
         every = max(1, len(losses) // 50)
         row["losses"] = [[step + 1, round(float(losses[step, index]), 4)] for step in range(0, len(losses), every)]
         row |= {
@@ -268,17 +263,18 @@ def run_trial(
     return rows
 
 
+def _text_loss(model: LanguageModel, trial: Trial, data: Data | None) -> float | None:
+    """Bits per byte of held-out text; None for a trial that reads none."""
+    if data is None or trial.task_share == 1:
+        return None
+    return validation_loss(model, trial.training, data.validation, ByteTokenizer())
+
+
 def _attribution(model: LanguageModel, trial: Trial, data: Data | None) -> dict[str, Any]:
-    tokenizer, context = ByteTokenizer(), trial.training.context
-    options = task_options(trial, data)
-    found = attribute_task(
-        model, make_task(trial.task, model, tokenizer, TEST_SEED, trial.test_samples, context, options)
-    )
-    if data is not None and trial.task_share < 1:
-        tokens = min(2**17, trial.training.evaluation_tokens)
-        batches = validation_batches(data.validation, context=context, batch_size=8, max_tokens=tokens)
-        found["bits_per_byte"] = loss_by_branch(model, list(batches), tokenizer)
-    return found
+    options, context = task_options(trial, data), trial.training.context
+    batch = make_task(trial.task, model, ByteTokenizer(), TEST_SEED, trial.test_samples, context, options)
+    bits = {name: _text_loss(variant, trial, data) for name, variant in switched(model).items()}
+    return attribute_task(model, batch) | {"bits_per_byte": bits}
 
 
 def train_trial(

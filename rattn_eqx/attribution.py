@@ -211,17 +211,20 @@ def attribute_task(
     """A row for a line of JSON: what each branch contributes on a task's samples.
 
     `accuracy` and `exact` (`RecallScore`) without each branch, of the whole batch; of its first `samples` samples,
-    `residual_share` of each layer's output (`branch_shares`, the mean over positions) and `memory`, rows [low, high,
-    change] of `effective_memory` for low <= distance < high.
+    `residual_share` of each layer's output (`branch_shares`, the mean over positions; None for layers that it refuses)
+    and `memory`, rows [low, high, change] of `effective_memory` for low <= distance < high.
     """
     tokens, variants = batch.tokens[:samples], switched(model)
-    shares = branch_shares(model, tokens)
+    try:
+        shares = branch_shares(model, tokens)
+    except ValueError:  # layers that norm the sum of their branches have none
+        shares = None
     memory = {name: effective_memory(x, tokens, num_places=num_places) for name, x in variants.items()}
     scores = accuracy_by_branch(model, batch)
     return {
         "accuracy": {name: result.accuracy for name, result in scores.items()},
         "exact": {name: result.exact for name, result in scores.items()},
-        "residual_share": dict(zip(shares.layers, shares.residual.mean(axis=1).tolist(), strict=True)),
+        "residual_share": shares and dict(zip(shares.layers, shares.residual.mean(axis=1).tolist(), strict=True)),
         "memory": {name: _in_bins(x) for name, x in memory.items()},
     }
 

@@ -59,9 +59,12 @@ def loss_by_position(
     length too. The first bin ends at 128, and each is as long as all before it.
 
     Args:
-      documents: the first tokens of each, such as `tokens.long_documents` gives; all but the last are read.
+      documents: the first tokens of each, such as `tokens.long_documents` gives; all but the last are read. None at
+        all give no rows.
     """
-    nats = sum(np.asarray(_nats(model, jnp.asarray(document)), np.float64) for document in documents)
+    if not len(documents):
+        return []
+    nats = np.sum([np.asarray(_nats(model, jnp.asarray(x)), np.float64) for x in documents], axis=0)
     num_bytes = tokenizer.byte_lengths[documents[:, 1:]].sum(axis=0)
     rows, low = [], 0
     while low < len(num_bytes):

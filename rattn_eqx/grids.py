@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rattn_eqx.ablate import Trial
-from rattn_eqx.presets import LayerKind, ModelConfig
+from rattn_eqx.presets import ModelConfig
 from rattn_eqx.run_folder import TrainConfig
 
 FULL = 2**20  # a window longer than any sequence here: full attention
@@ -69,7 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 SWEPT = (1e-3, 2e-3, 4e-3)
 # Without a global layer 3,000 steps teach full attention alone to name needles, at one rate of `sweep`: it trains at
-# that rate, the others at the one that ends with the lowest loss.
+# that rate, the others at the one that ends `sweep` with the lowest training loss.
 NO_GLOBAL_RATES = {"full": 1e-3, "window": 2e-3, "rattention": 2e-3}
 NO_GLOBAL_STEPS = 6000
 NO_GLOBAL_LENGTHS = LENGTHS[:4]
@@ -90,31 +90,30 @@ def sweep() -> list[Trial]:
 def pareto() -> list[Trial]:
     """The window alone against RATTENTION at windows from 32 to 512, and full attention, without a global layer.
 
-    Twice the steps of the other grids: recall comes later where no layer sees everything.
+    Twice the steps of `pareto_global`: recall comes later where no layer sees everything.
     """
-    trials = []
-    for each in _pareto("no global", NO_GLOBAL):
-        rate = NO_GLOBAL_RATES[each.name.split()[0].strip(",")]
-        training = dataclasses.replace(each.training, steps=NO_GLOBAL_STEPS, learning_rate=rate)
-        trials.append(dataclasses.replace(each, training=training, test_lengths=NO_GLOBAL_LENGTHS))
-    return trials
+    return [_no_global("full", FULL), *(_no_global(mixer, window) for window, mixer in _PARETO)]
+
+
+def _no_global(mixer: str, window: int) -> Trial:
+    label = "full" if window == FULL else f"{mixer} {window}"
+    made = trial(f"{label}, no global", mixer, pattern=NO_GLOBAL, window=window)
+    training = dataclasses.replace(made.training, steps=NO_GLOBAL_STEPS, learning_rate=NO_GLOBAL_RATES[mixer])
+    return dataclasses.replace(made, training=training, test_lengths=NO_GLOBAL_LENGTHS)
 
 
 def pareto_global() -> list[Trial]:
     """As `pareto`, with the paper's pattern of three local layers to one global, and one rate for all."""
-    return _pareto("3:1", SMALL.pattern)
+    full = trial("full, 3:1", "full")
+    return [full, *(trial(f"{mixer} {window}, 3:1", mixer, window=window) for window, mixer in _PARETO)]
 
 
-def _pareto(label: str, pattern: tuple[LayerKind, ...]) -> list[Trial]:
-    trials = [trial(f"full, {label}", "full", pattern=pattern)]
-    for window in (32, 128, 512, 64, 256):  # the ends first: a grid may be stopped
-        for mixer in ("window", "rattention"):
-            trials.append(trial(f"{mixer} {window}, {label}", mixer, pattern=pattern, window=window))
-    return trials
+# The ends first: a grid may be stopped.
+_PARETO = list(itertools.product((32, 128, 512, 64, 256), ("window", "rattention")))
 
 
 def variants() -> list[Trial]:
-    """RATTENTION-64 without a global layer, with one part exchanged at a time; half the steps of the other grids."""
+    """RATTENTION-64 without a global layer, with one part exchanged at a time; a quarter of the steps of `pareto`."""
     base: dict[str, Any] = {"pattern": NO_GLOBAL, "window": 64}
     made = [trial(name, **(base | changes)) for name, changes in VARIANTS.items()]
     training = dataclasses.replace(TRAINING, steps=1500)
@@ -125,7 +124,7 @@ def variants() -> list[Trial]:
 
 def remedies() -> list[Trial]:
     """RATTENTION-512 of `pareto`, whose residual branch does next to nothing, and what may wake it."""
-    base = next(each for each in pareto() if each.name.startswith("rattention 512"))
+    base = _no_global("rattention", 512)
     swa_gain = dataclasses.replace(base.model, swa_gain=0.1)
     return [
         base,

@@ -142,9 +142,14 @@ def _by_window(axes: Axes, rows: list[dict[str, Any]], metric: str) -> None:
 
 
 def differences(rows: list[dict[str, Any]], names: Sequence[str], baseline: str, metric: str) -> Figure:
-    """Trials less a baseline, one line each: mean difference over seeds, its 95% t interval, each seed a dot.
+    """Trials less a baseline, from the top: mean difference over seeds, its 95% t interval, each seed a dot.
+
+    Orange where the interval leaves 0 out.
 
     Args:
+      rows: lines of `rattn ablate`.
+      names: of the trials to draw, each with a seed that the baseline has too (`ablation_table.paired_difference`).
+      baseline: name of the trial that is subtracted.
       metric: as of `ablation_table.result`.
     """
     figure = Figure(figsize=(7, 1.2 + 0.3 * len(names)), layout="constrained")
@@ -165,7 +170,7 @@ def differences(rows: list[dict[str, Any]], names: Sequence[str], baseline: str,
 def _metric_name(metric: str) -> str:
     kind, _, length = metric.partition(" ")
     names = {"bits_per_byte": "bits per byte", "exact": "whole answers right", "accuracy": "accuracy"}
-    return names[kind] + (f" at length {int(length):,}" if length else "")
+    return names.get(kind, kind) + (f" at length {int(length):,}" if length else "")
 
 
 def by_length(rows: dict[str, list[dict[str, Any]]], trained: int) -> Figure:

@@ -120,6 +120,13 @@ def test_random_windows_and_a_dropped_branch_change_training(rows):
     assert local.window == 3
 
 
+def test_the_pool_is_as_many_tokens_at_every_length(monkeypatch):
+    monkeypatch.setattr(ablate, "POOL", 100)
+    assert len(ablate._sources(TINY, None)[1]) == 4
+    monkeypatch.setattr(ablate, "POOL", 1000)
+    assert len(ablate._sources(TINY, None)[1]) == 6, "no more than three steps of two samples read"
+
+
 def test_text_and_samples_share_a_batch(tmp_path):
     rng = np.random.default_rng(0)
     for name in range(3):
@@ -140,6 +147,8 @@ def test_text_and_samples_share_a_batch(tmp_path):
     names = ["whole", "window off", "residual off"]
     assert [*found["bits_per_byte"]] == [*found["exact"]] == [*found["memory"]] == names
     assert len(set(found["bits_per_byte"].values())) == 3
+    assert found["bits_per_byte"]["whole"] == row["bits_per_byte"]
+    assert found["bits_per_byte"]["residual off"] == row["without_residual"]["bits_per_byte"]
     assert found["exact"]["whole"] == row["tests"][0]["exact"]
     assert row["corpus"] == data.sha256
     assert '"text"' not in json.dumps(row["trial"])
@@ -147,11 +156,11 @@ def test_text_and_samples_share_a_batch(tmp_path):
         train_trial(trial, [0], None, **QUIET)
 
 
-def test_what_cannot_be_attributed_says_so_and_loses_nothing():
+def test_a_model_without_shares_is_attributed_all_the_same():
     one_norm = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, branch_norm="sum", swa_gain=0.5))
     [row] = run_trial(one_norm, [0], None, attribution=True, **QUIET)
-    assert "norms its branches apart" in row["attribution"]["refused"]
-    assert row["tests"][0]["positions"] == 8
+    assert row["attribution"]["residual_share"] is None
+    assert row["attribution"]["exact"]["whole"] == row["tests"][0]["exact"]
 
 
 def test_the_command_runs_lists_replays_and_tabulates(tmp_path, capsys, monkeypatch):
@@ -160,8 +169,9 @@ def test_the_command_runs_lists_replays_and_tabulates(tmp_path, capsys, monkeypa
     grid.write_text("from rattn_eqx.grids import quick\ntrials = quick()\n")
     assert main(["ablate", "--grid", str(grid), "--set", "model.window=2,3", "--list"]) == 0
     assert capsys.readouterr().out == "tiny window=2\ntiny window=3\n"
-    assert main(["ablate", "--grid", str(grid), "--seeds", "1", "--out", str(out)]) == 0
-    assert len(read_rows(out)) == 1
+    assert main(["ablate", "--grid", str(grid), "--seeds", "1", "--out", str(out), "--attribution"]) == 0
+    [row] = read_rows(out)
+    assert "memory" in row["attribution"]
     assert main(["ablate", "--replay", f"{out}:1"]) == 0
     then, now = capsys.readouterr().out.splitlines()[-2:]
     assert then.split()[1:5] == now.split()[1:5]
