@@ -22,10 +22,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
 from pallas.bench import facts
-from rattn_eqx.attribution import attribute_task, switched
+from rattn_eqx.attribution import attribute_task
 from rattn_eqx.corpus import build_corpus
 from rattn_eqx.cost import count_parameters
-from rattn_eqx.evaluate import loss_by_position, without_residual
+from rattn_eqx.evaluate import loss_by_position, switch_off, without_residual
 from rattn_eqx.evaluate_recall import evaluate_task, make_task
 from rattn_eqx.language_model import LanguageModel, batch_logits
 from rattn_eqx.loss import cross_entropy
@@ -225,35 +225,47 @@ def run_trial(
         trial, seeds, data, implementation=implementation, title=title, show_progress=show_progress
     )
     trained = time.monotonic() - started
-    lengths = list(trial.test_lengths or (trial.training.context,))
+    context = trial.training.context
+    lengths = list(trial.test_lengths or (context,))
     options = task_options(trial, data)
     tokenizer = ByteTokenizer()
     about = facts(commit)
-    documents = long_documents(data.validation, max(lengths) + 1) if data is not None and trial.task_share < 1 else None
+    validation = data.validation if data is not None and trial.task_share < 1 else None
+    documents = None if validation is None else long_documents(validation, max(lengths) + 1)
+    batch = None
+    if attribution and trial.model.residual:
+        batch = make_task(trial.task, models, tokenizer, TEST_SEED, trial.test_samples, context, options)
+
+    def bits(model: LanguageModel) -> float | None:
+        return None if validation is None else validation_loss(model, trial.training, validation, tokenizer)
+
+    def test(model: LanguageModel, lengths: list[int]) -> dict[str, Any]:
+        tests = evaluate_task(
+            model, tokenizer, trial.task, lengths, samples=trial.test_samples, seed=TEST_SEED, options=options
+        )
+        return {"bits_per_byte": bits(model), "tests": [row for _, row in tests]}
+
     rows = []
     for index, seed in enumerate(seeds):
         model = jax.tree.map(lambda x, i=index: x[i] if eqx.is_array(x) else x, models)
-
-        def test(model: LanguageModel, lengths: list[int]) -> dict[str, Any]:
-            bits = _text_loss(model, trial, data)
-            tests = evaluate_task(
-                model, tokenizer, trial.task, lengths, samples=trial.test_samples, seed=TEST_SEED, options=options
-            )
-            return {"bits_per_byte": bits, "tests": [row for _, row in tests]}
-
         row = {"name": trial.name, "trial": trial.to_json(), "seed": seed} | test(model, lengths)
         if trial.model.residual:
-            row["without_residual"] = test(without_residual(model), [trial.training.context])
+            row["without_residual"] = test(without_residual(model), [context])
         if documents is not None:
             by_position = loss_by_position(model, documents, tokenizer)
             row["text"] = {"documents": len(documents), "by_position": by_position}
-        if attribution and trial.model.residual:
-            row["attribution"] = _attribution(model, trial, data)
+        if batch is not None:
+            row["attribution"] = attribute_task(model, batch)
+            row["attribution"]["bits_per_byte"] = {
+                "whole": row["bits_per_byte"],
+                "window off": bits(switch_off(model, "window")),
+                "residual off": row["without_residual"]["bits_per_byte"],
+            }
         every = max(1, len(losses) // 50)
         row["losses"] = [[step + 1, round(float(losses[step, index]), 4)] for step in range(0, len(losses), every)]
         row |= {
             "parameters": count_parameters(trial.model),
-            "tokens": trial.training.steps * trial.training.batch_size * trial.training.context,
+            "tokens": trial.training.steps * trial.training.batch_size * context,
             "skipped": int(skipped[index]),
             "corpus": data.sha256 if data is not None else None,
             "seconds": round(time.monotonic() - started, 1),
@@ -261,20 +273,6 @@ def run_trial(
         }
         rows.append(row | about)
     return rows
-
-
-def _text_loss(model: LanguageModel, trial: Trial, data: Data | None) -> float | None:
-    """Bits per byte of held-out text; None for a trial that reads none."""
-    if data is None or trial.task_share == 1:
-        return None
-    return validation_loss(model, trial.training, data.validation, ByteTokenizer())
-
-
-def _attribution(model: LanguageModel, trial: Trial, data: Data | None) -> dict[str, Any]:
-    options, context = task_options(trial, data), trial.training.context
-    batch = make_task(trial.task, model, ByteTokenizer(), TEST_SEED, trial.test_samples, context, options)
-    bits = {name: _text_loss(variant, trial, data) for name, variant in switched(model).items()}
-    return attribute_task(model, batch) | {"bits_per_byte": bits}
 
 
 def train_trial(

@@ -67,6 +67,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sinks": {"num_sinks": 4},
     "convolution": {"conv_width": 4},
 }
+# Windows and mixers of a Pareto curve, the ends first: a grid may be stopped.
+PARETO = list(itertools.product((32, 128, 512, 64, 256), ("window", "rattention")))
 SWEPT = (1e-3, 2e-3, 4e-3)
 # Without a global layer 3,000 steps teach full attention alone to name needles, at one rate of `sweep`: it trains at
 # that rate, the others at the one that ends `sweep` with the lowest training loss.
@@ -92,7 +94,7 @@ def pareto() -> list[Trial]:
 
     Twice the steps of `pareto_global`: recall comes later where no layer sees everything.
     """
-    return [_no_global("full", FULL), *(_no_global(mixer, window) for window, mixer in _PARETO)]
+    return [_no_global("full", FULL), *(_no_global(mixer, window) for window, mixer in PARETO)]
 
 
 def _no_global(mixer: str, window: int) -> Trial:
@@ -105,11 +107,7 @@ def _no_global(mixer: str, window: int) -> Trial:
 def pareto_global() -> list[Trial]:
     """As `pareto`, with the paper's pattern of three local layers to one global, and one rate for all."""
     full = trial("full, 3:1", "full")
-    return [full, *(trial(f"{mixer} {window}, 3:1", mixer, window=window) for window, mixer in _PARETO)]
-
-
-# The ends first: a grid may be stopped.
-_PARETO = list(itertools.product((32, 128, 512, 64, 256), ("window", "rattention")))
+    return [full, *(trial(f"{mixer} {window}, 3:1", mixer, window=window) for window, mixer in PARETO)]
 
 
 def variants() -> list[Trial]:
