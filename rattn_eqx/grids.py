@@ -132,6 +132,15 @@ def remedies() -> list[Trial]:
     ]
 
 
+def maps() -> list[Trial]:
+    """RATTENTION-256 of `pareto`, where the residual branch decides what is recalled, with other feature maps."""
+    base = _no_global("rattention", 256)
+    names = ("relu", "identity", "squared relu", "learned map", "normed q and k")
+    changed = [dataclasses.replace(base.model, **VARIANTS[name]) for name in names]
+    made = zip(names, changed, strict=True)
+    return [base, *(dataclasses.replace(base, name=f"{name} 256, no global", model=model) for name, model in made)]
+
+
 def larger() -> list[Trial]:
     """Window and RATTENTION of `pareto_global` at 64, in a model of 25 million parameters."""
     size: dict[str, Any] = {
@@ -165,6 +174,7 @@ grids = {
     "pareto_global": pareto_global,
     "variants": variants,
     "remedies": remedies,
+    "maps": maps,
     "larger": larger,
 }
 
