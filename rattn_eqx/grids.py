@@ -135,10 +135,10 @@ def remedies() -> list[Trial]:
 def maps() -> list[Trial]:
     """RATTENTION-256 of `pareto`, where the residual branch decides what is recalled, with other feature maps."""
     base = _no_global("rattention", 256)
-    names = ("relu", "identity", "squared relu", "learned map", "normed q and k")
-    changed = [dataclasses.replace(base.model, **VARIANTS[name]) for name in names]
-    made = zip(names, changed, strict=True)
-    return [base, *(dataclasses.replace(base, name=f"{name} 256, no global", model=model) for name, model in made)]
+    changes = {name: VARIANTS[name] for name in ("relu", "identity", "squared relu", "learned map", "normed q and k")}
+    changes["normed q and k, learned scale"] = VARIANTS["normed q and k"] | VARIANTS["learned scale"]
+    models = {f"{name} 256, no global": dataclasses.replace(base.model, **fields) for name, fields in changes.items()}
+    return [base, *(dataclasses.replace(base, name=name, model=model) for name, model in models.items())]
 
 
 def larger() -> list[Trial]:
