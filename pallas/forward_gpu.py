@@ -357,11 +357,11 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
 
     def read_state(phis, means, reads, out, use):
         """out + phi(q) (centred state + its mean), for the rows where `reads` is 1."""
-        products, constants = [], []
-        for i, (phi, total) in enumerate(phis):
+        states, products, constants = ring.wait_all(use, len(phis), d), [], []
+        for (phi, total), state in zip(phis, states, strict=True):
             if reads is not None:
                 phi, total = (phi.astype(jnp.float32) * across(reads, d)).astype(jnp.bfloat16), total * reads
-            products.append((phi, ring.wait(use + i, d).transpose((1, 0))))
+            products.append((phi, state.transpose((1, 0))))
             constants.append(total)
         out = multiply_add(plan.interpret, (out, products))
         for i in range(len(phis)):
@@ -380,12 +380,10 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
     def edge(j, carry, phis, half: int | None = None):
         out, use = carry
         key, columns, count = j * chunk, chunk, len(phis)
-        tiles = [ring.tile_of(use + i) for i in range(count + 1)]
+        tiles = ring.wait_all(use, count + 1)
         if half is not None:
             key, columns = key + half * ROWS, ROWS
             tiles = [x.at[pl.ds(half * ROWS, ROWS)] for x in tiles]
-        for i in range(count):
-            ring.wait(use + i)
         products = [(phi, x.transpose((1, 0))) for (phi, _), x in zip(phis, tiles[:-1], strict=True)]
         scores = multiply_add(plan.interpret, ((ROWS, columns), products))
         for i in range(count):
@@ -394,7 +392,6 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
         if plan.segmented:
             seen &= iota(ROWS, columns, 1) + key >= across(start, columns)
         scores = parts_of(jnp.where(seen, scores, 0.0), plan.map is None)
-        ring.wait(use + count)
         out = multiply_add(plan.interpret, (out, [(part, tiles[-1]) for part in scores]))
         ring.release(use + count)
         return out, use + count + 1

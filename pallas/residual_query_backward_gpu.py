@@ -164,20 +164,19 @@ def _compute_for_queries(
     def read_state(d_parts, load_means, reads, grads, use):
         """grads + d_rla times the transposed (centred) states, for the rows where `reads` is 1."""
         parts = _state_parts(plan)
+        states = ring.wait_all(use, len(grads) * len(parts))
         mask_sums = reads is not None and plan.map is None  # for masked copies of two parts there are no registers
         if reads is not None and not mask_sums:
             d_parts = [(x.astype(jnp.float32) * across(reads, d)).astype(jnp.bfloat16) for x in d_parts]
-        sums, at = [], use
-        for grad in grads:
+        sums = []
+        for i, grad in enumerate(grads):
             products = []
-            for i, part in enumerate(parts):
-                state = ring.wait(at + i)
+            for part, state in zip(parts, states[i * len(parts) :]):
                 products += [(lax.slice(x, (0, part.start), (ROWS, part.start + chunk)), state) for x in d_parts]
             sums.append((grad.shape if mask_sums else grad, products))
-            at += len(parts)
         found = multiply_add(plan.interpret, *sums)
         found = [found] if count == 1 else list(found)
-        for i in range(count * len(parts)):
+        for i in range(len(states)):
             ring.release(use + i)
         if not plan.sums_to_one:  # the map's Jacobian would remove it
             for i, mean in enumerate(load_means()):
@@ -185,7 +184,7 @@ def _compute_for_queries(
                     found[i] += across((x.astype(jnp.float32) * down(mean, ROWS)).sum(axis=1), d)
         if mask_sums:
             found = [grad + x * across(reads, d) for grad, x in zip(grads, found, strict=True)]
-        return found, at
+        return found, use + len(states)
 
     def means_of(ref, first):
         return lambda: [plgpu.load(ref.at[first + i], layout=PER_COLUMN, optimized=False) for i in range(count)]
@@ -217,17 +216,16 @@ def _compute_for_queries(
 
         def edge(j, carry):
             grads, use = carry
-            values = ring.wait(use).transpose((1, 0))
-            scores = multiply_add(plan.interpret, ((ROWS, chunk), [(part, values) for part in d_parts]))
+            values, *features = ring.wait_all(use, 1 + count)
+            scores = multiply_add(
+                plan.interpret, ((ROWS, chunk), [(part, values.transpose((1, 0))) for part in d_parts])
+            )
             ring.release(use)
             seen = place.position - j * chunk + iota(ROWS, chunk, 0) - iota(ROWS, chunk, 1) >= plan.window
             if plan.segmented:
                 seen &= iota(ROWS, chunk, 1) + j * chunk >= across(start, chunk)
             scores = parts_of(jnp.where(seen, scores, 0.0), plan.map is None)
-            sums = []
-            for i, grad in enumerate(grads):
-                features = ring.wait(use + 1 + i)
-                sums.append((grad, [(part, features) for part in scores]))
+            sums = [(grad, [(part, x) for part in scores]) for grad, x in zip(grads, features, strict=True)]
             grads = multiply_add(plan.interpret, *sums)
             for i in range(count):
                 ring.release(use + 1 + i)

@@ -67,6 +67,10 @@ def multiply_add(interpret: bool, *sums) -> Any:
     """For each (accumulator or its shape, [(a, b), ...]): accumulator + sum of a @ b, all in flight together.
 
     a: a ref or an array in registers; b: a ref. The interpreter knows no products of registers, so it gets jnp.dot.
+
+    In a loop with an `a` that was made before the loop, no other `a` may be made before a wait and multiplied after it:
+    ptxas 13.0 keeps both in the same registers, and from the second turn on the first is lost (LOG.md, 2026-11-27).
+    `python -m pallas compile` looks for this in the machine code.
     """
     if interpret:
         results = []
@@ -130,6 +134,10 @@ class Ring:
         """Consumer: the tile of this use, once it is there."""
         plgpu.barrier_wait(self.full.at[lax.rem(use, jnp.int32(self.size))])
         return self.tile_of(use, rows)
+
+    def wait_all(self, use, count: int, rows: int | None = None) -> list:
+        """Consumer: the tiles of `count` uses. Before the first product of a step: see `multiply_add`."""
+        return [self.wait(use + i, rows) for i in range(count)]
 
     def tile_of(self, use, rows: int | None = None):
         slot = self.slots.at[lax.rem(use, jnp.int32(self.size))]
