@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas.feature_map import FeatureMap, as_pair
+from pallas.dependence import mixing
+from pallas.feature_map import FeatureMap, acts_on_the_last_axis, as_pair, described
 
 Implementation = Literal["reference", "chunked", "gpu", "tpu"]
 
@@ -102,7 +103,11 @@ def check_states(op: str, feature_map: FeatureMap, k: Array, v: Array, **states:
 
 
 def check_feature_map(op: str, feature_map: FeatureMap, head_size: int, dtype=jnp.float32) -> int:
-    """f, once phi_q and phi_k have been tried on shapes with the axes in front that queries and keys have."""
+    """f, once phi_q and phi_k have been traced on the axes in front that queries and keys have.
+
+    Raises:
+      ValueError: for a map of another form than (..., d) -> (..., f), and for one that mixes tokens or heads.
+    """
     phi_q, phi_k = as_pair(feature_map)
     rule = f"{op}: phi_q and phi_k must map (..., d) to (..., f)"
     found = []
@@ -123,6 +128,11 @@ def check_feature_map(op: str, feature_map: FeatureMap, head_size: int, dtype=jn
             f"{rule}; got {given_q} -> {result_q} and {given_k} -> {result_k}; "
             "keep every axis but the last, and give both maps the same f"
         )
+    for name, phi, axes in (("phi_q", phi_q, (2, 2, 2)), ("phi_k", phi_k, (2, 4))):
+        given = jax.ShapeDtypeStruct((*axes, head_size), dtype)
+        obstacle = None if acts_on_the_last_axis(phi) else mixing(phi, given)
+        if obstacle is not None:
+            raise ValueError(f"{op}: {name} must act on the last axis alone; {described(phi)} {obstacle}")
     return result_k[-1]
 
 

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas import segments
 from pallas.arguments import accumulation_dtype
 from pallas.block_sizes import BlockSizes
 from pallas.feature_map import FeatureMap, as_pair, num_features
-from pallas.reference import normed_sum, segment_runs
+from pallas.reference import normed_sum
 
 
 def round_up(x: int, multiple: int) -> int:
@@ -84,7 +85,7 @@ def sliding_window_attention(
     def query_spans(x):  # [t, ...] -> [num_spans, chunks in a span, chunk, ...]
         return pad(x, 0, num_spans * span - t, "edge").reshape(num_spans, span // chunk, chunk, *x.shape[1:])
 
-    runs = None if segment_ids is None else segment_runs(segment_ids)
+    runs = None if segment_ids is None else segments.runs(segment_ids)
     queries = (query_spans(q.reshape(t, kv, h // kv, d)), None if runs is None else query_spans(runs[s - t :]))
     keys = (key_windows(k, "zero"), key_windows(v, "zero"), None if runs is None else key_windows(runs, "edge"))
 
@@ -191,7 +192,7 @@ def residual_linear_attention(
     state = state if initial_state is None else initial_state.astype(dtype)
     runs = query_runs = key_runs = last_run = None
     if segment_ids is not None:
-        runs = segment_runs(segment_ids)
+        runs = segments.runs(segment_ids)
         query_runs, key_runs = query_chunks(runs[s - t :]), key_chunks(runs, "edge")
         # The state after a chunk belongs to the run of its last key, the one before the first chunk to run 0.
         last_run = jnp.concatenate([jnp.zeros((1,), runs.dtype), key_runs[:, -1]])

@@ -1,9 +1,15 @@
 """Feature maps phi of the residual branch: callables from `(..., d)` to `(..., f)`.
 
 Each computes in float32 (float64 when its input is float64) and returns that dtype. A user's own map is any callable
-of the same form, or a pair `(phi_q, phi_k)`; its parameters are differentiated.
+of the same form that acts on the last axis alone, or a pair `(phi_q, phi_k)`; its parameters are differentiated.
+
+The maps of `IN_KERNELS` are formed by the kernels themselves, from the same rows: to add one, add a row here, and its
+formula to tests/test_feature_map.py.
 """
 
+import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
 
 import equinox as eqx
@@ -11,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, PRNGKeyArray, jaxtyped
+
+from pallas.dependence import program_text
 
 FeatureMap = Callable | tuple[Callable, Callable]
 
@@ -21,42 +29,103 @@ def _widen(x: Array) -> Array:
     return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
-@jaxtyped(typechecker=beartype)
-def softmax(x: Float[Array, "*batch d"]) -> Float[Array, "*batch f"]:
-    """The paper's map: phi(x) = [softmax(x), softmax(-x)], so f = 2 d and each half sums to 1."""
-    x = _widen(x)
-    return jnp.concatenate([jax.nn.softmax(x, axis=-1), jax.nn.softmax(-x, axis=-1)], axis=-1)
+@dataclasses.dataclass(frozen=True)
+class KernelMap:
+    """A map that `reference`, `chunked` and every kernel read from one row: phi(x) = [value(x), value(-x)], f = 2 d.
+
+    Without `signed`, phi(x) = value(x), f = d.
+
+    value: over the last axis, elementwise but for softmax, for which each family of kernels has a form of its own.
+    pull_back: (x, value(x), cotangent) to x's gradient. All these Jacobians are symmetric, so it pushes tangents
+      forward too.
+    sums_to_one: does value(x) sum to 1 over the last axis?
+    """
+
+    name: str
+    formula: str
+    value: Callable[[Array], Array]
+    pull_back: Callable[[Array, Array, Array], Array]
+    signed: bool
+    sums_to_one: bool = False
+
+    @jaxtyped(typechecker=beartype)
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch f"]:
+        x = _widen(x)
+        return jnp.concatenate([_value(self, x), _value(self, -x)], axis=-1) if self.signed else _value(self, x)
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    @property
+    def slices(self) -> int:
+        """f / d."""
+        return 2 if self.signed else 1
+
+    def __repr__(self) -> str:
+        return f"pallas.feature_map.{self.name}: {self.formula}"
+
+    def __reduce__(self) -> str:  # pickled by name
+        return self.name
 
 
-@jaxtyped(typechecker=beartype)
-def relu(x: Float[Array, "*batch d"]) -> Float[Array, "*batch f"]:
-    """phi(x) = [relu(x), relu(-x)], f = 2 d."""
-    x = _widen(x)
-    return jnp.concatenate([jax.nn.relu(x), jax.nn.relu(-x)], axis=-1)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _value(row: KernelMap, x: Array) -> Array:
+    return row.value(x)
 
 
-@jaxtyped(typechecker=beartype)
-def squared_relu(x: Float[Array, "*batch d"]) -> Float[Array, "*batch f"]:
-    """phi(x) = [relu(x)^2, relu(-x)^2], f = 2 d."""
-    return jnp.square(relu(x))
+@_value.defjvp
+def _value_and_tangent(row: KernelMap, primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    phi = row.value(x)
+    return phi, row.pull_back(x, phi, tangent)
 
 
-@jaxtyped(typechecker=beartype)
-def identity(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-    """phi(x) = x, f = d: plain linear attention, whose scores may be negative."""
-    return _widen(x)
+softmax = KernelMap(
+    name="softmax",
+    formula="phi(x) = [softmax(x), softmax(-x)], the paper's; each half sums to 1",
+    value=lambda x: jax.nn.softmax(x, axis=-1),
+    pull_back=lambda x, phi, g: phi * (g - (phi * g).sum(axis=-1, keepdims=True)),
+    signed=True,
+    sums_to_one=True,
+)
+relu = KernelMap(
+    name="relu",
+    formula="phi(x) = [relu(x), relu(-x)]",
+    value=lambda x: jnp.maximum(x, 0.0),
+    pull_back=lambda x, phi, g: jnp.where(x > 0, g, 0.0),
+    signed=True,
+)
+squared_relu = KernelMap(
+    name="squared_relu",
+    formula="phi(x) = [relu(x)^2, relu(-x)^2]",
+    value=lambda x: jnp.maximum(x, 0.0) * jnp.maximum(x, 0.0),
+    pull_back=lambda x, phi, g: jnp.where(x > 0, 2.0 * x * g, 0.0),
+    signed=True,
+)
+identity = KernelMap(
+    name="identity",
+    formula="phi(x) = x: plain linear attention, whose scores may be negative",
+    value=lambda x: x,
+    pull_back=lambda x, phi, g: g,
+    signed=False,
+)
+elu_plus_one = KernelMap(
+    name="elu_plus_one",
+    formula="phi(x) = elu(x) + 1 (Katharopoulos et al., arXiv 2006.16236)",
+    value=lambda x: jnp.where(x > 0, x + 1.0, jnp.exp(jnp.minimum(x, 0.0))),
+    pull_back=lambda x, phi, g: jnp.where(x > 0, g, g * phi),
+    signed=False,
+)
+exp = KernelMap(
+    name="exp",
+    formula="phi(x) = exp(clip(x, -10, 10)), clipped because a maximum over the sequence would leak the future",
+    value=lambda x: jnp.exp(jnp.minimum(jnp.maximum(x, -EXP_LIMIT), EXP_LIMIT)),
+    pull_back=lambda x, phi, g: jnp.where((x >= -EXP_LIMIT) & (x <= EXP_LIMIT), g * phi, 0.0),
+    signed=False,
+)
 
-
-@jaxtyped(typechecker=beartype)
-def elu_plus_one(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-    """phi(x) = elu(x) + 1, f = d (Katharopoulos et al., arXiv 2006.16236)."""
-    return jax.nn.elu(_widen(x)) + 1
-
-
-@jaxtyped(typechecker=beartype)
-def exp(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-    """phi(x) = exp(clip(x, -10, 10)), f = d. Clipped, because a maximum over the sequence would leak the future."""
-    return jnp.exp(jnp.clip(_widen(x), -EXP_LIMIT, EXP_LIMIT))
+IN_KERNELS = {row.name: row for row in (softmax, relu, identity, elu_plus_one, exp, squared_relu)}
 
 
 @jaxtyped(typechecker=beartype)
@@ -93,20 +162,42 @@ class Hedgehog(eqx.Module):
         return softmax(x @ self.weight.astype(x.dtype))
 
 
-named = {
-    "softmax": softmax,
-    "relu": relu,
-    "identity": identity,
-    "elu_plus_one": elu_plus_one,
-    "exp": exp,
-    "squared_relu": squared_relu,
-    "taylor": taylor,
-}
+named = IN_KERNELS | {"taylor": taylor}
 
 
 def as_pair(feature_map: FeatureMap) -> tuple[Callable, Callable]:
     """(phi_q, phi_k) of a map or of a pair of maps."""
     return feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
+
+
+def acts_on_the_last_axis(phi: Callable) -> bool:
+    """Is it a map of this file, of which that is known?"""
+    return isinstance(phi, (KernelMap, Hedgehog)) or phi is taylor
+
+
+def in_kernels(feature_map: FeatureMap, head_size: int) -> KernelMap | None:
+    """The row that a map is, also where it comes jitted or wrapped in a function that does no more; else None."""
+    phi_q, phi_k = as_pair(feature_map)
+    row = _row_of(phi_q, head_size)
+    return row if row is _row_of(phi_k, head_size) else None
+
+
+def _row_of(phi: Callable, head_size: int) -> KernelMap | None:
+    if isinstance(phi, KernelMap):
+        return phi
+    if acts_on_the_last_axis(phi):
+        return None
+    x = jax.ShapeDtypeStruct((1, 1, 1, head_size), jnp.float32)
+    text = program_text(phi, x)
+    return next((row for row in IN_KERNELS.values() if program_text(row, x) == text), None)
+
+
+def described(phi: Callable) -> str:
+    """A map's name, and where it was written, if it is a function."""
+    inner = inspect.unwrap(phi)
+    name = getattr(inner, "__name__", type(phi).__name__)
+    code = getattr(inner, "__code__", None)
+    return name if code is None else f"{name} ({code.co_filename.rpartition('/')[2]}:{code.co_firstlineno})"
 
 
 def num_features(feature_map: FeatureMap, head_size: int, dtype=jnp.float32) -> int:

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas import segments
 from pallas.feature_map import as_pair
-from pallas.reference import segment_runs
 
 
 def final_state(
@@ -19,7 +19,7 @@ def final_state(
 ) -> Float[Array, "kv f dv"]:
     """The state that the last query reads."""
     last = max(k.shape[0] - window, 0)
-    runs = None if segment_ids is None else segment_runs(segment_ids)
+    runs = None if segment_ids is None else segments.runs(segment_ids)
     phi = as_pair(feature_map)[1](k[:last].astype(jnp.float32)).astype(jnp.float32)
     if runs is not None:
         phi = jnp.where((runs[:last] == runs[-1])[:, None, None], phi, 0)

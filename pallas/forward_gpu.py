@@ -37,6 +37,7 @@ from pallas.warpgroup_gpu import (
     parts_of,
     resident_blocks,
     send,
+    slice_of,
     tile,
     where_rows,
     zero_rows,
@@ -350,7 +351,7 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
             phi = plgpu.load(q_rla_tile, layout=MATRIX)
         else:
             x = plgpu.load(q_rla_tile, layout=MATRIX).astype(jnp.float32)
-            phi = plan.map.function(-x if i else x).astype(jnp.bfloat16)
+            phi = slice_of(plan.map, -x if i else x).astype(jnp.bfloat16)
         if plan.sums_to_one:
             return phi, zero_rows(ROWS, 1.0)
         return phi, phi.astype(jnp.float32).sum(axis=1)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas.warpgroup_gpu import KERNEL_MAPS, ROWS, KernelMap
+from pallas.feature_map import IN_KERNELS, KernelMap
+from pallas.warpgroup_gpu import ROWS
 
 
 def cdiv(x, y: int):
@@ -34,7 +35,7 @@ class Plan:
     value_size: int  # what the norms divide by
     slices: int  # f / head_size
     feature_size: int  # f before padding
-    map_name: str | None  # a key of KERNEL_MAPS, or None: features are given
+    map_name: str | None  # a key of feature_map.IN_KERNELS, or None: features are given
     segmented: bool
     num_start_states: int  # 0; 1: all queries start alike; 2: initial_state and segment_state
     local: bool
@@ -85,7 +86,7 @@ class Plan:
 
     @property
     def map(self) -> KernelMap | None:
-        return None if self.map_name is None else KERNEL_MAPS[self.map_name]
+        return None if self.map_name is None else IN_KERNELS[self.map_name]
 
     @property
     def sums_to_one(self) -> bool:

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas.feature_map import EXP_LIMIT
+from pallas.feature_map import IN_KERNELS, KernelMap, identity, softmax
 
 LANES = 128
 PLAIN = (((1,), (0,)), ((), ()))  # a b
@@ -20,63 +20,11 @@ UNROLLED = 8  # heads of a group whose work the compiler may interleave; more of
 LOWEST = -1e30  # of logits: far below any, and finite, so that no difference of two is NaN
 
 
-@dataclasses.dataclass(frozen=True)
-class KernelMap:
-    """A feature map that kernels form in float32: phi's slice is `function(x, real)`, x negated for the second slice.
-
-    `signed` maps have two slices, for x and -x; the others one. `real` is true in the lanes that are not padding, or
-    None where all are. `backward(phi, x, cotangent)` is the slice's transposed Jacobian, x being the signed input.
-    """
-
-    function: Callable
-    backward: Callable
-    signed: bool
-    sums_to_one: bool = False
-
-    @property
-    def slices(self) -> int:
-        return 2 if self.signed else 1
-
-
 def _softmax(x, real):
     if real is not None:
         x = jnp.where(real, x, LOWEST)
     weights = jnp.exp(x - x.max(axis=1, keepdims=True))
     return weights * (1.0 / weights.sum(axis=1, keepdims=True))
-
-
-def _softmax_backward(phi, x, g):
-    return phi * (g - (phi * g).sum(axis=1, keepdims=True))
-
-
-def _real_only(function: Callable) -> Callable:
-    return lambda x, real: function(x) if real is None else jnp.where(real, function(x), 0.0)
-
-
-def _relu(x):
-    return jnp.maximum(x, 0.0)
-
-
-def _elu_plus_one(x):
-    return jnp.where(x > 0, x + 1.0, jnp.exp(jnp.minimum(x, 0.0)))
-
-
-def _exp(x):
-    return jnp.exp(jnp.clip(x, -EXP_LIMIT, EXP_LIMIT))
-
-
-KERNEL_MAPS = {
-    "softmax": KernelMap(_softmax, _softmax_backward, signed=True, sums_to_one=True),
-    "relu": KernelMap(_real_only(_relu), lambda phi, x, g: jnp.where(x > 0, g, 0.0), signed=True),
-    "identity": KernelMap(lambda x, real: x, lambda phi, x, g: g, signed=False),
-    "elu_plus_one": KernelMap(_real_only(_elu_plus_one), lambda phi, x, g: jnp.where(x > 0, g, g * phi), signed=False),
-    "exp": KernelMap(
-        _real_only(_exp), lambda phi, x, g: jnp.where(jnp.abs(x) <= EXP_LIMIT, g * phi, 0.0), signed=False
-    ),
-    "squared_relu": KernelMap(
-        _real_only(lambda x: _relu(x) * _relu(x)), lambda phi, x, g: jnp.where(x > 0, 2.0 * x * g, 0.0), signed=True
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +68,7 @@ class Plan:
 
     @property
     def map(self) -> KernelMap:
-        return KERNEL_MAPS[self.map_name]
+        return IN_KERNELS[self.map_name]
 
     @property
     def width(self) -> int:
@@ -182,7 +130,13 @@ class Plan:
         """phi(x) in float32, [rows, num_features], and its signed inputs. x: [rows, width]."""
         real = lanes((1, self.width)) < self.head_size if self.width > self.head_size else None
         signed = [x, -x][: self.map.slices]
-        return along_lanes([self.map.function(x, real) for x in signed]), signed
+        return along_lanes([self.slice_of(x, real) for x in signed]), signed
+
+    def slice_of(self, x, real):
+        """value(x); 0 in padding, where `real` is false."""
+        if self.map is softmax:  # padding takes no part in its sums
+            return _softmax(x, real)
+        return self.map.value(x) if real is None or self.map is identity else jnp.where(real, self.map.value(x), 0.0)
 
     def phi(self, x):
         return self.slices_of(x.astype(jnp.float32))[0]
@@ -193,7 +147,7 @@ class Plan:
         d: Any = None
         for i, signed in enumerate([x, -x][: self.map.slices]):
             part = slice(i * columns, (i + 1) * columns)
-            found = self.map.backward(phi[:, part], signed, d_phi[:, part])
+            found = self.map.pull_back(signed, phi[:, part], d_phi[:, part])
             d = found if i == 0 else d - found
         return d
 

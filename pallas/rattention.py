@@ -10,6 +10,7 @@ from pallas import chunked, reference
 from pallas.arguments import check_attention, check_states, choose
 from pallas.block_sizes import BlockSizes, default_block_sizes
 from pallas.feature_map import FeatureMap, softmax
+from pallas.segments import contained, spoil
 
 
 @jaxtyped(typechecker=beartype)
@@ -60,6 +61,13 @@ def rattention(
     k_rla = k if k_rla is None else k_rla
     check_attention(op, q, k, window, segment_ids)
     check_states(op, feature_map, k_rla, v, initial_state=initial_state, segment_state=segment_state)
+    spoilt = None
+    if segment_ids is not None:
+        states = {"initial_state": initial_state, "segment_state": segment_state}
+        of_queries, of_keys = {"q": q, "q_rla": q_rla}, {"k": k, "v": v, "k_rla": k_rla}
+        finite, spoilt = contained(segment_ids, of_queries, of_keys, states)
+        q, k, v, q_rla, k_rla = (finite[name] for name in ("q", "k", "v", "q_rla", "k_rla"))
+        initial_state, segment_state = finite["initial_state"], finite["segment_state"]
     arguments: dict[str, Any] = dict(
         q_rla=q_rla,
         k_rla=k_rla,
@@ -92,4 +100,6 @@ def rattention(
     else:
         out, state = chunked.rattention(q, k, v, **arguments, block_sizes=blocks)
     out = out.astype(v.dtype)
+    if spoilt is not None:
+        out, state = spoil(out, spoilt.out), spoil(state, spoilt.state) if return_final_state else None
     return (out, state) if return_final_state else out

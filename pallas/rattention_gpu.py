@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas import feature_map as maps
 from pallas import (
     forward_gpu,
     residual_key_backward_gpu,
@@ -22,10 +21,11 @@ from pallas import (
 )
 from pallas.batched import batched
 from pallas.block_sizes import BlockSizes, gpu_blocks
-from pallas.feature_map import FeatureMap, as_pair
+from pallas.feature_map import FeatureMap, as_pair, in_kernels
 from pallas.final_state import final_state
 from pallas.plan_gpu import Plan, cdiv, round_up
-from pallas.warpgroup_gpu import KERNEL_MAPS, ROWS
+from pallas.segments import starts
+from pallas.warpgroup_gpu import ROWS
 
 WIDEST = 2048  # windows up to here are faster in our kernels; full attention is cuDNN's: LOG.md, 2026-11-25
 
@@ -124,12 +124,12 @@ def _attend(
     window = min(window, s)
     map_name, slices, feature_size = None, 0, 0
     if residual:
-        map_name = _kernel_map(feature_map) if d == head_size else None
-        if map_name is not None:
-            slices = KERNEL_MAPS[map_name].slices
+        assert feature_map is not None
+        row = in_kernels(feature_map, d) if d == head_size else None
+        if row is not None:
+            map_name, slices = row.name, row.slices
             feature_size = slices * head_size
         else:
-            assert feature_map is not None
             phi_q, phi_k = as_pair(feature_map)
             arrays["features_q"] = phi_q(arrays.pop("q_rla").astype(jnp.float32)).astype(jnp.float32)
             arrays["features_k"] = phi_k(arrays.pop("k_rla").astype(jnp.float32)).astype(jnp.float32)
@@ -197,20 +197,10 @@ def _device_kind() -> str:
     return jax.devices()[0].device_kind if target is None else target.device_kind
 
 
-def _kernel_map(feature_map) -> str | None:
-    phi_q, phi_k = as_pair(feature_map)
-    for name in KERNEL_MAPS:
-        if phi_q is phi_k is getattr(maps, name):
-            return name
-    return None
-
-
 def _segments(segment_ids: Int[Array, "s"], plan: Plan) -> dict:
     """Where each query's and key's segment starts, and what the sweeps must forget where one ends."""
     s = segment_ids.shape[0]
-    opens = jnp.concatenate([jnp.ones((1,), bool), segment_ids[1:] != segment_ids[:-1]])
-    start = jax.lax.cummax(jnp.where(opens, jnp.arange(s, dtype=jnp.int32), 0))
-    start = jnp.pad(start, (0, plan.num_keys - s), mode="edge")
+    start = jnp.pad(starts(segment_ids), (0, plan.num_keys - s), mode="edge")
     at_query = start[plan.first : plan.first + plan.num_queries]
     arrays = {"segment_start": at_query}
     if not plan.reaches_back:

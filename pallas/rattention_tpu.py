@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas import feature_map as maps
 from pallas import residual_tpu
 from pallas.block_sizes import BlockSizes
-from pallas.feature_map import FeatureMap, as_pair
+from pallas.feature_map import FeatureMap, as_pair, identity, in_kernels
 from pallas.final_state import final_state, state_after
 from pallas.gradients_tpu import Call, Norms, output, sum_of_norms
-from pallas.plan_tpu import KERNEL_MAPS, LANES, Plan, round_up
+from pallas.plan_tpu import LANES, Plan, round_up
+from pallas.segments import starts
 
 LARGEST = 2**20  # bytes of a group's queries that one step of the grid reads
 WIDE = ("v6", "tpu7", "v7")  # kinds whose matrix unit is 256 wide; others have 128
@@ -133,7 +133,7 @@ def _local(
     }
     segments = {}
     if segment_ids is not None:
-        start = _segment_starts(segment_ids)[s - t :] + (back - (s - t))
+        start = starts(segment_ids)[s - t :] + (back - (s - t))
         segments["segment_start"] = jnp.pad(start, (0, length - t), mode="edge")[None]
     return Call("window", plan, arrays, segments)
 
@@ -167,11 +167,11 @@ def _residual(
     num_starts = 0 if all(x is None for x in starts) else 1 if segment_state is None else 2
     if moved == t and not num_starts:
         return None
-    map_name, exact = _kernel_map(feature_map), any(x.dtype != jnp.bfloat16 for x in (q, k, v))
-    if map_name is None:  # rounding to bfloat16 is the named maps' alone: nothing is known of these
+    row, exact = in_kernels(feature_map, d), any(x.dtype != jnp.bfloat16 for x in (q, k, v))
+    if row is None:  # rounding to bfloat16 is the named maps' alone: nothing is known of these
         phi_q, phi_k = as_pair(feature_map)
         q, k = phi_q(q.astype(jnp.float32)), phi_k(k.astype(jnp.float32))
-        map_name, exact, d = "identity", True, q.shape[-1]
+        row, exact, d = identity, True, q.shape[-1]
     bytes_of_group = h // kv * round_up(max(d, dv), LANES) * (4 if exact else 2)
     chunk, block = residual_blocks(block_sizes, t, bytes_of_group, target())
     length = round_up(t, block)
@@ -181,7 +181,7 @@ def _residual(
         length=length,
         head_size=d,
         value_size=dv,
-        map_name=map_name,
+        map_name=row.name,
         segmented=segment_ids is not None,
         num_start_states=num_starts,
         chunk=chunk,
@@ -204,11 +204,6 @@ def _residual(
         arrays["start_states"] = jnp.stack(padded)
     segments = {} if segment_ids is None else _segments(segment_ids, t, window, plan)
     return Call("residual", plan, arrays, segments)
-
-
-def _kernel_map(feature_map) -> str | None:
-    phi_q, phi_k = as_pair(feature_map)
-    return next((name for name in KERNEL_MAPS if phi_q is phi_k is getattr(maps, name)), None)
 
 
 def residual_blocks(sizes: BlockSizes, t: int, bytes_of_group: int, kind: str | None) -> tuple[int, int]:
@@ -256,17 +251,11 @@ def _pad_state(state, plan: Plan):
     return jnp.pad(slices, padding).reshape(kv, plan.num_features, plan.value_width)
 
 
-def _segment_starts(segment_ids: Int[Array, "s"]) -> Int[Array, "s"]:
-    """The first key of each key's segment."""
-    opens = jnp.concatenate([jnp.ones((1,), bool), segment_ids[1:] != segment_ids[:-1]])
-    return jax.lax.cummax(jnp.where(opens, jnp.arange(opens.shape[0], dtype=jnp.int32), 0))
-
-
 def _segments(segment_ids: Int[Array, "s"], t: int, window: int, plan: Plan) -> dict:
     """Where each query's segment starts, and each chunk's last key's, in aligned positions."""
     s = segment_ids.shape[0]
     first = s - t
-    start = _segment_starts(segment_ids)
+    start = starts(segment_ids)
     start = jnp.where(start == 0, residual_tpu.NO_SEGMENT, start + (window - first)).astype(jnp.int32)
     at_query = jnp.pad(start[first:], (0, plan.length - t), mode="edge")
     last_key = jnp.arange(1, plan.length // plan.chunk + 1, dtype=jnp.int32) * plan.chunk - 1 - (window - first)

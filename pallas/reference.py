@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas import segments
 from pallas.arguments import accumulation_dtype
 from pallas.feature_map import FeatureMap, as_pair
 
@@ -19,17 +20,11 @@ def positions(t: int, s: int) -> tuple[Int[Array, "t"], Int[Array, "s"]]:
     return s - t + jnp.arange(t), jnp.arange(s)
 
 
-def segment_runs(segment_ids: Int[Array, "s"]) -> Int[Array, "s"]:
-    """Number the maximal runs of equal ids 0, 1, 2, ...: an id that comes back opens a new segment."""
-    changes = segment_ids[1:] != segment_ids[:-1]
-    return jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(changes.astype(jnp.int32))])
-
-
 def same_segment(t: int, segment_ids: Int[Array, "s"] | None) -> Array:
     """[t, s], or something that broadcasts to it: may query and key see each other?"""
     if segment_ids is None:
         return jnp.ones((1, 1), bool)
-    runs = segment_runs(segment_ids)
+    runs = segments.runs(segment_ids)
     return runs[-t:, None] == runs[None, :]
 
 
@@ -81,7 +76,7 @@ def residual_linear_attention(
     out = jnp.einsum("kgts,skv->tkgv", scores, v)
     state = jnp.einsum("s,skf,skv->kfv", residual[-1].astype(dtype), features_k, v)
 
-    first = jnp.ones((t,), bool) if segment_ids is None else segment_runs(segment_ids)[-t:] == 0
+    first = jnp.ones((t,), bool) if segment_ids is None else segments.runs(segment_ids)[-t:] == 0
     for start, reads in ((initial_state, first), (segment_state, ~first)):
         if start is not None:
             start = start.astype(dtype)

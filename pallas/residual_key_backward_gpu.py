@@ -24,8 +24,10 @@ from pallas.warpgroup_gpu import (
     iota,
     launch,
     multiply_add,
+    pull_back,
     send,
     sign_of,
+    slice_of,
     tile,
     zeros,
 )
@@ -171,7 +173,7 @@ def _compute_for_keys(
         else:
             phi = phi_tile.at[warpgroup]
             x = plgpu.load(tiles[0], layout=MATRIX).astype(jnp.float32) * sign_of(slice_)
-            phi[...] = plan.map.function(x).astype(jnp.bfloat16)
+            phi[...] = slice_of(plan.map, x).astype(jnp.bfloat16)
             plgpu.commit_smem()
         scores, d_scores = multiply_add(
             plan.interpret,
@@ -202,7 +204,7 @@ def _compute_for_keys(
     plgpu.barrier_wait(final.at[warpgroup])
     sign = sign_of(slice_)
     x = plgpu.load(features, layout=MATRIX).astype(jnp.float32) * sign
-    dk = plan.map.backward(plan.map.function(x), x, d_phi) * sign
+    dk = pull_back(plan.map, x, slice_of(plan.map, x), d_phi) * sign
     if count == 1:
         for value, name in ((dk, "dk"), (dv, "dv")):
             send(phi_tile.at[warpgroup], value, refs[name].at[batch, keys, kv_head])

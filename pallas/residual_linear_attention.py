@@ -10,6 +10,7 @@ from pallas import chunked, reference
 from pallas.arguments import check_attention, check_states, choose
 from pallas.block_sizes import BlockSizes, default_block_sizes
 from pallas.feature_map import FeatureMap, softmax
+from pallas.segments import contained, spoil
 
 
 @jaxtyped(typechecker=beartype)
@@ -36,11 +37,12 @@ def residual_linear_attention(
       q, k, v: as in `sliding_window_attention`. The state belongs to the key/value head; its query group shares it.
       window: how many of the newest keys, the query's own included, are left to the local branch; 0 is plain causal
         linear attention.
-      feature_map: a callable (..., d) -> (..., f), or a pair of them for q and k. It is given float32 (float64 for
-        float64 inputs), and differentiated in its own parameters too.
+      feature_map: a callable (..., d) -> (..., f) that acts on the last axis alone, or a pair of them for q and k. It
+        is given float32 (float64 for float64 inputs), and differentiated in its own parameters too.
       initial_state: [kv, f, dv], the state of the first segment before its first given key; zero by default.
       segment_state: [kv, f, dv], the state that every later segment starts from; zero by default.
-      segment_ids: one id for each key; a query reads its own segment only.
+      segment_ids: one id for each key; a query reads its own segment only. What is not finite in one never reaches
+        another, nor its gradients; within a segment nothing is promised of it.
       return_final_state: also return the state that the last query read, S_{s-1-W} of its segment. Pass it on as
         `initial_state`, with the last min(W, s) keys, values and ids in front, and the next call continues exactly.
       implementation, block_sizes: as in `sliding_window_attention`.
@@ -66,6 +68,12 @@ def residual_linear_attention(
     op = "residual_linear_attention"
     check_attention(op, q, k, window, segment_ids)
     check_states(op, feature_map, k, v, initial_state=initial_state, segment_state=segment_state)
+    spoilt = None
+    if segment_ids is not None:
+        states = {"initial_state": initial_state, "segment_state": segment_state}
+        finite, spoilt = contained(segment_ids, {"q": q}, {"k": k, "v": v}, states)
+        q, k, v = finite["q"], finite["k"], finite["v"]
+        initial_state, segment_state = finite["initial_state"], finite["segment_state"]
     arguments: dict[str, Any] = dict(
         window=window,
         feature_map=feature_map,
@@ -92,4 +100,6 @@ def residual_linear_attention(
     else:
         out, state = chunked.residual_linear_attention(q, k, v, **arguments, block_sizes=blocks)
     out = out.astype(v.dtype)
+    if spoilt is not None:
+        out, state = spoil(out, spoilt.out), spoil(state, spoilt.state) if return_final_state else None
     return (out, state) if return_final_state else out

@@ -31,8 +31,10 @@ from pallas.warpgroup_gpu import (
     norm_backward,
     one_after_the_other,
     parts_of,
+    pull_back,
     resident_blocks,
     send,
+    slice_of,
     tile,
     where_rows,
     zeros,
@@ -171,7 +173,7 @@ def _compute_for_queries(
         sums = []
         for i, grad in enumerate(grads):
             products = []
-            for part, state in zip(parts, states[i * len(parts) :]):
+            for part, state in zip(parts, states[i * len(parts) :], strict=False):
                 products += [(lax.slice(x, (0, part.start), (ROWS, part.start + chunk)), state) for x in d_parts]
             sums.append((grad.shape if mask_sums else grad, products))
         found = multiply_add(plan.interpret, *sums)
@@ -256,7 +258,7 @@ def _compute_for_queries(
         for i, grad in enumerate(grads):
             x = plgpu.load(q_tile, layout=MATRIX).astype(jnp.float32)
             x = -x if i else x
-            dx = plan.map.backward(plan.map.function(x), x, grad)
+            dx = pull_back(plan.map, x, slice_of(plan.map, x), grad)
             dq = dq - dx if i else dq + dx
         load_next(load_q, plan, index, is_last, warpgroup)
         send(stage, dq, target("dq"))

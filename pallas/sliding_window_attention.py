@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, jaxtyped
 from pallas import chunked, reference
 from pallas.arguments import check_attention, choose
 from pallas.block_sizes import BlockSizes, default_block_sizes
+from pallas.segments import contained, spoil
 
 
 @jaxtyped(typechecker=beartype)
@@ -33,7 +34,8 @@ def sliding_window_attention(
         queries, queries stand at the last t of the s positions. Query head i reads key/value head i // (h / kv).
       window: keys that a query sees, itself included; 0 gives exactly 0.
       scale: multiplies the logits; 1 / sqrt(d) by default.
-      segment_ids: one id for each key; a query sees its own segment only. A segment is a maximal run of equal ids.
+      segment_ids: one id for each key; a query sees its own segment only. A segment is a maximal run of equal ids. What
+        is not finite in one never reaches another, nor its gradients; within a segment nothing is promised of it.
       implementation: None, "reference", "chunked", "gpu" or "tpu". None picks "gpu" on a Hopper GPU whose kernels serve
         the call (bfloat16, sizes up to 128), "tpu" on a TPU, else "chunked". "gpu" and "tpu" elsewhere are interpreted,
         slowly. No time was ever measured on a TPU: its kernels are interpreted for their values, and compiled for their
@@ -60,6 +62,10 @@ def sliding_window_attention(
     op = "sliding_window_attention"
     check_attention(op, q, k, window, segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    spoilt = None
+    if segment_ids is not None:
+        finite, spoilt = contained(segment_ids, {"q": q}, {"k": k, "v": v}, {})
+        q, k, v = finite["q"], finite["k"], finite["v"]
     arguments: dict[str, Any] = dict(window=window, scale=scale, segment_ids=segment_ids)
     chosen = choose(op, implementation, q, k, v)
     blocks = block_sizes or default_block_sizes(window, q.shape[0])
@@ -75,4 +81,5 @@ def sliding_window_attention(
         out = reference.sliding_window_attention(q, k, v, **arguments)
     else:
         out = chunked.sliding_window_attention(q, k, v, **arguments, block_sizes=blocks)
-    return out.astype(v.dtype)
+    out = out.astype(v.dtype)
+    return out if spoilt is None else spoil(out, spoilt.out)

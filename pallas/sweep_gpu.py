@@ -31,6 +31,7 @@ from pallas.warpgroup_gpu import (
     multiply_add,
     send,
     sign_of,
+    slice_of,
     tile,
     zeros,
 )
@@ -223,7 +224,7 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
                     features = plgpu.load(right, layout=MATRIX) if plan.segmented else None
                 else:
                     x = plgpu.load(tiles[0], layout=MATRIX).astype(jnp.float32)
-                    features = plan.map.function(x * sign_of(slice_)).astype(jnp.bfloat16)
+                    features = slice_of(plan.map, x * sign_of(slice_)).astype(jnp.bfloat16)
                     right = phi
                 if features is not None:
                     right = phi

@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.feature_map import KernelMap, softmax
+
 ROWS = 64  # query rows of one warpgroup: the M of a wgmma instruction
 MULTIPROCESSORS = 132  # of an H100; blocks of a launch that are resident at once, one on each
 LOG2E = math.log2(math.e)
@@ -158,55 +160,25 @@ class Ring:
         lax.fori_loop(jnp.maximum(uses - self.size, 0), uses, one, None)
 
 
-@dataclasses.dataclass(frozen=True)
-class KernelMap:
-    """A feature map that kernels compute in registers: phi's slice of width d is `function(sign * x)`.
-
-    `signed` maps have two slices, for x and -x; the others one. `backward(phi, x, cotangent)` is the slice's
-    transposed Jacobian, x being the signed input.
-    """
-
-    function: Callable
-    backward: Callable
-    signed: bool
-    sums_to_one: bool = False
-
-    @property
-    def slices(self) -> int:
-        return 2 if self.signed else 1
+def slice_of(row: KernelMap, x):
+    """A slice of phi, [rows, d] in registers, of the signed x."""
+    return _softmax(x) if row is softmax else row.value(x)
 
 
-def _softmax(x):
+def pull_back(row: KernelMap, x, phi, g):
+    """g through the slice's transposed Jacobian at the signed x, where phi is the slice."""
+    return _softmax_pull_back(phi, g) if row is softmax else row.pull_back(x, phi, g)
+
+
+def _softmax(x):  # sums over a row leave its layout, and have no axis of size 1
     columns = x.shape[1]
     x = x * LOG2E
     weights = jnp.exp2(x - across(x.max(axis=1), columns))
     return weights * across(1.0 / weights.sum(axis=1), columns)
 
 
-def _softmax_backward(phi, x, g):
+def _softmax_pull_back(phi, g):
     return phi * (g - across((phi * g).sum(axis=1), phi.shape[1]))
-
-
-def _exp(x):
-    return jnp.exp2(x * LOG2E)
-
-
-def _elu_plus_one(x):
-    return jnp.where(x > 0, x + 1.0, _exp(jnp.minimum(x, 0.0)))
-
-
-KERNEL_MAPS = {
-    "softmax": KernelMap(_softmax, _softmax_backward, signed=True, sums_to_one=True),
-    "relu": KernelMap(lambda x: jnp.maximum(x, 0.0), lambda phi, x, g: jnp.where(x > 0, g, 0.0), signed=True),
-    "identity": KernelMap(lambda x: x, lambda phi, x, g: g, signed=False),
-    "elu_plus_one": KernelMap(_elu_plus_one, lambda phi, x, g: jnp.where(x > 0, g, g * phi), signed=False),
-    "exp": KernelMap(_exp, lambda phi, x, g: g * phi, signed=False),
-    "squared_relu": KernelMap(
-        lambda x: jnp.maximum(x, 0.0) * jnp.maximum(x, 0.0),
-        lambda phi, x, g: jnp.where(x > 0, 2.0 * x * g, 0.0),
-        signed=True,
-    ),
-}
 
 
 def sign_of(slice_index):

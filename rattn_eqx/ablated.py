@@ -13,9 +13,10 @@ from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
 import pallas
+from pallas import segments
 from pallas.arguments import accumulation_dtype
 from pallas.feature_map import FeatureMap, as_pair
-from pallas.reference import normed_sum, rms, segment_runs
+from pallas.reference import normed_sum, rms
 from rattn_eqx.attention import RAttention
 from rattn_eqx.presets import ModelConfig
 
@@ -195,7 +196,7 @@ class AblatedAttention(eqx.Module):
 
 def _runs(t: int, segment_ids: Int[Array, "t"] | None) -> Int[Array, "t"]:
     """The number of each token's segment."""
-    return jnp.zeros(t, jnp.int32) if segment_ids is None else segment_runs(segment_ids)
+    return jnp.zeros(t, jnp.int32) if segment_ids is None else segments.runs(segment_ids)
 
 
 @jaxtyped(typechecker=beartype)

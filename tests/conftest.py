@@ -49,3 +49,8 @@ def implementation(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session", params=IMPLEMENTATIONS + KERNELS)
 def implementation_or_kernel(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="session", params=["reference", *IMPLEMENTATIONS, *KERNELS])
+def implementation_or_reference_or_kernel(request: pytest.FixtureRequest) -> str:
+    return request.param

@@ -1,5 +1,7 @@
 """Each feature map is its formula, stays finite, and enters the op as it is, called or paired, learned or not."""
 
+import functools
+import pickle
 from typing import Any
 
 import equinox as eqx
@@ -40,16 +42,60 @@ FORMULAS = {
     "softmax": both_signs(softmax),
     "relu": both_signs(lambda x: np.maximum(x, 0)),
     "identity": lambda x: x,
-    "elu_plus_one": lambda x: np.where(x > 0, x + 1, np.exp(x)),
-    "exp": np.exp,
+    "elu_plus_one": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))),
+    "exp": lambda x: np.exp(np.clip(x, -10, 10)),
     "squared_relu": both_signs(lambda x: np.maximum(x, 0) ** 2),
     "taylor": taylor,
 }
+DERIVATIVES = {  # of a slice of each map that kernels form, in float64; softmax's: a row's Jacobian
+    "softmax": lambda x: np.apply_along_axis(lambda p: np.diag(p) - np.outer(p, p), -1, softmax(x)),
+    "relu": lambda x: (x > 0) * 1.0,
+    "identity": np.ones_like,
+    "elu_plus_one": lambda x: np.where(x > 0, 1.0, np.exp(np.minimum(x, 0))),
+    "exp": lambda x: np.where(np.abs(x) <= 10, np.exp(np.clip(x, -10, 10)), 0.0),
+    "squared_relu": lambda x: 2.0 * np.maximum(x, 0),
+}
+WIDE = np.array([0, 1e-3, 0.5, 1, 3, 9.5, 10, 10.25, 88, 100, 1e3, 1e4])
+WIDE = np.concatenate([-WIDE[:0:-1], WIDE]).reshape(-1, 1) * np.array([1.0, 0.5, 2.0, -1.0])
 
 
 def test_every_named_map_has_a_formula_here():
     assert maps.named.keys() == FORMULAS.keys()
     assert all(maps.named[name] is getattr(maps, name) for name in FORMULAS)
+
+
+@pytest.mark.parametrize("name", maps.IN_KERNELS)
+def test_value_and_derivative_that_kernels_read(name):
+    """Held to the formula by which the definition is written, up to 1e4 and where derivatives jump."""
+    row, x = maps.IN_KERNELS[name], jnp.asarray(WIDE, jnp.float32)
+    value = row.value(x)
+    formula = FORMULAS[name](WIDE)[..., : WIDE.shape[-1]]
+    np.testing.assert_allclose(value, formula, rtol=2e-6, atol=1e-30)
+    g = np.random.default_rng(0).standard_normal(WIDE.shape)
+    found = row.pull_back(x, value, jnp.asarray(g, jnp.float32))
+    derivative = DERIVATIVES[name](WIDE)
+    expected = derivative * g if derivative.ndim == 2 else np.einsum("nij,nj->ni", derivative, g)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 if name == "softmax" else 1e-30)
+    assert row.sums_to_one == bool(np.allclose(formula.sum(axis=-1), 1))
+    assert row.signed == (FORMULAS[name](WIDE).shape[-1] == 2 * WIDE.shape[-1])
+    _, pulled = jax.vjp(row, x)  # what the definition differentiates
+    both = jnp.asarray(np.concatenate([g, np.zeros_like(g)], axis=-1) if row.signed else g, jnp.float32)
+    np.testing.assert_allclose(pulled(both)[0], found, rtol=1e-6, atol=1e-6)
+
+
+def test_a_map_that_is_jitted_or_wrapped_keeps_its_kernel():
+    relu, d = maps.relu, 8
+    wrapped = (jax.jit(relu), functools.partial(relu), lambda x: relu(x), jax.checkpoint(relu), (relu, jax.jit(relu)))
+    assert [maps.in_kernels(phi, d) for phi in wrapped] == [relu] * len(wrapped)
+    others = (
+        lambda x: 2 * relu(x),
+        (relu, maps.exp),
+        maps.taylor,
+        jax.nn.relu,
+        maps.Hedgehog(8, key=jax.random.key(0)),
+    )
+    assert [maps.in_kernels(phi, d) for phi in others] == [None] * len(others)
+    assert pickle.loads(pickle.dumps(relu)) is relu
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -121,7 +167,7 @@ LOOP_MAPS = {
     "callable": lambda x: np.tanh(x @ WEIGHTS[0]),
     "pair": tuple(lambda x, weight=weight: np.tanh(x @ weight) for weight in WEIGHTS),
     "taylor": taylor,
-    "exp": np.exp,
+    "exp": FORMULAS["exp"],
 }
 
 
@@ -174,6 +220,88 @@ def test_a_map_of_another_form_is_refused(feature_map, message):
 
 
 VECTORIZED = jnp.vectorize(LINEAR, signature="(d)->(f)")
+MLP = eqx.nn.MLP(4, 6, 8, 1, key=jax.random.key(0))
+MIXING = {
+    "maximum over tokens": lambda x: jnp.exp(x - x.max(axis=0)),
+    "mean over the last axis but one": lambda x: x - x.mean(axis=-2, keepdims=True),
+    "mean over the last but two": lambda x: x - x.mean(axis=-3, keepdims=True) if x.ndim > 3 else x - x[:1],
+    "cumulative sum": lambda x: jnp.cumsum(x, axis=0),
+    "sort over tokens": lambda x: jnp.sort(x, axis=0),
+    "batch statistics": lambda x: (x - x.mean()) / x.std(),
+    "a scan along tokens": lambda x: jax.lax.scan(lambda c, y: (c + y, c), jnp.zeros(x.shape[1:]), x)[1],
+    "the token before": lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]]),
+    "products of tokens": lambda x: (x.reshape(-1, 4) @ x.reshape(-1, 4).T @ x.reshape(-1, 4)).reshape(x.shape),
+    "a branch that all decide": lambda x: jax.lax.cond(x.sum() > 0, lambda x: x, lambda x: -x, x),
+    "an associative scan": lambda x: jax.lax.associative_scan(jnp.add, x),
+    "a convolution along tokens": lambda x: convolved(x),
+}
+ALIKE = {
+    "maximum over a vector": lambda x: jnp.exp(x - x.max(axis=-1, keepdims=True)),
+    "a learned projection with a bias": lambda x: jax.nn.softplus(x @ LINEAR.weight.T + LINEAR.bias),
+    "vectorized": VECTORIZED,
+    "a network": jnp.vectorize(MLP, signature="(d)->(f)"),
+    "one that looks at its input's shape": lambda x: x / x.shape[-1] ** 0.5,
+    "sorted channels": lambda x: jnp.sort(x, axis=-1),
+    "a cumulative sum of channels": lambda x: jnp.cumsum(x, axis=-1),
+    "products of channels": lambda x: (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], -1),
+    "flattened and back": lambda x: jnp.tanh(x.reshape(-1, 4) @ jnp.ones((4, 3))).reshape(*x.shape[:-1], 3),
+    "a loop over channels": lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y + x[..., i][..., None], x),
+    "channels by an index of their own": lambda x: jnp.take_along_axis(x, jnp.argsort(x, axis=-1), axis=-1),
+    "a row written": lambda x: x.at[..., 0].set(1.0),
+}
+
+
+def convolved(x):
+    return jax.lax.conv(x.reshape(1, 1, -1, 4), jnp.ones((1, 1, 3, 1)), (1, 1), "SAME").reshape(x.shape)
+
+
+def plain(phi):
+    return lambda x: phi(x)
+
+
+def closed_over(phi, parameter):
+    return lambda x: phi(x) * jnp.broadcast_to(parameter, jax.eval_shape(phi, x).shape)
+
+
+def residual(phi):
+    x = jnp.ones((5, 2, 4))
+    return pallas.residual_linear_attention(x, x, x, window=2, feature_map=phi)
+
+
+CALLS = {
+    "plain": lambda phi: residual(plain(phi)),
+    "jitted": lambda phi: residual(jax.jit(plain(phi))),
+    "closing over a parameter": lambda phi: jax.jit(lambda w: residual(closed_over(phi, w)))(jnp.float32(2)),
+    "inside grad": lambda phi: jax.grad(lambda w: jnp.sum(jnp.asarray(residual(closed_over(phi, w)))))(jnp.float32(2)),
+    "inside vmap": lambda phi: jax.vmap(lambda w: residual(closed_over(phi, w)))(jnp.ones(3)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.standard_dtype_promotion
+def test_a_map_that_mixes_tokens_or_heads_is_refused(name, call):
+    rule = "^residual_linear_attention: phi_[qk] must act on the last axis alone"
+    with pytest.raises(ValueError, match=rule), jax.numpy_rank_promotion("allow"):
+        CALLS[call](MIXING[name])
+
+
+def test_the_refusal_names_the_map_the_rule_and_the_remedy():
+    def batch_norm(x):
+        return (x - x.mean()) / x.std()
+
+    rule = r"phi_q must act on the last axis alone; batch_norm \(test_feature_map.py:\d+\) mixes tokens or heads, .*"
+    with pytest.raises(ValueError, match=rule + "jnp.vectorize"):
+        residual(jax.jit(batch_norm))
+    with pytest.raises(ValueError, match=r"through the primitive conv_general_dilated.*feature_map=identity"):
+        residual(convolved)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_map_that_looks_alike_and_is_right_is_taken(name, call):
+    with jax.numpy_rank_promotion("allow"):
+        assert jnp.all(jnp.isfinite(CALLS[call](ALIKE[name])))
 
 
 @pytest.mark.parametrize("phi_k", [VECTORIZED, jax.vmap(jax.vmap(LINEAR))], ids=["vectorized", "axes of keys"])

@@ -104,3 +104,61 @@ def test_nothing_of_a_document_depends_on_another(implementation, window, length
         np.testing.assert_array_equal(after[name][inside], before[name][inside], err_msg=name)
     if len(lengths) > 1:
         assert not np.array_equal(after["output"], before["output"])
+
+
+SPOILT = slice(150, 200)  # the second document; the others are compared
+BAD = {
+    "q": (170, 0),
+    "k": (160, 1),
+    "v": (155, 0),
+    "q_rla": (199, 1),
+    "k_rla": (158, 0),
+}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("op", ["sliding_window_attention", "residual_linear_attention", "rattention"])
+def test_what_is_not_finite_stays_in_its_document(implementation_or_reference_or_kernel, op, value):
+    """Values and gradients of other documents are those without it, to the bit; its own outputs show it."""
+    implementation, window = implementation_or_reference_or_kernel, 20
+    drawn = token_loop.draw(260, head_size=8)
+    per_token = {"rattention": PER_TOKEN}.get(op, ("q", "k", "v"))
+    arrays = {name: jnp.asarray(drawn[name], jnp.bfloat16) for name in per_token}
+    if op == "rattention":
+        arrays |= {name: jnp.asarray(drawn[name], jnp.float32) for name in ("swa_gain", "rla_gain")}
+    if op != "sliding_window_attention":
+        arrays["segment_state"] = jnp.asarray(drawn["segment_state"], jnp.float32)
+    ids = jnp.asarray(token_loop.segment_ids(150, 50, 60))
+    call = functools.partial(getattr(pallas, op), window=window, segment_ids=ids, implementation=implementation)
+
+    @jax.jit
+    def run(arrays):
+        output, pull_back = jax.vjp(lambda arrays: call(**arrays), arrays)
+        return {"output": output} | pull_back(jnp.ones_like(output))[0]
+
+    bad = dict(arrays)
+    for name in per_token:
+        bad[name] = arrays[name].at[BAD[name]].set(value)
+        arrays[name] = arrays[name].at[BAD[name]].set(0)
+    got, expected = ({name: np.asarray(x, np.float32) for name, x in run(x).items()} for x in (bad, arrays))
+    outside = np.r_[0 : SPOILT.start, SPOILT.stop : 260]
+    for name in ("output", *per_token):
+        np.testing.assert_array_equal(got[name][outside], expected[name][outside], err_msg=name)
+        assert np.isfinite(got[name][outside]).all()
+    spoilt = np.isnan(got["output"][SPOILT]).all(axis=-1)  # [t, h], two query heads to a key/value head
+    assert not spoilt[:5].any()
+    assert spoilt[5:, :2].all()  # from the bad value on, of its key/value head
+
+
+def test_a_start_state_that_is_not_finite_stays_in_the_documents_that_read_it(implementation):
+    drawn = token_loop.draw(60, head_size=8)
+    q, k, v = (jnp.asarray(drawn[name], jnp.float32) for name in ("q", "k", "v"))
+    state = jnp.asarray(drawn["initial_state"], jnp.float32).at[0, 0, 0].set(jnp.nan)
+    ids, options = jnp.asarray(token_loop.segment_ids(20, 40)), dict(window=5, implementation=implementation)
+    call = functools.partial(pallas.residual_linear_attention, q, k, v, segment_ids=ids, **options)
+    first, own_heads = np.arange(60)[:, None] < 20, np.arange(4) < 2  # the state of key/value head 0 is bad
+    for name, reads in (("initial_state", first), ("segment_state", ~first)):
+        out, final = call(**{name: state}, return_final_state=True)
+        np.testing.assert_array_equal(np.isnan(out).all(axis=-1), reads & own_heads, err_msg=name)
+        np.testing.assert_array_equal(np.isnan(final).all(axis=(1, 2)), [name == "segment_state", False])
+        assert np.isfinite(out[~(reads & own_heads)]).all()

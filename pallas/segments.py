@@ -1,0 +1,67 @@
+"""Segments: maximal runs of equal ids. Where each starts, and how what is not finite is kept inside its own.
+
+Masked products multiply by 0, and 0 times NaN or infinity is NaN: one bad number would reach every document that shares
+a block with its own, in values and in gradients. So packed sequences are computed from finite numbers alone, and the
+outputs that a bad one may reach within its document are made NaN afterwards. Whole sequences are left as they are:
+within a document nothing is promised.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def runs(segment_ids: Int[Array, "s"]) -> Int[Array, "s"]:
+    """Number the maximal runs of equal ids 0, 1, 2, ...: an id that comes back opens a new segment."""
+    changes = segment_ids[1:] != segment_ids[:-1]
+    return jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(changes.astype(jnp.int32))])
+
+
+def starts(segment_ids: Int[Array, "s"]) -> Int[Array, "s"]:
+    """The position of the first key of each key's segment."""
+    opens = jnp.concatenate([jnp.ones((1,), bool), segment_ids[1:] != segment_ids[:-1]])
+    return jax.lax.cummax(jnp.where(opens, jnp.arange(opens.shape[0], dtype=jnp.int32), 0))
+
+
+class Spoilt(NamedTuple):
+    """What numbers that are not finite may reach within their documents."""
+
+    out: Bool[Array, "t h"]
+    state: Bool[Array, "kv"]
+
+
+def contained(
+    segment_ids: Int[Array, "s"],
+    queries: dict[str, Float[Array, "t h d"]],
+    keys: dict[str, Float[Array, "s kv d"]],
+    states: dict[str, Float[Array, "kv f dv"] | None],
+) -> tuple[dict, Spoilt]:
+    """The arrays with 0 for what is not finite, and what that spoils. states: initial_state and segment_state."""
+    arrays = queries | keys | {name: x for name, x in states.items() if x is not None}
+    finite = {name: jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for name, x in arrays.items()}
+
+    def bad(names, axes):
+        found = [~jnp.isfinite(arrays[name]).all(axis=axes) for name in names]
+        return functools.reduce(jnp.logical_or, found)
+
+    s, kv = next(iter(keys.values())).shape[:2]
+    t, h = next(iter(queries.values())).shape[:2]
+    start = starts(segment_ids)
+    bad_key = bad(keys, -1)  # [s, kv]
+    newest = jax.lax.cummax(jnp.where(bad_key, jnp.arange(s, dtype=jnp.int32)[:, None], -1))
+    spoilt = newest >= start[:, None]  # by a key before or at this place, in the same segment
+    for name, reads in (("initial_state", start == 0), ("segment_state", start > 0)):
+        if name in arrays:
+            spoilt |= reads[:, None] & bad((name,), (-2, -1))[None]
+    state = spoilt[-1]
+    out = jnp.repeat(spoilt[s - t :], h // kv, axis=1) | bad(queries, -1)
+    return finite | {name: None for name, x in states.items() if x is None}, Spoilt(out, state)
+
+
+def spoil(x: Array, where: Bool[Array, "..."]) -> Array:
+    """x with NaN where it is spoilt; `where` has x's leading axes."""
+    where = where.reshape(*where.shape, *(1,) * (x.ndim - where.ndim))
+    return jnp.where(where, jnp.full_like(x, jnp.nan), x)
