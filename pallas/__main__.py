@@ -1,9 +1,10 @@
-"""The command line of the kernels: `python -m pallas bench`, `python -m pallas compile`."""
+"""The command line of the kernels: `python -m pallas check`, `bench`, `compile`."""
 
 import importlib
 import sys
 
 COMMANDS = {  # each is the function `main(arguments)` of the module of that name
+    "check": "hold random calls to the definition on this machine: the first thing to run on a new one",
     "bench": "time our ops and their peers on this machine's device",
     "compile": "compile our kernels for devices that are not here",
 }

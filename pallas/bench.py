@@ -9,13 +9,9 @@ bytes / copy bandwidth, both ceilings measured on the device at the start. What 
 
 import argparse
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
-import json
 import math
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,9 +21,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas import block_sizes
+from pallas import block_sizes, provenance
 from pallas.bench_peers import READS, Inputs, Problem, Row, flops, least_bytes, make_inputs, ours, rows
 from pallas.feature_map import named
+from pallas.provenance import Save, saver
 
 L2_BYTES = 60e6  # the largest cache of the GPUs we time on; sets of inputs take turns until they are twice that
 MOST_CALLS, MOST_SETS = 200, 16
@@ -37,7 +34,6 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "jax-line
 
 Calls = Sequence[Callable[[], object]]  # one for each set of inputs; each starts the work and does not wait for it
 Stopwatch = Callable[[Calls, int], tuple[float, float]]
-Save = Callable[[dict[str, Any]], dict[str, Any]]  # add a line to the file, and return it with the facts of the run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,35 +138,8 @@ def measure_ceilings(on_gpu: bool, **settings) -> Ceilings:
 
 def facts(commit: str | None) -> dict[str, Any]:
     """What a number needs beside it: device, date, commit, versions."""
-    if commit is None:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-        try:
-            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            commit = "unknown"
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    device = jax.devices()[0]
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return dict(device=device.device_kind, platform=device.platform, date=date, commit=commit, versions=versions)
-
-
-def saver(path: Path | None, about: dict[str, Any]) -> Save:
-    """A function that adds a line to the file, if there is one, and returns it with `about` beside it."""
-
-    def save(line: dict[str, Any]) -> dict[str, Any]:
-        line = line | about
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        return line
-
-    return save
+    about = dict(date=provenance.now(), commit=commit or provenance.commit(), versions=provenance.versions(PACKAGES))
+    return dict(device=jax.devices()[0].device_kind, platform=jax.devices()[0].platform) | about
 
 
 def reason(error: Exception) -> str:

@@ -9,7 +9,6 @@ Each case is compiled in a process of its own: listings are written to a process
 import argparse
 import concurrent.futures
 import dataclasses
-import datetime
 import importlib.metadata
 import json
 import os
@@ -26,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas
-from pallas import feature_map
+from pallas import feature_map, provenance
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc")
 NEEDED = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
@@ -266,15 +265,9 @@ def last_error(text: str, status: int) -> str:
 
 def versions() -> dict[str, str | None]:
     """Of the packages, and of the ptxas that compiles, if it is on the path or in a package."""
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
     ptxas = shutil.which("ptxas", path=_environment("").get("PATH"))
     said = subprocess.run([ptxas, "--version"], capture_output=True, text=True).stdout if ptxas else ""
-    return found | {"ptxas": next(iter(re.findall(r"\bV([\d.]+)", said)), None)}
+    return provenance.versions(PACKAGES) | {"ptxas": next(iter(re.findall(r"\bV([\d.]+)", said)), None)}
 
 
 def refusal(target: str, found: dict[str, str | None]) -> str | None:
@@ -287,18 +280,6 @@ def refusal(target: str, found: dict[str, str | None]) -> str | None:
     if missing:
         return f"compile: needs {' and '.join(missing)}: {INSTALL}"
     return None
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def failures(case: Case, found: dict[str, Any], most_spilled: int) -> list[str]:
@@ -363,8 +344,8 @@ def main(arguments: list[str]) -> int:
     if refused or not chosen:
         print(refused or f"compile: no case holds {options.only!r}; there are: {', '.join(c.title for c in CASES)}")
         return 2
-    about = {"target": target, "date": now()}
-    about |= {"commit": options.commit or commit(), "versions": found_versions}
+    about = {"target": target, "date": provenance.now()}
+    about |= {"commit": options.commit or provenance.commit(), "versions": found_versions}
     print(f"compiled for {target}, {about['date']}, commit {about['commit']}")
     print(", ".join(f"{name} {version}" for name, version in found_versions.items() if version))
     print(f"\n  {'kernel':28}" + "".join(f"{column.replace('_', ' '):>15}" for column in COLUMNS))

@@ -21,8 +21,9 @@ import optax
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
-from pallas.bench import facts, measure, measure_ceilings, reason, saver, time_jax
+from pallas.bench import facts, measure, measure_ceilings, reason, time_jax
 from pallas.bench_peers import Problem, Row, flops
+from pallas.provenance import saver
 from rattn_eqx.attention import GlobalAttention, RAttention
 from rattn_eqx.cost import hardwares, parameters_by_part
 from rattn_eqx.language_model import LanguageModel

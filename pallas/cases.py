@@ -1,0 +1,325 @@
+"""Calls of the ops as they are held to the definition: what a call is made of, its numbers, its program, its errors.
+
+`python -m pallas check` draws them at random; tests/ write them down. A case is a frozen value and one line of text,
+and either gives the other back, so that a failure is replayed from what was printed.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas
+from pallas import feature_map
+from pallas.block_sizes import BlockSizes
+from pallas.error import relative_rms
+
+ARRAYS = {
+    "sliding_window_attention": ("q", "k", "v"),
+    "residual_linear_attention": ("q", "k", "v", "initial_state", "segment_state"),
+    "rattention": ("q", "k", "v", "swa_gain", "rla_gain", "q_rla", "k_rla", "initial_state", "segment_state"),
+}
+SWA, RLA, BOTH = ARRAYS
+STATES = ("initial_state", "segment_state")
+WHOLE = ("swa_gain", "rla_gain", "weight_q", "weight_k")  # not one for each sequence of a batch
+PARAMETERS = (*STATES, *WHOLE)  # float32 beside bfloat16 activations
+BOUND = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-3}  # of `chunked`
+FLOOR = {"float32": 1e-5, "bfloat16": 3e-3}  # a kernel may be off by this and by twice what `chunked` is off by
+SATURATED = 0.1
+REMEDY = "give a line as `python -m pallas check` prints it"
+LEARNED = ("learned", "pair")  # maps with parameters: one for queries and keys, or one for each
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of one op and the numbers it is given.
+
+    sizes: (num_heads, num_kv_heads, head_size, value_size). segments: the lengths of segments, (): no ids; of a batch,
+    a tuple for each sequence. states: those that are passed. static: other keywords of the op. map: of
+    `feature_map.named`, or of LEARNED. shared: the residual branch reads the window's q and k. mean, size: numbers are
+    size * (standard normal + mean).
+    """
+
+    op: str
+    t: int
+    window: int
+    s: int | None = None
+    sizes: tuple[int, int, int, int] = (2, 1, 8, 8)
+    segments: tuple = ()
+    states: tuple[str, ...] = STATES
+    static: tuple = ()
+    mean: float = 0.5
+    size: float = 1.0
+    map: str = "softmax"
+    dtype: str = "float32"
+    batch: int = 0
+    backward: bool = True
+    shared: bool = False
+    seed: int = 0
+
+    def __str__(self):
+        heads = "h{}kv{}d{}dv{}".format(*self.sizes)
+        return f"{self.op}-t{self.t}-w{self.window}-s{self.num_keys}-{len(self.segments)}seg-{heads}"
+
+    @property
+    def num_keys(self) -> int:
+        return self.t if self.s is None else self.s
+
+    @property
+    def program(self) -> "Case":
+        """The case without what a compiled program is given: cases alike in this share their programs."""
+        whole = (self.num_keys,)
+        marker = () if not self.segments else (whole,) * self.batch if self.batch else whole
+        return dataclasses.replace(self, segments=marker, mean=0.5, size=1.0, seed=0)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its array arguments."""
+        read_by_both = {"q_rla", "k_rla"} if self.shared and self.op == BOTH else set()
+        skipped = {name for name in STATES if name not in self.states} | read_by_both
+        weights = {"learned": ("weight_q",), "pair": ("weight_q", "weight_k")}.get(self.map, ())
+        return (*(x for x in ARRAYS[self.op] if x not in skipped), *(weights if self.op != SWA else ()))
+
+    @property
+    def num_features(self) -> int:
+        d = self.sizes[2]
+        phi = dict(self.static).get("feature_map")
+        if phi is None and self.map in LEARNED:
+            return 2 * d if self.map == "learned" else d
+        return feature_map.num_features(feature_map.named[self.map] if phi is None else phi, d)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of an argument or result of one sequence."""
+        (h, kv, d, dv), f = self.sizes, self.num_features
+        shapes = {
+            "q": (self.t, h, d),
+            "k": (self.num_keys, kv, d),
+            "v": (self.num_keys, kv, dv),
+            "state": (kv, f, dv),
+            "gain": (h, dv),
+            "output": (self.t, h, dv),
+        }
+        if name.startswith("weight"):
+            return (d, d)
+        return shapes["state" if "state" in name else "gain" if "gain" in name else name.removesuffix("_rla")]
+
+    def arrays(self, dtype: str | None = None, seed: int | None = None) -> dict[str, np.ndarray]:
+        """Rounded to the dtype, so that every precision is asked about the same numbers."""
+        dtype, drawn = dtype or self.dtype, {}
+        generator = np.random.default_rng(self.seed if seed is None else seed)
+        for name in self.names:
+            shape = self.shape(name)
+            shape = (self.batch, *shape) if self.batch and name not in WHOLE else shape
+            numbers = generator.standard_normal(shape)
+            if name.startswith("weight"):
+                numbers = numbers / shape[0] ** 0.5
+            elif name.endswith("gain"):
+                numbers = numbers + self.mean
+            else:
+                numbers = self.size * (numbers + self.mean)
+            drawn[name] = numbers.astype(jnp.float32 if name in PARAMETERS and dtype != "float64" else dtype)
+        return drawn
+
+    def cotangents(self) -> dict[str, np.ndarray]:
+        """Of what the op returns, float64, to be rounded to each result's dtype."""
+        generator = np.random.default_rng([self.seed, 1])
+        names = ("output",) if self.op == SWA else ("output", "final_state")
+        batch = (self.batch,) if self.batch else ()
+        draw = lambda name: generator.standard_normal((*batch, *self.shape(name))).astype(jnp.bfloat16)
+        return {name: draw(name).astype(np.float64) for name in names}
+
+    def ids(self) -> np.ndarray | None:
+        """int32 [s], or [batch, s]."""
+        if not self.segments:
+            return None
+        count = lambda lengths: np.repeat(np.arange(len(lengths)), lengths).astype(np.int32)
+        return np.stack([count(x) for x in self.segments]) if self.batch else count(self.segments)
+
+
+def precision(dtype: str, implementation: str | None):
+    """float64 switched on where it is asked for, and float32 products in float32 everywhere; kernels alone on a GPU."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.default_matmul_precision("highest"))
+    if implementation != "gpu":
+        stack.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
+    if dtype == "float64":
+        stack.enter_context(jax.enable_x64(True))
+    return stack
+
+
+def on_gpu(implementation: str | None) -> bool:
+    return implementation == "gpu" and jax.default_backend() == "gpu"
+
+
+def call(case: Case, arrays: dict, ids, implementation: str | None, **static) -> dict:
+    """The op's results by name, for one sequence."""
+    keywords: dict[str, Any] = dict(window=case.window, implementation=implementation) | dict(case.static) | static
+    arrays = dict(arrays)
+    if case.op != SWA:
+        keywords["return_final_state"] = True
+        weights = [arrays.pop(name) for name in ("weight_q", "weight_k") if name in arrays]
+        keywords.setdefault("feature_map", _map(case.map, weights))
+    result = getattr(pallas, case.op)(**arrays, segment_ids=ids, **keywords)
+    return {"output": result} if case.op == SWA else {"output": result[0], "final_state": result[1]}
+
+
+def _map(name: str, weights: list):
+    if name == "learned":
+        return lambda x: feature_map.softmax(x @ weights[0].astype(x.dtype))
+    if name == "pair":
+        return tuple(lambda x, weight=weight: jax.nn.softplus(x @ weight.astype(x.dtype)) for weight in weights)
+    return feature_map.named[name]
+
+
+def compiled(case: Case, dtype: str, implementation: str | None):
+    """run(case): results and gradients in NumPy, by name, for any case of the same `program`."""
+    case = case.program
+
+    def results(arrays, ids):
+        op = lambda arrays, ids: call(case, arrays, ids, implementation)
+        if not case.batch:
+            return op(arrays, ids)
+        axes = {name: None if name in WHOLE else 0 for name in arrays}
+        return jax.vmap(op, in_axes=(axes, None if ids is None else 0))(arrays, ids)
+
+    unoptimised = {"xla_backend_optimization_level": 0}  # compiling is most of the time
+
+    @functools.partial(jax.jit, compiler_options=None if on_gpu(implementation) else unoptimised)
+    def pulled_back(arrays, ids, cotangents):
+        if not case.backward:
+            return results(arrays, ids)
+        found, pull_back = jax.vjp(lambda arrays: results(arrays, ids), arrays)
+        (gradients,) = pull_back({name: cotangents[name].astype(x.dtype) for name, x in found.items()})
+        return found | {f"d {name}": gradient for name, gradient in gradients.items()}
+
+    def run(case: Case):
+        with precision(dtype, implementation):
+            arrays = {name: jnp.asarray(x) for name, x in case.arrays(dtype).items()}
+            if dtype == "float64":  # the same numbers that the narrower dtype was given
+                arrays = {name: jnp.asarray(x.astype(np.float64)) for name, x in case.arrays(case.dtype).items()}
+            ids = None if not case.segments else jnp.asarray(case.ids())
+            cotangents = {name: jnp.asarray(x) for name, x in case.cotangents().items()}
+            found = pulled_back(arrays, ids, cotangents)
+            return {name: np.asarray(x) for name, x in found.items()}
+
+    return run
+
+
+def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
+    """Relative RMS error by tensor; infinite where the definition is exactly 0 and the result is not.
+
+    Where a query's softmax sees one key, or is all but one key's, d q and d k are differences of equal numbers: they
+    are measured against no less than SATURATED of what they are where the softmax is flat.
+    """
+    assert got.keys() == expected.keys()
+    found = {name: relative_rms(got[name], expected[name]) for name in expected}
+    for name in ("d q", "d k"):
+        if name in expected and case.op != RLA:
+            size = lambda x: float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
+            least = SATURATED * _size_of_window_gradients(case)
+            if size(expected[name]) < least:
+                found[name] = size(np.asarray(got[name], np.float64) - expected[name]) / least
+    for name in ("output", "final_state"):
+        if name in expected and np.any(got[name][expected[name] == 0]):
+            found[f"{name}, exact zeros"] = np.inf
+    return found
+
+
+def _size_of_window_gradients(case: Case) -> float:
+    """About what d q and d k are where the softmax is flat: no more than a guide, for random numbers."""
+    rows = case.segments if case.batch else (case.segments,)
+    longest = max((length for row in rows for length in row), default=case.num_keys)
+    keys = max(min(case.window, longest), 1)
+    scale = abs(dict(case.static).get("scale", case.sizes[2] ** -0.5))
+    of_output = (case.mean**2 + 1 / keys) ** -0.5 / case.size if case.op == BOTH else 1.0  # 1 / rms(o_swa), or nothing
+    return scale * case.size**2 * of_output * keys**-0.5
+
+
+def bounds(dtype: str, implementation: str | None, of_chunked: dict[str, float]) -> collections.defaultdict:
+    """The largest error of each tensor: fixed for `chunked`, relative to `chunked`'s own for a kernel."""
+    if implementation in (None, "chunked"):
+        return collections.defaultdict(lambda: BOUND[dtype])
+    allowed = {name: 2 * error + FLOOR[dtype] for name, error in of_chunked.items()}
+    return collections.defaultdict(float, allowed)  # exact zeros are exact
+
+
+def to_line(case: Case) -> str:
+    """One line of words, `parse` of which is the case; what has its default is left out."""
+    words = []
+    for field in dataclasses.fields(Case):
+        value = getattr(case, field.name)
+        if value == field.default:
+            continue
+        if field.name == "static":
+            words += [f"{name}={_word(x)}" for name, x in value]
+        else:
+            words.append(f"{field.name}={_word(value)}")
+    return " ".join(words)
+
+
+def _word(value) -> str:
+    if isinstance(value, BlockSizes):
+        return f"{value.kernel_chunk}x{value.chunks_per_state}"
+    if isinstance(value, tuple):
+        if value and isinstance(value[0], tuple):
+            return "/".join(map(_word, value))
+        repeated = [(str(x), len(list(same))) for x, same in itertools.groupby(value)]
+        return ",".join(f"{x}x{n}" if n > 4 else ",".join([x] * n) for x, n in repeated) or "none"
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def parse(line: str) -> Case:
+    """The case of a line that `to_line` made.
+
+    Raises:
+      ValueError: for a line of another kind, which is named.
+    """
+    kinds = {field.name: field.type for field in dataclasses.fields(Case)}
+    found: dict[str, Any] = {}
+    static = []
+    for word in line.split():
+        name, _, text = word.partition("=")
+        try:
+            if name == "block_sizes":
+                chunk, per_state = map(int, text.split("x"))
+                static.append((name, BlockSizes(kernel_chunk=chunk, chunks_per_state=per_state)))
+            elif name in ("scale", "eps"):
+                static.append((name, float(text)))
+            elif name == "states":
+                found[name] = () if text == "none" else tuple(text.split(","))
+            elif name in ("sizes", "segments"):
+                rows = [tuple(_numbers(row)) for row in text.split("/")]
+                found[name] = tuple(rows) if "/" in text else rows[0]
+            elif name in kinds:
+                kind = {"bool": lambda x: bool(int(x)), "float": float, "str": str}.get(str(_name(kinds[name])), int)
+                found[name] = kind(text)
+            else:
+                raise ValueError("no field of a case")
+        except ValueError as error:
+            raise ValueError(
+                f"check: {word!r} is no word of a case: {error}; give a line as `check` prints it"
+            ) from error
+    try:
+        case = Case(**found, static=tuple(static))
+    except TypeError as error:
+        raise ValueError(f"check: {line!r} is no case: {error}; give a line as `check` prints it") from error
+    if case.batch == 1 and case.segments and not isinstance(case.segments[0], tuple):
+        case = dataclasses.replace(case, segments=(case.segments,))
+    return case
+
+
+def _numbers(text: str):
+    """Of "3,1x4": 3, 1, 1, 1, 1."""
+    for word in text.split(","):
+        number, _, count = word.partition("x")
+        yield from [int(number)] * int(count or 1)
+
+
+def _name(kind) -> str:
+    return getattr(kind, "__name__", str(kind))

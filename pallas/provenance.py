@@ -1,0 +1,49 @@
+"""What a measured number needs beside it: date, commit, versions, and a file that lines are added to."""
+
+import datetime
+import importlib.metadata
+import json
+import subprocess
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Save = Callable[[dict[str, Any]], dict[str, Any]]  # add a line to the file, and return it with the facts of the run
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def commit() -> str:
+    """Of this checkout, as git says it; "unknown" outside one."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Of the packages; None for one that is not installed."""
+    found: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def saver(path: Path | None, about: dict[str, Any]) -> Save:
+    """A function that adds a line to the file, if there is one, and returns it with `about` beside it."""
+
+    def save(line: dict[str, Any]) -> dict[str, Any]:
+        line = line | about
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        return line
+
+    return save
