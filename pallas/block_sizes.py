@@ -43,12 +43,14 @@ class BlockSizes:
                 raise ValueError(f"BlockSizes: {name} must be a multiple of 128; got {getattr(self, name)}")
 
 
+CARD = "NVIDIA H100 80GB HBM3"  # the one that was measured, and that interpreted runs stand for
+
 # (device, head size, dtype): {window: (kernel_chunk, chunks_per_state)}, the fastest forward + backward of those that
 # `python -m pallas bench --sweep` timed at 8 x 4096 tokens, 16 query and 4 key/value heads, on 2026-11-25
 # (data/runs/h100_sweep.jsonl). With heads of 64 and a window of 512, a chunk of 128 is 10% faster forward alone.
 MEASURED = {
-    ("NVIDIA H100 80GB HBM3", 128, "bfloat16"): {128: (128, 1), 512: (128, 1), 1024: (128, 1)},
-    ("NVIDIA H100 80GB HBM3", 64, "bfloat16"): {128: (64, 1), 512: (64, 1), 1024: (128, 1)},
+    (CARD, 128, "bfloat16"): {128: (128, 1), 512: (128, 1), 1024: (128, 1)},
+    (CARD, 64, "bfloat16"): {128: (64, 1), 512: (64, 1), 1024: (128, 1)},
 }
 UNMEASURED = (128, 1)
 

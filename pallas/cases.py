@@ -42,8 +42,8 @@ class Case:
 
     sizes: (num_heads, num_kv_heads, head_size, value_size). segments: the lengths of segments, (): no ids; of a batch,
     a tuple for each sequence. states: those that are passed. static: other keywords of the op. map: of
-    `feature_map.named`, or of LEARNED. shared: the residual branch reads the window's q and k. mean, size: numbers are
-    size * (standard normal + mean).
+    `feature_map.named`, or of LEARNED. shared: the residual branch reads the window's q and k. Numbers are size *
+    (standard normal + mean); size_qk stands for size in what the window's softmax reads, size_rla in what maps read.
     """
 
     op: str
@@ -56,6 +56,8 @@ class Case:
     static: tuple = ()
     mean: float = 0.5
     size: float = 1.0
+    size_qk: float = 1.0
+    size_rla: float = 1.0
     map: str = "softmax"
     dtype: str = "float32"
     batch: int = 0
@@ -76,7 +78,7 @@ class Case:
         """The case without what a compiled program is given: cases alike in this share their programs."""
         whole = (self.num_keys,)
         marker = () if not self.segments else (whole,) * self.batch if self.batch else whole
-        return dataclasses.replace(self, segments=marker, mean=0.5, size=1.0, seed=0)
+        return dataclasses.replace(self, segments=marker, mean=0.5, size=1.0, size_qk=1.0, size_rla=1.0, seed=0)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -122,9 +124,14 @@ class Case:
             elif name.endswith("gain"):
                 numbers = numbers + self.mean
             else:
-                numbers = self.size * (numbers + self.mean)
+                numbers = self.size_of(name) * (numbers + self.mean)
             drawn[name] = numbers.astype(jnp.float32 if name in PARAMETERS and dtype != "float64" else dtype)
         return drawn
+
+    def size_of(self, name: str) -> float:
+        if name not in ("q", "k", "q_rla", "k_rla"):
+            return self.size
+        return self.size_rla if self.op == RLA or name.endswith("rla") else self.size_qk
 
     def cotangents(self) -> dict[str, np.ndarray]:
         """Of what the op returns, float64, to be rounded to each result's dtype."""
@@ -233,12 +240,12 @@ def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
 
 def _size_of_window_gradients(case: Case) -> float:
     """About what d q and d k are where the softmax is flat: no more than a guide, for random numbers."""
-    rows = case.segments if case.batch else (case.segments,)
-    longest = max((length for row in rows for length in row), default=case.num_keys)
-    keys = max(min(case.window, longest), 1)
+    rows = case.segments if case.batch else (case.segments or (case.num_keys,),)
+    places = [np.concatenate([np.arange(length) for length in row or (case.num_keys,)]) for row in rows]
+    keys = max(1, *(min(case.window, 1 + int(place[-case.t :].max())) for place in places))
     scale = abs(dict(case.static).get("scale", case.sizes[2] ** -0.5))
-    of_output = (case.mean**2 + 1 / keys) ** -0.5 / case.size if case.op == BOTH else 1.0  # 1 / rms(o_swa), or nothing
-    return scale * case.size**2 * of_output * keys**-0.5
+    of_output = (case.mean**2 + 1 / keys) ** -0.5 if case.op == BOTH else case.size  # v / rms(o_swa), or v
+    return scale * case.size_qk * of_output * (case.sizes[3] / keys) ** 0.5
 
 
 def bounds(dtype: str, implementation: str | None, of_chunked: dict[str, float]) -> collections.defaultdict:

@@ -39,6 +39,8 @@ class KernelMap:
     pull_back: (x, value(x), cotangent) to x's gradient. All these Jacobians are symmetric, so it pushes tangents
       forward too.
     sums_to_one: does value(x) sum to 1 over the last axis?
+    at_zero: value(0) where kernels round value(x) - at_zero instead: near 0 a map that is far from 0 there keeps few
+      digits. 0 for softmax, whose small values count for themselves.
     """
 
     name: str
@@ -47,6 +49,7 @@ class KernelMap:
     pull_back: Callable[[Array, Array, Array], Array]
     signed: bool
     sums_to_one: bool = False
+    at_zero: float = 0.0
 
     @jaxtyped(typechecker=beartype)
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch f"]:
@@ -116,6 +119,7 @@ elu_plus_one = KernelMap(
     value=lambda x: jnp.where(x > 0, x + 1.0, jnp.exp(jnp.minimum(x, 0.0))),
     pull_back=lambda x, phi, g: jnp.where(x > 0, g, g * phi),
     signed=False,
+    at_zero=1.0,
 )
 exp = KernelMap(
     name="exp",
@@ -123,6 +127,7 @@ exp = KernelMap(
     value=lambda x: jnp.exp(jnp.minimum(jnp.maximum(x, -EXP_LIMIT), EXP_LIMIT)),
     pull_back=lambda x, phi, g: jnp.where((x >= -EXP_LIMIT) & (x <= EXP_LIMIT), g * phi, 0.0),
     signed=False,
+    at_zero=1.0,
 )
 
 IN_KERNELS = {row.name: row for row in (softmax, relu, identity, elu_plus_one, exp, squared_relu)}

@@ -39,6 +39,7 @@ from pallas.warpgroup_gpu import (
     send,
     slice_of,
     tile,
+    unpack_normed,
     where_rows,
     zero_rows,
     zeros,
@@ -61,6 +62,8 @@ def forward(arrays: dict, plan: Plan, *, save: bool) -> dict:
     if save and plan.normed:
         for branch in ["swa"] * plan.local + ["rla"] * plan.residual:
             outputs |= {f"y_{branch}": by_head, f"r_{branch}": per_query}  # y packed
+        if plan.precise:
+            outputs["y_rla_rest"] = by_head  # what packing took from y_rla, packed
     elif save and plan.local:
         outputs["rest"] = by_head  # what rounding took from out
     gains = [name for name in ("swa_gain", "rla_gain") if arrays.get(name) is not None]
@@ -139,8 +142,13 @@ def _copy(refs, ring: Ring, place: Place, plan: Plan, use):
             return use + count + 1
 
         if plan.reaches_back:
-            saved = refs["states"].at[batch, state, kv_head]
-            use = lax.fori_loop(0, int32(state > 0), lambda _, use, saved=saved: load_state(saved, use), use)
+
+            def load_saved(_, use, load_state=load_state):
+                for name in ("states", "state_rests")[: plan.state_parts]:
+                    use = load_state(refs[name].at[batch, state, kv_head], use)
+                return use
+
+            use = lax.fori_loop(0, int32(state > 0), load_saved, use)
         for i in range(plan.num_start_tiles):
             use = load_state(refs["start_states"].at[batch, i, kv_head], use)
         if plan.reaches_back:
@@ -239,7 +247,10 @@ class _Compute:
             if plan.local:
                 out = load_normed(self.mine(self.stage))
             if plan.normed and self.save:
-                self.put(pack_normed(o_rla), "y_rla", place)
+                packed = pack_normed(o_rla)
+                self.put(packed, "y_rla", place)
+                if plan.precise:
+                    self.put(pack_normed(o_rla - unpack_normed(packed)), "y_rla_rest", place)
         if plan.normed:
             plgpu.barrier_wait(self.mine(self.gains_loaded))
             terms = [self.gained(out, 0)] if plan.local else []
@@ -356,23 +367,23 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
             return phi, zero_rows(ROWS, 1.0)
         return phi, phi.astype(jnp.float32).sum(axis=1)
 
-    def read_state(phis, means, reads, out, use):
-        """out + phi(q) (centred state + its mean), for the rows where `reads` is 1."""
-        states, products, constants = ring.wait_all(use, len(phis), d), [], []
-        for (phi, total), state in zip(phis, states, strict=True):
+    def read_state(phis, means, reads, out, use, parts: int = 1):
+        """out + phi(q) (centred state + its mean), for the rows where `reads` is 1. parts: tiles of each slice."""
+        states, products, constants = ring.wait_all(use, parts * len(phis), d), [], []
+        for i, (phi, total) in enumerate(phis):
             if reads is not None:
                 phi, total = (phi.astype(jnp.float32) * across(reads, d)).astype(jnp.bfloat16), total * reads
-            products.append((phi, state.transpose((1, 0))))
+            products += [(phi, state.transpose((1, 0))) for state in states[i :: len(phis)]]
             constants.append(total)
         out = multiply_add(plan.interpret, (out, products))
-        for i in range(len(phis)):
+        for i in range(len(states)):
             ring.release(use + i)
         if plan.sums_to_one:
             out += across(constants[0], d) * down(means[0], ROWS)
         else:
             for total, mean in zip(constants, means, strict=bool(means)):
                 out += across(total, d) * down(mean, ROWS)
-        return out, use + len(phis)
+        return out, use + len(states)
 
     def load_means(ref, first, count):  # ahead of their use: they come from device memory
         means = [plgpu.load(ref.at[first + i], layout=PER_COLUMN, optimized=False) for i in range(count)]
@@ -392,6 +403,8 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
         seen = position - key + iota(ROWS, columns, 0) - iota(ROWS, columns, 1) >= plan.window
         if plan.segmented:
             seen &= iota(ROWS, columns, 1) + key >= across(start, columns)
+        if plan.key_constant:  # phi(q) times what was taken from phi(k)
+            scores += across(sum(total for _, total in phis) * plan.key_constant, columns)
         scores = parts_of(jnp.where(seen, scores, 0.0), plan.map is None)
         out = multiply_add(plan.interpret, (out, [(part, tiles[-1]) for part in scores]))
         ring.release(use + count)
@@ -410,7 +423,7 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
             ahead(compute.load_q_rla)
         if plan.reaches_back:
             reads = where_rows(start < state * plan.spacing if plan.segmented else None)
-            saved = functools.partial(read_state, phis, means, reads)
+            saved = functools.partial(read_state, phis, means, reads, parts=plan.state_parts)
             out, use = lax.fori_loop(0, int32(state > 0), lambda _, carry, saved=saved: saved(*carry), (out, use))
         for i in range(plan.num_start_tiles):
             reads = where_rows(plan.reads_start(i, start))

@@ -101,6 +101,25 @@ class Plan:
         return self.slices * self.head_size
 
     @property
+    def key_constant(self) -> float:
+        """What is taken from every feature of a key before rounding."""
+        return 0.0 if self.map is None else self.map.at_zero
+
+    @property
+    def precise(self) -> bool:
+        """Are d_rla and the normed output kept beyond bfloat16 and float16 for the gradient of queries?
+
+        d_rla is orthogonal to the output, and values and states lie nearly along it: of their products little is left
+        but rounding, unless the map's Jacobian removes the rest, as softmax's does.
+        """
+        return self.normed and self.residual and not self.sums_to_one
+
+    @property
+    def state_parts(self) -> int:
+        """Tiles that a saved state is rounded to: where features are given, a second one for what the first lost."""
+        return 2 if self.map is None else 1
+
+    @property
     def precise_starts(self) -> bool:
         """Are start states read, and their gradients summed, beyond bfloat16? Where features are given."""
         return self.num_start_states > 0 and self.map is None

@@ -28,6 +28,10 @@ KV, GROUPS = (1, 2, 1, 3), (1, 2, 3, 4, 5, 8)
 HEAD_SIZES = (8, 33, 64, 64, 64, 100, 128, 128, 128, 127)
 SEGMENTS = ("one", "few", "few", "many", "one a token", "at tiles")
 MEANS, SIZES = (0.0, 0.5, 1.0), (0.01, 0.1, 1.0, 1.0, 3.0, 30.0)
+# What maps read. Below these a map that is not 0 at 0 is flat, and what its gradient is made of are differences that
+# features in bfloat16 do not hold; above them softmax keeps nothing but its largest channel (LOG.md, 2026-11-27).
+SIZES_OF_MAPS = dict.fromkeys(("softmax", "learned"), (0.3, 1.0, 1.0, 3.0, 10.0))
+SIZES_OF_MAPS |= dict.fromkeys(("exp", "elu_plus_one", "pair"), (1.0, 1.0, 3.0, 30.0))
 
 
 def draw(seed: int, implementation: str, longest: int) -> Case:
@@ -56,9 +60,12 @@ def draw(seed: int, implementation: str, longest: int) -> Case:
     batch = pick("batch", (0, 0, 0, 2, 3)) if t * s * kv * group < MOST_PAIRS / 4 else 0
     states = pick("states", ((), STATES, ("initial_state",), ("segment_state",), STATES)) if op != SWA else ()
     static: list = []
-    size, scale = pick("size", SIZES), pick("scale", (None, None, None, 0.5, -0.2))
-    if size > 3:  # logits of thousands, whose rounding alone would decide which key is seen
-        scale = d**-0.5 / size**2
+    shared = op == BOTH and pick("shared", (False, False, True))
+    size_rla = pick("size_rla", SIZES_OF_MAPS.get(map_name, SIZES))
+    size_qk = size_rla if shared else pick("size_qk", SIZES)
+    scale = pick("scale", (None, None, None, 0.5, -0.2))
+    if size_qk > 3:  # logits of thousands, whose rounding alone would decide which key is seen
+        scale = d**-0.5 / size_qk**2
     if op != RLA and scale is not None:
         static.append(("scale", scale))
     if op == BOTH and pick("eps", (False, False, True)):
@@ -76,12 +83,14 @@ def draw(seed: int, implementation: str, longest: int) -> Case:
         segments,
         states,
         tuple(static),
-        size=size,
+        size=pick("size", SIZES),
+        size_qk=size_qk if op != RLA else 1.0,
+        size_rla=size_rla if op != SWA else 1.0,
         map=map_name if op != SWA else "softmax",
         dtype=pick("dtype", DTYPES[implementation]),
         batch=batch,
         backward=pick("backward", (True, True, True, False)),
-        shared=op == BOTH and pick("shared", (False, False, True)),
+        shared=shared,
         seed=seed,
     )
 
@@ -143,6 +152,8 @@ def options(case: Case) -> dict[str, object]:
         "shared": case.shared,
         "mean": case.mean,
         "size": case.size,
+        "size_qk": case.size_qk,
+        "size_rla": case.size_rla,
         "dtype": case.dtype,
     }
 
@@ -166,7 +177,7 @@ def simpler(case: Case) -> Iterator[Case]:
         yield change(states=(name,))
     yield change(shared=False)
     for i in range(len(case.static)):
-        if case.static[i][0] == "scale" and case.size > 1:
+        if case.static[i][0] == "scale" and case.size_qk > 1:
             continue
         yield change(static=case.static[:i] + case.static[i + 1 :])
     for name in ("softmax", "relu"):
@@ -177,8 +188,9 @@ def simpler(case: Case) -> Iterator[Case]:
         yield change(op=RLA, shared=False, static=without("scale", "eps"))
         yield change(op=SWA, shared=False, static=without("eps"), states=(), map="softmax")
     yield change(mean=0.0)
-    if case.size != 1:
-        yield change(size=1.0, static=without("scale"))
+    yield change(size=1.0)
+    yield change(size_qk=1.0, static=without("scale"))
+    yield change(size_rla=1.0)
     for heads in ((1, 1), (h // kv, 1), (2 * kv, kv), (kv, kv), (h - kv, kv)):
         if 0 < heads[0] <= h and heads[1] <= kv:
             yield change(sizes=(*heads, d, dv))

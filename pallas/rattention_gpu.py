@@ -20,7 +20,7 @@ from pallas import (
     window_backward_gpu,
 )
 from pallas.batched import batched
-from pallas.block_sizes import BlockSizes, gpu_blocks
+from pallas.block_sizes import CARD, BlockSizes, gpu_blocks
 from pallas.feature_map import FeatureMap, as_pair, in_kernels
 from pallas.final_state import final_state
 from pallas.plan_gpu import Plan, cdiv, round_up
@@ -192,9 +192,11 @@ def _attend(
 
 
 def _device_kind() -> str:
-    """Of this machine's device, or of the one that the program is being compiled for."""
+    """Of this machine's GPU, or of the one that the program is being compiled or interpreted for."""
     target = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if target is None else target.device_kind
+    if target is not None and target.platform == "gpu":
+        return target.device_kind
+    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else CARD
 
 
 def _segments(segment_ids: Int[Array, "s"], plan: Plan) -> dict:
@@ -270,6 +272,8 @@ def _forward(plan: Plan, arrays: dict, segments: dict, *, save: bool) -> dict:
         x = arrays["features_k" if given else "k_rla"]
         found = sweep_gpu.sweep(sweep_gpu.key_sweep(plan), x, arrays["v"], save_features=not given, **keeps)
         swept = {"states": found["states"], "state_means": found["means"]}
+        if "state_rests" in found:
+            swept["state_rests"] = found["state_rests"]
         swept["features_k"] = arrays["features_k"] if given else found["features"]
     results = forward_gpu.forward(arrays | swept | _start_of(segments), plan, save=save)
     return results | swept if save else results
@@ -322,9 +326,10 @@ def _residual_backward(plan: Plan, original: dict, arrays: dict, segments: dict)
     given = plan.map is None
     query_name, key_name = ("features_q", "features_k") if given else ("q_rla", "k_rla")
     gradients = {}
-    of_queries = ("q_rla", "v", "features_k", "states", "state_means", "start_states", "start_means", "segment_start")
+    of_queries = ("q_rla", "v", "features_k", "states", "state_rests", "state_means", "segment_start")
+    of_queries += ("start_states", "start_means")
     if plan.normed:
-        of_queries += ("d_out", "y_rla", "r_rla", "rla_gain")
+        of_queries += ("d_out", "y_rla", "y_rla_rest", "r_rla", "rla_gain")
     else:
         arrays = arrays | {"d_rla": arrays["d_out"]}
         of_queries += ("d_rla",)

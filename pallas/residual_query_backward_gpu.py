@@ -37,6 +37,7 @@ from pallas.warpgroup_gpu import (
     slice_of,
     tile,
     where_rows,
+    zero_rows,
     zeros,
 )
 
@@ -52,11 +53,11 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
     """
     d, heads, batch, t = plan.head_size, plan.num_heads, arrays["v"].shape[0], plan.num_queries
     scratch = {
-        "ring": Ring.scratch(tile(plan.stages, plan.chunk, d), consumers=2),
+        "ring": Ring.scratch(tile(plan.stages - 2 * plan.precise, plan.chunk, d), consumers=2),
         "d_tile": tile(2, ROWS, d),
         "q_tile": tile(2, ROWS, d),
         "stage": tile(2, ROWS, d),
-        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=2 if plan.normed else 1),
+        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=1 + plan.normed + plan.precise),
         "q_loaded": plgpu.Barrier(num_barriers=2),
     }
     width, dtype = (plan.num_features, jnp.float32) if plan.map is None else (d, jnp.bfloat16)
@@ -66,6 +67,8 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
         scratch["gates"] = plgpu.Barrier(num_barriers=2)
         outputs["d_rla"] = jax.ShapeDtypeStruct((batch, t, heads, d), jnp.bfloat16)
         outputs["d_gain"] = jax.ShapeDtypeStruct((batch, t // ROWS, heads, d), jnp.float32)
+        if plan.precise:
+            scratch["y_rest_tile"] = tile(2, ROWS, d)
         if plan.precise_starts:
             outputs["d_rest"] = outputs["d_rla"]
     num_tiles = plan.num_tiles(batch)
@@ -117,9 +120,13 @@ def _copy_for_queries(refs, ring: Ring, place: Place, plan: Plan, use):
 
     for first in range(0, plan.slices, count):
         if plan.reaches_back:
-            source = refs["states"].at[batch, state, kv_head]
-            saved = lambda _, use, source=source, first=first: load_state(source, first, use)
-            use = lax.fori_loop(0, int32(state > 0), saved, use)
+
+            def load_saved(_, use, first=first):
+                for name in ("states", "state_rests")[: plan.state_parts]:
+                    use = load_state(refs[name].at[batch, state, kv_head], first, use)
+                return use
+
+            use = lax.fori_loop(0, int32(state > 0), load_saved, use)
         for i in range(plan.num_start_tiles):
             use = load_state(refs["start_states"].at[batch, i, kv_head], first, use)
         if plan.reaches_back:
@@ -147,42 +154,55 @@ def _compute_for_queries(
     loaded,
     q_loaded,
     y_tile=None,
+    y_rest_tile=None,
     gates=None,
 ):
     d_tile, q_tile, stage, loaded, q_loaded = (ref.at[warpgroup] for ref in (d_tile, q_tile, stage, loaded, q_loaded))
-    y_tile = None if y_tile is None else y_tile.at[warpgroup]
+    y_tiles = [x.at[warpgroup] for x in (y_tile, y_rest_tile) if x is not None]
     d, count, chunk = plan.head_size, _slices_at_once(plan), plan.chunk
+    precise_scores = plan.precise or plan.map is None
 
     def load(place):
         where = place.batch, place.rows, place.head
         plgpu.copy_gmem_to_smem(refs["d_out" if plan.normed else "d_rla"].at[where], d_tile, loaded)
-        if plan.normed:
-            plgpu.copy_gmem_to_smem(refs["y_rla"].at[where], y_tile, loaded)
+        for y_tile, name in zip(y_tiles, ("y_rla", "y_rla_rest"), strict=False):
+            plgpu.copy_gmem_to_smem(refs[name].at[where], y_tile, loaded)
 
     def load_q(place):
         if plan.map is not None:
             plgpu.copy_gmem_to_smem(refs["q_rla"].at[place.batch, place.rows, place.head], q_tile, q_loaded)
 
-    def read_state(d_parts, load_means, reads, grads, use):
+    def columns_of(x, part):
+        """Those columns of a part of d_rla that a tile of a state's rows meets."""
+        if isinstance(x, jax.Array):
+            return lax.slice(x, (0, part.start), (ROWS, part.start + chunk))
+        return x.at[:, pl.ds(part.start, chunk)]
+
+    def read_state(d_parts, load_means, reads, grads, use, state_parts: int = 1):
         """grads + d_rla times the transposed (centred) states, for the rows where `reads` is 1."""
-        parts = _state_parts(plan)
-        states = ring.wait_all(use, len(grads) * len(parts))
-        mask_sums = reads is not None and plan.map is None  # for masked copies of two parts there are no registers
+        rows = _state_parts(plan)
+        states = ring.wait_all(use, len(grads) * len(rows) * state_parts)
+        mask_sums = reads is not None and precise_scores  # for masked copies of two parts there are no registers
         if reads is not None and not mask_sums:
             d_parts = [(x.astype(jnp.float32) * across(reads, d)).astype(jnp.bfloat16) for x in d_parts]
         sums = []
         for i, grad in enumerate(grads):
             products = []
-            for part, state in zip(parts, states[i * len(parts) :], strict=False):
-                products += [(lax.slice(x, (0, part.start), (ROWS, part.start + chunk)), state) for x in d_parts]
+            for j in range(state_parts):
+                first = (j * len(grads) + i) * len(rows)
+                for part, state in zip(rows, states[first : first + len(rows)], strict=True):
+                    products += [(columns_of(x, part), state) for x in (d_parts if j == 0 else d_parts[:1])]
             sums.append((grad.shape if mask_sums else grad, products))
-        found = multiply_add(plan.interpret, *sums)
-        found = [found] if count == 1 else list(found)
+        found = (
+            [multiply_add(plan.interpret, one) for one in sums] if mask_sums else multiply_add(plan.interpret, *sums)
+        )
+        found = [found] if len(grads) == 1 and not mask_sums else list(found)
         for i in range(len(states)):
             ring.release(use + i)
         if not plan.sums_to_one:  # the map's Jacobian would remove it
+            whole = [x if isinstance(x, jax.Array) else plgpu.load(x, layout=MATRIX) for x in d_parts]
             for i, mean in enumerate(load_means()):
-                for x in d_parts:
+                for x in whole:
                     found[i] += across((x.astype(jnp.float32) * down(mean, ROWS)).sum(axis=1), d)
         if mask_sums:
             found = [grad + x * across(reads, d) for grad, x in zip(grads, found, strict=True)]
@@ -205,19 +225,20 @@ def _compute_for_queries(
             sum_rows = lambda x: one_after_the_other(gates, warpgroup, is_first, lambda: x.sum(axis=0))
             gain = plgpu.load(refs["rla_gain"].at[batch, head], layout=PER_COLUMN, optimized=False)
             plgpu.barrier_wait(loaded)
-            (d_rla, rest), d_gain, _ = norm_backward(d_tile, y_tile, r, gain, plan.value_size, sum_rows)
+            (d_rla, rest), d_gain, _ = norm_backward(d_tile, y_tiles, r, gain, plan.value_size, sum_rows)
             refs["d_gain"].at[batch, place.row // ROWS, head][...] = d_gain
             send(stage, d_rla, target("d_rla"))
-            if "d_rest" in refs:
-                send(stage, rest, target("d_rest"))
-            d_parts = [d_rla, rest] if plan.map is None else [d_rla]
+            d_parts = [d_rla]
+            if plan.precise:  # multiplied from where it lies
+                send(stage, rest, target("d_rest") if "d_rest" in refs else None)
+                d_parts.append(stage)
         else:
             plgpu.barrier_wait(loaded)
             d_parts = [plgpu.load(d_tile, layout=MATRIX)]
         load_next(load, plan, index, is_last, warpgroup)
 
         def edge(j, carry):
-            grads, use = carry
+            grads, scored, use = carry
             values, *features = ring.wait_all(use, 1 + count)
             scores = multiply_add(
                 plan.interpret, ((ROWS, chunk), [(part, values.transpose((1, 0))) for part in d_parts])
@@ -226,19 +247,22 @@ def _compute_for_queries(
             seen = place.position - j * chunk + iota(ROWS, chunk, 0) - iota(ROWS, chunk, 1) >= plan.window
             if plan.segmented:
                 seen &= iota(ROWS, chunk, 1) + j * chunk >= across(start, chunk)
-            scores = parts_of(jnp.where(seen, scores, 0.0), plan.map is None)
+            scores = jnp.where(seen, scores, 0.0)
+            if plan.key_constant:
+                scored += scores.sum(axis=1)
+            scores = parts_of(scores, precise_scores)
             sums = [(grad, [(part, x) for part in scores]) for grad, x in zip(grads, features, strict=True)]
             grads = multiply_add(plan.interpret, *sums)
             for i in range(count):
                 ring.release(use + 1 + i)
-            return [grads] if count == 1 else list(grads), use + 1 + count
+            return [grads] if count == 1 else list(grads), scored, use + 1 + count
 
         for first in range(0, plan.slices, count):
             grads = [zeros(ROWS, d) for _ in range(count)]
             if plan.reaches_back:
                 reads = where_rows(start < state * plan.spacing if plan.segmented else None)
                 means = means_of(refs["state_means"].at[batch, state, kv_head], first)
-                saved = functools.partial(read_state, d_parts, means, reads)
+                saved = functools.partial(read_state, d_parts, means, reads, state_parts=plan.state_parts)
                 read = lambda _, carry, saved=saved: saved(*carry)
                 grads, use = lax.fori_loop(0, int32(state > 0), read, (grads, use))
             for i in range(plan.num_start_tiles):
@@ -247,7 +271,9 @@ def _compute_for_queries(
                 means = means_of(refs["start_means"].at[batch, i, kv_head], first) if centred else list
                 grads, use = read_state(d_parts if centred else d_parts[:1], means, reads, grads, use)
             if plan.reaches_back:
-                grads, use = lax.fori_loop(begin, end, edge, (grads, use))
+                grads, scored, use = lax.fori_loop(begin, end, edge, (grads, zero_rows(ROWS), use))
+                if plan.key_constant:  # d_scores times what was taken from phi(k)
+                    grads = [grad + across(scored * plan.key_constant, d) for grad in grads]
             if plan.map is None:
                 for i, grad in enumerate(grads):
                     refs["dq"].at[batch, rows, head, pl.ds((first + i) * d, d)][...] = grad

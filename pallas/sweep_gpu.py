@@ -29,10 +29,12 @@ from pallas.warpgroup_gpu import (
     axis_index,
     launch,
     multiply_add,
+    parts_of,
     send,
     sign_of,
     slice_of,
     tile,
+    zero_rows,
     zeros,
 )
 
@@ -55,6 +57,7 @@ class Sweep:
     tile: int
     num_intervals: int  # that are swept
     num_states: int
+    constant: float = 0.0  # taken from phi before rounding, and given back in float32: with the means, or in totals
 
     @property
     def warpgroups(self) -> int:
@@ -72,7 +75,7 @@ class Sweep:
 
 def key_sweep(plan: Plan) -> Sweep:
     intervals = cdiv(plan.first + plan.num_queries - plan.window, plan.spacing)  # all keys of any residual set
-    return Sweep(plan, False, plan.num_keys, 1, 0, ROWS, intervals, plan.num_states)
+    return Sweep(plan, False, plan.num_keys, 1, 0, ROWS, intervals, plan.num_states, plan.key_constant)
 
 
 def query_sweep(plan: Plan) -> Sweep:
@@ -82,6 +85,8 @@ def query_sweep(plan: Plan) -> Sweep:
 
 def sweep(sweep: Sweep, x, y, *, row_keep=None, carry_keep=None, save_features: bool = False) -> dict:
     """states [b, num_states, kv, dv, f] (number 0 is not written), means [b, num_states, kv, slices, dv], features.
+
+    With `plan.state_parts`, forward, also state_rests, what rounding took from the states.
 
     x: [b, rows, heads, d], or features [b, rows, heads, f]; y: [b, rows, heads, d]; row_keep [b, rows] and carry_keep
     [b, intervals]: 0 where a segment ends, else 1.
@@ -104,6 +109,8 @@ def sweep(sweep: Sweep, x, y, *, row_keep=None, carry_keep=None, save_features: 
         "states": jax.ShapeDtypeStruct((batch, sweep.num_states, kv, d, f), jnp.bfloat16),
         "means": jax.ShapeDtypeStruct((batch, sweep.num_states, kv, plan.slices, d), jnp.float32),
     }
+    if plan.state_parts > 1 and not sweep.reverse:
+        outputs["state_rests"] = outputs["states"]
     if save_features:
         outputs["features"] = jax.ShapeDtypeStruct((batch, sweep.num_rows, kv, f), jnp.bfloat16)
     return _launch(sweep, arrays | {"before": before}, outputs, length, pieces)
@@ -155,6 +162,8 @@ def _launch(sweep: Sweep, arrays: dict, outputs: dict, length: int, pieces: int)
         "phi_tile": tile(count, ROWS, d),
         "state_tile": tile(count, d, d),
     }
+    if sweep.constant:
+        scratch["kept_tile"] = tile(count, ROWS, ROWS)
     grid = {
         "kv_head": plan.num_kv_heads,
         "piece": pieces,
@@ -165,7 +174,7 @@ def _launch(sweep: Sweep, arrays: dict, outputs: dict, length: int, pieces: int)
     return launch(body, arrays, outputs, scratch, grid=grid, warpgroups=count + 1, interpret=plan.interpret)
 
 
-def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, outputs: tuple):
+def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, outputs: tuple, kept_tile=None):
     plan, count, d = sweep.plan, sweep.warpgroups, sweep.plan.head_size
     warpgroup, batch, kv_head = (axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
     piece, first_slice = axis_index("piece"), axis_index("slices") * count
@@ -208,15 +217,20 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
         columns = pl.ds(slice_ * d, d)
         phi, state = phi_tile.at[warpgroup], state_tile.at[warpgroup]
 
+        kept = None if kept_tile is None else kept_tile.at[warpgroup]
+        if kept is not None:
+            kept[...] = plgpu.layout_cast(jnp.ones(kept.shape, jnp.bfloat16), MATRIX)
+            plgpu.commit_smem()
+
         def interval(n, carry):
-            total, use = carry
+            *sums, use = carry
             low, num_steps = steps(n)
             index = sweep.interval(n)
             if plan.segmented:
-                total = total * refs["carry_keep"][batch, index]
+                sums = [x * refs["carry_keep"][batch, index] for x in sums]
 
             def step(i, carry):
-                total, use = carry
+                *sums, use = carry
                 rows = pl.ds(low + i // sweep.group * ROWS, ROWS)
                 tiles = [ring.wait(use + j) for j in range(uses)]
                 if given:
@@ -224,7 +238,7 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
                     features = plgpu.load(right, layout=MATRIX) if plan.segmented else None
                 else:
                     x = plgpu.load(tiles[0], layout=MATRIX).astype(jnp.float32)
-                    features = slice_of(plan.map, x * sign_of(slice_)).astype(jnp.bfloat16)
+                    features = (slice_of(plan.map, x * sign_of(slice_)) - sweep.constant).astype(jnp.bfloat16)
                     right = phi
                 if features is not None:
                     right = phi
@@ -237,31 +251,42 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
                         keep = plgpu.load(refs["row_keep"].at[batch, rows], layout=PER_ROW, optimized=False)
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         features = (features.astype(jnp.float32) * across(keep, d)).astype(jnp.bfloat16)
+                        if kept is not None:
+                            kept[...] = across(keep, ROWS).astype(jnp.bfloat16)
                     if plan.segmented or "features" not in outputs:
                         phi[...] = features
                         plgpu.commit_smem()
-                total = multiply_add(plan.interpret, (total, [(tiles[-1].transpose((1, 0)), right)]))
+                y = tiles[-1].transpose((1, 0))
+                rights = [right] if kept is None else [right, kept]
+                found = multiply_add(plan.interpret, *((x, [(y, z)]) for x, z in zip(sums, rights, strict=True)))
                 for j in range(uses):
                     ring.release(use + j)
-                return total, use + uses
+                return *([found] if kept is None else found), use + uses
 
-            total, use = lax.fori_loop(0, num_steps, step, (total, use))
+            *sums, use = lax.fori_loop(0, num_steps, step, (*sums, use))
             if "states" in outputs:
                 slot = index if sweep.reverse else index + 1
 
                 @pl.when(slot < sweep.num_states)
                 def _():
-                    mean = total.sum(axis=1) / plan.features_of(slice_)
-                    send(state, total - across(mean, d), refs["states"].at[batch, slot, kv_head, :, columns])
-                    refs["means"].at[batch, slot, kv_head, slice_][...] = mean
+                    mean = sums[0].sum(axis=1) / plan.features_of(slice_)
+                    centred = sums[0] - across(mean, d)
+                    tiles = parts_of(centred, "state_rests" in outputs)
+                    for name, part in zip(("states", "state_rests"), tiles, strict=False):
+                        send(state, part, refs[name].at[batch, slot, kv_head, :, columns])
+                    refs["means"].at[batch, slot, kv_head, slice_][...] = mean + taken(sums)
 
-            return total, use
+            return *sums, use
+
+        def taken(sums):  # of every feature: [d]
+            return zero_rows(d) if kept is None else sums[1].sum(axis=1) * (sweep.constant / ROWS)
 
         start = zeros(d, d)
         if "before" in refs:
             before = refs["before"].at[batch, piece, kv_head, :, columns]
             start = plgpu.load(before, layout=MATRIX, optimized=False)
-        total, _ = lax.fori_loop(begin, end, interval, (start, jnp.int32(0)))
+        starts = [start] if kept is None else [start, zeros(d, ROWS)]
+        *sums, _ = lax.fori_loop(begin, end, interval, (*starts, jnp.int32(0)))
         if "totals" in outputs:
-            refs["totals"].at[batch, piece, kv_head, :, columns][...] = total
+            refs["totals"].at[batch, piece, kv_head, :, columns][...] = sums[0] + across(taken(sums), d)
         plgpu.wait_smem_to_gmem(0)

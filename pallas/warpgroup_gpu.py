@@ -38,9 +38,14 @@ def pack_normed(y):
     return lax.bitcast_convert_type(y.astype(jnp.float16), jnp.bfloat16)
 
 
+def unpack_normed(packed):
+    """float32, from what `pack_normed` made."""
+    return lax.bitcast_convert_type(packed, jnp.float16).astype(jnp.float32)
+
+
 def load_normed(ref):
     """float32, from a tile that `pack_normed` made."""
-    return lax.bitcast_convert_type(plgpu.load(ref, layout=MATRIX), jnp.float16).astype(jnp.float32)
+    return unpack_normed(plgpu.load(ref, layout=MATRIX))
 
 
 def zeros(rows: int, columns: int):
@@ -212,14 +217,16 @@ def parts_of(x, precise: bool) -> list:
     return [first, (x - first.astype(jnp.float32)).astype(jnp.bfloat16)] if precise else [first]
 
 
-def norm_backward(d_tile, y_tile, r, gain, value_size: int, sum_rows: Callable):
+def norm_backward(d_tile, y_tiles, r, gain, value_size: int, sum_rows: Callable):
     """Through gain * y, y = x r, r = 1 / sqrt(mean(x^2) + eps): the gradients of x and of the gain, and x's times y.
 
-    d_tile, y_tile (packed): refs [rows, columns]; r [rows], gain [columns] in registers. The gradient of x is in two
-    `parts_of`; its product with y is summed over columns; `sum_rows` sums the gain's gradient over rows.
+    d_tile, y_tiles (packed, y is their sum): refs [rows, columns]; r [rows], gain [columns] in registers. The gradient
+    of x is in two `parts_of`; its product with y is summed over columns; `sum_rows` sums the gain's gradient over rows.
     """
     rows, columns = d_tile.shape
-    d_out, y = plgpu.load(d_tile, layout=MATRIX).astype(jnp.float32), load_normed(y_tile)
+    d_out, y = plgpu.load(d_tile, layout=MATRIX).astype(jnp.float32), load_normed(y_tiles[0])
+    for rest in y_tiles[1:]:
+        y += load_normed(rest)
     d_gain = sum_rows(d_out * y)
     d_out = d_out * down(gain, rows)
     projection = (d_out * y).sum(axis=1) * (1.0 / value_size)
