@@ -1,7 +1,8 @@
 """`python -m pallas compile`: compile our kernels for a device that is not here, and print what the compiler says.
 
 Every line of the table is one kernel of one case: registers that each of its threads starts with (warpgroups then trade
-them, 240 to compute and 24 to copy), bytes spilled, shared memory of a block in bytes, and wgmma instructions.
+them, 240 to compute and 24 to copy), bytes spilled, shared memory of a block in bytes, wgmma instructions, and how many
+of them read an operand that the compiler has lost (machine_code.py), of which there must be none.
 
 Each case is compiled in a process of its own: listings are written to a process's output, as its environment says.
 """
@@ -25,11 +26,11 @@ import jax
 import jax.numpy as jnp
 
 import pallas
-from pallas import feature_map, provenance
+from pallas import feature_map, machine_code, provenance
 
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc")
-NEEDED = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
-INSTALL = "pip install 'jax>=0.11.2,<0.12' 'jax-cuda13-plugin>=0.11.2,<0.12' 'nvidia-cuda-nvcc>=13,<14'"
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-cuda-nvdisasm")
+NEEDED = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvdisasm")
+INSTALL = "pip install 'jax>=0.11.2,<0.12' 'jax-cuda13-plugin>=0.11.2,<0.12' 'nvidia-cuda-nvdisasm>=13,<14'"
 MOST_SPILLED = 3072  # bytes; 2,548 where features are given with segments and start states, 1,992 elsewhere
 MOST_MEMORY = 12e9  # bytes, of the longest case
 TARGETS = {  # what XLA would ask the device
@@ -49,7 +50,7 @@ platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 }
-COLUMNS = ("registers", "spill_stores", "spill_loads", "shared_memory", "wgmma")
+COLUMNS = ("registers", "spill_stores", "spill_loads", "shared_memory", "wgmma", "lost_operands")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,15 @@ CASES = (
     Case("features given", feature_map="custom"),
     dataclasses.replace(SEGMENTED, name="features given, segments and states", feature_map="custom"),
     Case("relu", feature_map="relu"),
+    Case(
+        "three heads of 64 to one, packed",
+        num_heads=3,
+        num_kv_heads=1,
+        head_size=64,
+        feature_map="relu",
+        segmented=True,
+    ),
+    Case("elu, packed", num_heads=3, num_kv_heads=1, feature_map="elu_plus_one", segmented=True),
     WINDOW,
     dataclasses.replace(WINDOW, backward=False),
     RESIDUAL,
@@ -109,6 +119,7 @@ class Kernel:
     spill_loads: int
     shared_memory: int
     wgmma: int
+    lost_operands: int
 
 
 def parse_listing(listing: str, claims: list[tuple[str, str]]) -> list[Kernel]:
@@ -136,7 +147,10 @@ def parse_listing(listing: str, claims: list[tuple[str, str]]) -> list[Kernel]:
         spills = r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
         [(stores, loads)] = re.findall(spills, section)
         registers, wgmma = _number(r"Used (\d+) registers", section), section.count("wgmma.mma_async")
-        kernels.append(Kernel(name, registers, int(stores), int(loads), asked[key], wgmma))
+        if wgmma and not machine_code.num_products(section):
+            raise ValueError(f"compile: the machine code of {name} is not listed, for want of nvdisasm: {INSTALL}")
+        lost = len(machine_code.lost_operands(section))
+        kernels.append(Kernel(name, registers, int(stores), int(loads), asked[key], wgmma, lost))
     return kernels
 
 
@@ -237,7 +251,7 @@ def _environment(folder: str) -> dict[str, str]:
     """For the process that compiles: no device, listings on its output, and nothing from a cache."""
     paths = [str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     new = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    new |= {f"MOSAIC_GPU_DUMP_{what}": "1" for what in ("PTX", "PTXAS")}
+    new |= {f"MOSAIC_GPU_DUMP_{what}": "1" for what in ("PTX", "PTXAS", "SASS")}
     new |= {"JAX_ENABLE_COMPILATION_CACHE": "false", "TMPDIR": folder}
     toolkit = _toolkit()
     if toolkit is not None:  # the kernels' ptxas is found on the path, libdevice where the flag says
@@ -291,6 +305,8 @@ def failures(case: Case, found: dict[str, Any], most_spilled: int) -> list[str]:
         spilled = max(kernel["spill_stores"], kernel["spill_loads"])
         if spilled > most_spilled:
             wrong.append(f"{case.title}: {kernel['name']} spills {spilled} bytes; at most {most_spilled} may be")
+        if kernel["lost_operands"]:
+            wrong.append(f"{case.title}: {kernel['name']} lost {kernel['lost_operands']} register operands of products")
     total = found["memory"]["total"]
     if case.most_memory is not None and total > case.most_memory:
         wrong.append(f"{case.title}: takes {total / 1e9:.2f} GB; at most {case.most_memory / 1e9:.2f} may be")

@@ -50,6 +50,8 @@ def listing(name: str, *, barriers: int, wgmma: int, registers: int, spills: tup
         f"    120 bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads\n"
         f"ptxas info    : Used {registers} registers, used 16 barriers, 1 bytes smem\n"
         "ptxas info    : Compile time = 919.804 ms\n\n"
+        + "        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR8], R24 ;\n"
+        * wgmma
     )
 
 
@@ -64,9 +66,9 @@ def test_listings_are_read_whatever_their_order():
         ("late", resources(1999, (5, 1))),
     ]
     assert parse_listing(text, claims) == [
-        Kernel("late", 168, 128, 132, 2000 + 5 * 8, 3),
-        Kernel("early", 40, 0, 0, 1000 + 2 * 8, 0),
-        Kernel("late", 90, 0, 0, 3000 + 4 * 8, 7),
+        Kernel("late", 168, 128, 132, 2000 + 5 * 8, 3, 0),
+        Kernel("early", 40, 0, 0, 1000 + 2 * 8, 0, 0),
+        Kernel("late", 90, 0, 0, 3000 + 4 * 8, 7, 0),
     ]
 
 
@@ -81,6 +83,7 @@ def test_listings_that_disagree_are_no_result():
         (listing("one", **settings).split("ptxas")[0], asked),
         (listing("one", **settings).replace("Used", "used"), asked),
         (listing("one", **settings), [("one", "Resources()")]),
+        (listing("one", **settings).replace("HGMMA", "NOP"), asked),
     ):
         with pytest.raises(ValueError, match="compile: "):
             parse_listing(text, claims)
@@ -90,7 +93,7 @@ def test_refusals_say_what_to_do(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     assert refusal("h100", HERE) is None
     assert "unknown target 'b200'; there is h100" in (refusal("b200", HERE) or "")
-    for name in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
+    for name in ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvdisasm"):
         said = refusal("h100", HERE | {name: None}) or ""
         assert f"needs {name}: {INSTALL}" in said
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
@@ -114,8 +117,8 @@ def test_the_extra_asks_for_what_the_message_says():
     assert extra.count("python_version >= '3.12'") == len(project["optional-dependencies"]["compile"])
 
 
-def result(total=1e9, spill_stores=0, spill_loads=0):
-    kernel = Kernel("forward_block", 168, spill_stores, spill_loads, 229_480, 72)
+def result(total=1e9, spill_stores=0, spill_loads=0, lost=0):
+    kernel = Kernel("forward_block", 168, spill_stores, spill_loads, 229_480, 72, lost)
     memory = {"argument": total, "output": 0, "temp": 0, "alias": 0, "total": total}
     return {"memory": memory, "num_kernels": 1, "kernels": [dataclasses.asdict(kernel)], "seconds": 1.0}
 
@@ -129,6 +132,8 @@ def test_what_is_wrong_is_said():
     for spills in ({"spill_stores": 1025}, {"spill_loads": 1025}):
         [spilled] = failures(SMALL, result(1e12, **spills), 1024)
         assert "forward_block spills 1025 bytes; at most 1024" in spilled
+    [lost] = failures(SMALL, result(lost=4), 1024)
+    assert "forward_block lost 4 register operands" in lost
     assert failures(SMALL, {"error": "RuntimeError: no"}, 1024) == ["small: forward + backward: RuntimeError: no"]
 
 
@@ -151,7 +156,7 @@ def test_the_table_the_file_and_the_status(error, tmp_path, monkeypatch, capsys)
     else:
         row = next(text for text in shown.splitlines() if "forward_block" in text)
         heading = next(text for text in shown.splitlines() if "registers" in text)
-        assert row.split() == ["forward_block", "168", "0", "0", "229,480", "72"]
+        assert row.split() == ["forward_block", "168", "0", "0", "229,480", "72", "0"]
         assert len(row) == len(heading)
 
 
@@ -172,6 +177,7 @@ def test_a_small_case_compiles():
     for kernel in kernels.values():
         assert 0 < kernel["registers"] <= 255
         assert kernel["wgmma"] > 0
+        assert kernel["lost_operands"] == 0
         assert 2**14 < kernel["shared_memory"] <= 232448
     array = 256 * 2 * 64 * 2  # bytes of q; k and v are half of it each
     assert found["memory"]["argument"] >= 3 * array
