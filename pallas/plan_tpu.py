@@ -51,6 +51,7 @@ class Plan:
     exact: bool  # float32 operands and products, not bfloat16 ones
     eps: float | None  # outputs are normed, with this under the root; None: they are not
     interpret: bool
+    delicate: bool = False  # bfloat16, normed, and phi without a sum of one: see `precise`
 
     @property
     def dtype(self):
@@ -60,7 +61,7 @@ class Plan:
     @property
     def unit(self) -> float | None:
         """Of a normed output, at most sqrt(value_size), kept as an integer of 16 bits; None: it is float32."""
-        return None if self.exact else self.value_size**0.5 / 32767
+        return None if self.exact or self.delicate else self.value_size**0.5 / 32767
 
     @property
     def precision(self):
@@ -94,8 +95,13 @@ class Plan:
 
     @property
     def precise(self) -> bool:
-        """Are states read, and their gradients summed, beyond bfloat16? Start states are float32."""
-        return self.num_start_states > 0 and not self.exact
+        """Are states read, and their gradients summed, beyond bfloat16?
+
+        Start states are float32. And the gradient of a normed output is orthogonal to it, while values and states lie
+        nearly along it: of their products little is left but rounding, unless the map's Jacobian removes the rest, as
+        softmax's does.
+        """
+        return self.delicate or (self.num_start_states > 0 and not self.exact)
 
     @property
     def chunks(self) -> int:

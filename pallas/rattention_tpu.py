@@ -191,6 +191,7 @@ def _residual(
         exact=exact,
         eps=eps,
         interpret=interpreted(),
+        delicate=eps is not None and not exact and not row.sums_to_one,
     )
     q, k, v = (x.astype(plan.dtype) for x in (q, k, v))
     arrays = {

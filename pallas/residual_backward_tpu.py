@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas.plan_tpu import LEFT, RIGHT, Plan, along_lanes, each_head, lanes, rows_of, struct, sublanes, zeros
-from pallas.residual_tpu import advance, centre, fresh_state, input_specs
+from pallas.residual_tpu import advance, centre, delicate_parts, fresh_state, input_specs
 
 
 def backward(arrays: dict, plan: Plan) -> dict:
@@ -89,8 +89,8 @@ def _kernel(plan: Plan, names, outputs, *refs):
         rows = rows_of(c, plan.chunk)
         for i, part in enumerate(centre(plan, state, shift)[0]):
             states[c, i] = part
-        phi_k = plan.phi(given["k"][rows, :]).astype(plan.dtype)
-        return advance(plan, given, first_chunk + c, state, shift, phi_k, given["v"][rows, :])
+        k_parts = delicate_parts(plan, plan.phi(given["k"][rows, :]))
+        return advance(plan, given, first_chunk + c, state, shift, k_parts, given["v"][rows, :])
 
     before = given["states"][...]
     lax.fori_loop(0, plan.chunks, find_state, (before, zeros(1, plan.value_width)))
@@ -101,7 +101,8 @@ def _kernel(plan: Plan, names, outputs, *refs):
         rows, position = rows_of(c, plan.chunk), (first_chunk + c) * plan.chunk
         k, v = given["k"][rows, :], given["v"][rows, :]
         features = plan.phi(k)
-        phi_k, before = features.astype(plan.dtype), [states[c, i] for i in range(states.shape[1])]
+        k_parts, before = delicate_parts(plan, features), [states[c, i] for i in range(states.shape[1])]
+        phi_k = k_parts[0]
         mask, mask_t = lanes(square) <= sublanes(square), sublanes(square) <= lanes(square)
         kept: Any = None
         reads: Any = None
@@ -131,7 +132,9 @@ def _kernel(plan: Plan, names, outputs, *refs):
                 return plan.product(a, plan.parts(features), LEFT)
 
             scores = jnp.where(mask_t, plan.dot(phi_k, phi_q, RIGHT), 0.0).astype(plan.dtype)  # [keys, queries]
-            d_scores = jnp.where(mask, plan.dot(d_out, v, RIGHT), 0.0).astype(plan.dtype)
+            some = d_parts if plan.delicate else d_parts[:1]
+            d_score_parts = delicate_parts(plan, jnp.where(mask, plan.product(some, [v], RIGHT), 0.0))
+            d_scores = d_score_parts[0]
             d_v = d_v + plan.dot(scores, d_out)
             d_phi_k = d_phi_k + plan.dot(d_scores, phi_q, LEFT)
             d_phi_q = plan.product(d_parts, before, RIGHT)
@@ -143,7 +146,7 @@ def _kernel(plan: Plan, names, outputs, *refs):
             if plan.centred:
                 read = d_out if reads is None else jnp.where(reads, d_out, jnp.zeros_like(d_out))
                 total_mean = total_mean + read.astype(jnp.float32).sum(axis=0, keepdims=True)
-            d_phi_q = d_phi_q + plan.dot(d_scores, phi_k)
+            d_phi_q = d_phi_q + plan.product(d_score_parts, k_parts)
             given["dq"][head, rows, :] = plan.pull_back(features, q, d_phi_q).astype(given["dq"].dtype)
             return d_v, d_phi_k, (total, total_mean), later
 

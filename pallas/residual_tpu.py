@@ -103,7 +103,8 @@ def _kernel(plan: Plan, names, outputs, *refs):
         rows = rows_of(c, plan.chunk)
         k, v = given["k"][rows, :], given["v"][rows, :]
         features = plan.phi(k)
-        phi_k = features.astype(plan.dtype)
+        k_parts = delicate_parts(plan, features)
+        phi_k = k_parts[0]
         before, shift = centre(plan, state[...], mean[...])
         reads = seen = None
         if plan.segmented:
@@ -128,7 +129,7 @@ def _kernel(plan: Plan, names, outputs, *refs):
             return 0
 
         each_head(given["q"].shape[0], one_head, 0)
-        state[...], mean[...] = advance(plan, given, block_index * plan.chunks + c, state[...], mean[...], phi_k, v)
+        state[...], mean[...] = advance(plan, given, block_index * plan.chunks + c, state[...], mean[...], k_parts, v)
         return 0
 
     lax.fori_loop(0, plan.chunks, one_chunk, 0)
@@ -167,7 +168,12 @@ def centre(plan: Plan, state, mean):
     return plan.parts(jnp.concatenate(halves, axis=0)), mean
 
 
-def advance(plan: Plan, given: dict, chunk_index, state, mean, phi_k, v):
+def delicate_parts(plan: Plan, x):
+    """float32 as operands: rounded, and where `delicate` what rounding took from it too."""
+    return plan.parts(x) if plan.delicate else [x.astype(plan.dtype)]
+
+
+def advance(plan: Plan, given: dict, chunk_index, state, mean, k_parts, v):
     """The state after a chunk, and its means, which the values alone tell since each slice of phi sums to 1."""
     if plan.segmented:
         first = given["carry_start"][pl.program_id(0), chunk_index]
@@ -177,7 +183,7 @@ def advance(plan: Plan, given: dict, chunk_index, state, mean, phi_k, v):
         carried = first < position
         fresh, fresh_mean = start(plan, given, 1)
         state, mean = jnp.where(carried, state, fresh), jnp.where(carried, mean, fresh_mean)
-    state = state + plan.dot(phi_k, v, LEFT)
+    state = state + plan.product(k_parts, [v], LEFT)
     if plan.centred:
         mean = mean + v.astype(jnp.float32).sum(axis=0, keepdims=True) * (plan.map.slices / plan.head_size)
     return state, mean

@@ -17,7 +17,6 @@ settings.load_profile("tests")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--random-shapes", type=int, default=12, help="how many random calls test_gpu_random.py draws")
     parser.addoption("--screenshots", help="where test_panel_browser.py leaves pictures of what it saw")
 
 
