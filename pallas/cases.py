@@ -240,8 +240,8 @@ def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
 
 def _size_of_window_gradients(case: Case) -> float:
     """About what d q and d k are where the softmax is flat: no more than a guide, for random numbers."""
-    rows = case.segments if case.batch else (case.segments or (case.num_keys,),)
-    places = [np.concatenate([np.arange(length) for length in row or (case.num_keys,)]) for row in rows]
+    rows = case.segments if case.batch and case.segments else (case.segments or (case.num_keys,),)
+    places = [np.concatenate([np.arange(length) for length in row]) for row in rows]
     keys = max(1, *(min(case.window, 1 + int(place[-case.t :].max())) for place in places))
     scale = abs(dict(case.static).get("scale", case.sizes[2] ** -0.5))
     of_output = (case.mean**2 + 1 / keys) ** -0.5 if case.op == BOTH else case.size  # v / rms(o_swa), or v
