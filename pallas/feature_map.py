@@ -141,10 +141,11 @@ def taylor(x: Float[Array, "*batch d"]) -> Float[Array, "*batch f"]:
     """
     x = _widen(x)
     d = x.shape[-1]
-    row, column = jnp.triu_indices(d)
-    weight = (jnp.where(row == column, 0.5**0.5, 1.0) / d**0.5).astype(x.dtype)
-    second = x[..., row] * x[..., column] * jnp.broadcast_to(weight, (*x.shape[:-1], row.size))
-    return jnp.concatenate([jnp.ones_like(x[..., :1]), x / d**0.25, second], axis=-1)
+    first = x / d**0.25
+    # Slices, not an index: the gradient of an index adds in no fixed order on a GPU.
+    second = [first[..., i : i + 1] * jnp.concatenate([0.5**0.5 * first[..., i : i + 1], first[..., i + 1 :]], axis=-1)
+              for i in range(d)]  # fmt: skip
+    return jnp.concatenate([jnp.ones_like(x[..., :1]), first, *second], axis=-1)
 
 
 @jaxtyped(typechecker=beartype)

@@ -115,8 +115,16 @@ class Plan:
         return self.normed and self.residual and not self.sums_to_one
 
     @property
+    def precise_keys(self) -> bool:
+        """Is what rounding takes from d_rla given to the gradients of keys, too?
+
+        Parameters of a map that the kernels do not know sum those over all tokens in float32.
+        """
+        return self.normed and self.map is None
+
+    @property
     def state_parts(self) -> int:
-        """Tiles that a saved state is rounded to: where features are given, a second one for what the first lost."""
+        """Tiles that a state, or its gradient, is rounded to: where features are given, what the first lost as well."""
         return 2 if self.map is None else 1
 
     @property

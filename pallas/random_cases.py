@@ -104,7 +104,7 @@ def redraw(case: Case, number: int) -> Case:
         rows = [_lengths(case.num_keys, pick(SEGMENTS), generator) for _ in range(max(case.batch, 1))]
         segments = tuple(rows) if case.batch else rows[0]
     seed = int(generator.integers(2**31))
-    return dataclasses.replace(case, segments=segments, mean=pick(MEANS), seed=seed)
+    return dataclasses.replace(case, segments=segments, mean=pick(MEANS), final=pick((False, False, True)), seed=seed)
 
 
 def _lengths(s: int, kind: str, generator) -> tuple[int, ...]:
@@ -150,6 +150,7 @@ def options(case: Case) -> dict[str, object]:
         "batch": case.batch,
         "backward": case.backward,
         "shared": case.shared,
+        "final": case.final,
         "mean": case.mean,
         "size": case.size,
         "size_qk": case.size_qk,
@@ -172,6 +173,7 @@ def simpler(case: Case) -> Iterator[Case]:
             if 0 < len(part) < len(case.segments):
                 yield change(segments=part)
     yield change(backward=False)
+    yield change(final=False)
     yield change(states=())
     for name in case.states[1:]:
         yield change(states=(name,))

@@ -343,12 +343,11 @@ def _residual_backward(plan: Plan, original: dict, arrays: dict, segments: dict)
     if plan.num_start_states:
         first = (segments["segment_start"] == 0).astype(jnp.float32) if plan.num_start_states == 2 else None
         keeps = (None,) if first is None else (first, 1 - first)
-        factors = [(x, d_rla)]
+        factors = [(x, d_rla, arrays.get("d_rest"))]
         if plan.precise_starts:
-            factors.append((_parts(original[query_name])[1], d_rla))
-            if plan.normed:
-                factors.append((x, arrays["d_rest"]))
-        totals = [sum(sweep_gpu.total(plan, *pair, row_keep=keep) for pair in factors) for keep in keeps]
+            factors.append((_parts(original[query_name])[1], d_rla, None))
+        one = lambda x, y, rest, keep: sweep_gpu.total(plan, x, y, y_rest=rest, row_keep=keep)
+        totals = [sum(one(*factor, keep) for factor in factors) for keep in keeps]
         gradients["start_states"] = jnp.stack(totals, axis=1)
     if not plan.reaches_back:
         gradients[key_name] = jnp.zeros_like(original[key_name])
@@ -356,9 +355,10 @@ def _residual_backward(plan: Plan, original: dict, arrays: dict, segments: dict)
         return gradients
     if plan.num_states > 1:
         kept: dict[str, Any] = {"row_keep": segments.get("query_keep"), "carry_keep": segments.get("carry_keep")}
-        swept = sweep_gpu.sweep(sweep_gpu.query_sweep(plan), x, d_rla, **kept)
-        arrays |= {"d_states": swept["states"], "d_means": swept["means"]}
+        swept = sweep_gpu.sweep(sweep_gpu.query_sweep(plan), x, d_rla, y_rest=arrays.get("d_rest"), **kept)
+        arrays |= {"d_states": swept["states"], "d_rests": swept.get("state_rests"), "d_means": swept["means"]}
     arrays |= {"row_keep": segments.get("key_keep")}
-    of_keys = ("d_rla", query_name, "k_rla", "features_k", "v", "d_states", "d_means", "row_keep", "segment_start")
+    of_keys = ("d_rla", "d_rest", query_name, "k_rla", "features_k", "v", "row_keep", "segment_start")
+    of_keys += ("d_states", "d_rests", "d_means")
     gradients[key_name], gradients["v"] = residual_key_backward_gpu.key_gradients(_pick(arrays, *of_keys), narrow)
     return gradients

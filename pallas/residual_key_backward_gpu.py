@@ -36,8 +36,8 @@ from pallas.warpgroup_gpu import (
 def key_gradients(arrays: dict, plan: Plan):
     """(dk_rla [b, s, kv, d] bfloat16 or the gradient of given features [b, s, kv, f] float32, dv [b, s, kv, d]).
 
-    Each warpgroup takes a slice of phi. arrays: d_rla; q_rla and k_rla, or features_q; features_k, v; d_states,
-    d_means: the reverse sweep's; row_keep [b, s], segment_start.
+    Each warpgroup takes a slice of phi. arrays: d_rla, with `plan.precise_keys` d_rest; q_rla and k_rla, or features_q;
+    features_k, v; d_states, d_rests, d_means: the reverse sweep's; row_keep [b, s], segment_start.
     """
     d, count = plan.head_size, plan.slices_at_once
     batch = arrays["v"].shape[0]
@@ -50,7 +50,9 @@ def key_gradients(arrays: dict, plan: Plan):
         "state_full": plgpu.Barrier(num_arrivals=count),
         "final": plgpu.Barrier(num_barriers=count),
     }
-    if plan.map is not None:
+    if plan.map is None:
+        scratch["state_free"] = plgpu.Barrier(num_arrivals=count)
+    else:
         scratch["phi_tile"] = tile(count, ROWS, d)
         scratch["exchanged"] = plgpu.Barrier(num_arrivals=count)
     parts = plan.slices // count
@@ -91,7 +93,9 @@ def _residual_key_gradients(refs, plan: Plan, ring, **scratch):
         _compute_for_keys(refs, ring, where, plan, warpgroup, **scratch)
 
 
-def _copy_for_keys(refs, ring: Ring, where, plan: Plan, v_tile, features_tile, state_tile, loaded, state_full, **_):
+def _copy_for_keys(
+    refs, ring: Ring, where, plan: Plan, v_tile, features_tile, state_tile, loaded, state_full, state_free=None, **_
+):
     batch, kv_head, first_slice, key, begin, end, state, read, place = where
     d, count = plan.head_size, plan.slices_at_once
     keys = pl.ds(key, ROWS)
@@ -104,9 +108,12 @@ def _copy_for_keys(refs, ring: Ring, where, plan: Plan, v_tile, features_tile, s
 
         @pl.when(read > 0)
         def _():
-            for i in range(count):
-                source = refs["d_states"].at[batch, state, kv_head, :, columns[i]]
-                plgpu.copy_gmem_to_smem(source, state_tile.at[i], state_full)
+            for part, name in enumerate(("d_states", "d_rests")[: plan.state_parts]):
+                if part > 0:
+                    plgpu.barrier_wait(state_free)
+                for i in range(count):
+                    source = refs[name].at[batch, state, kv_head, :, columns[i]]
+                    plgpu.copy_gmem_to_smem(source, state_tile.at[i], state_full)
 
     def step(i, use):
         rows, head = place(i)
@@ -117,8 +124,10 @@ def _copy_for_keys(refs, ring: Ring, where, plan: Plan, v_tile, features_tile, s
         else:
             ring.load(use, refs["q_rla"].at[batch, rows, head])
             use += 1
-        ring.load(use, refs["d_rla"].at[batch, rows, head])
-        return use + 1
+        for name in ("d_rla", "d_rest")[: 1 + plan.precise_keys]:
+            ring.load(use, refs[name].at[batch, rows, head])
+            use += 1
+        return use
 
     ring.drain(lax.fori_loop(begin, end, step, jnp.int32(0)))
 
@@ -135,12 +144,14 @@ def _compute_for_keys(
     loaded,
     state_full,
     final,
+    state_free=None,
     phi_tile=None,
     exchanged=None,
 ):
     batch, kv_head, first_slice, key, begin, end, state, read, place = where
     d, count = plan.head_size, plan.slices_at_once
-    uses = 2 if plan.map is not None else count + 1
+    of_x = 1 if plan.map is not None else count
+    uses = of_x + 1 + plan.precise_keys
     keys, square = pl.ds(key, ROWS), (ROWS, ROWS)
     slice_ = first_slice + warpgroup
     features, state_slice = features_tile.at[warpgroup], state_tile.at[warpgroup]
@@ -152,11 +163,15 @@ def _compute_for_keys(
 
     def read_state(_, carry):
         d_phi, dv = carry
-        plgpu.barrier_wait(state_full)
+        for part in range(plan.state_parts):
+            if part > 0:
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(state_free)
+            plgpu.barrier_wait(state_full)
+            d_phi, dv = multiply_add(
+                plan.interpret, (d_phi, [(v_tile, state_slice)]), (dv, [(features, state_slice.transpose((1, 0)))])
+            )
         mean = plgpu.load(refs["d_means"].at[batch, state, kv_head, slice_], layout=PER_COLUMN, optimized=False)
-        d_phi, dv = multiply_add(
-            plan.interpret, (d_phi, [(v_tile, state_slice)]), (dv, [(features, state_slice.transpose((1, 0)))])
-        )
         if plan.sums_to_one:
             dv += down(mean, ROWS)
         else:
@@ -171,7 +186,7 @@ def _compute_for_keys(
     def step(i, carry):  # everything transposed: rows are keys, columns queries
         d_phi, dv, use = carry
         tiles = [ring.wait(use + j) for j in range(uses)]
-        d_out = tiles[-1]
+        d_outs = tiles[of_x:]
         if plan.map is None:
             phi = ring.slots.at[lax.rem(use + warpgroup, jnp.int32(ring.size))]
         else:
@@ -182,7 +197,7 @@ def _compute_for_keys(
         scores, d_scores = multiply_add(
             plan.interpret,
             (square, [(features, phi.transpose((1, 0)))]),
-            (square, [(v_tile, d_out.transpose((1, 0)))]),
+            (square, [(v_tile, x.transpose((1, 0))) for x in d_outs]),
         )
         queries, _ = place(i)
         ahead = plan.first + queries.start - key + iota(*square, 1) - iota(*square, 0)
@@ -191,7 +206,7 @@ def _compute_for_keys(
             start = plgpu.load(refs["segment_start"].at[batch, queries], layout=PER_COLUMN, optimized=False)
             seen &= iota(*square, 0) + key >= down(start, ROWS)
         scores, d_scores = (jnp.where(seen, x, 0.0).astype(jnp.bfloat16) for x in (scores, d_scores))
-        dv, d_phi = multiply_add(plan.interpret, (dv, [(scores, d_out)]), (d_phi, [(d_scores, phi)]))
+        dv, d_phi = multiply_add(plan.interpret, (dv, [(scores, d_outs[0])]), (d_phi, [(d_scores, phi)]))
         for j in range(uses):
             ring.release(use + j)
         return d_phi, dv, use + uses

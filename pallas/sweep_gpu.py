@@ -83,17 +83,17 @@ def query_sweep(plan: Plan) -> Sweep:
     return Sweep(plan, True, plan.num_queries, plan.group, base, plan.span, plan.num_states - 1, plan.num_states)
 
 
-def sweep(sweep: Sweep, x, y, *, row_keep=None, carry_keep=None, save_features: bool = False) -> dict:
+def sweep(sweep: Sweep, x, y, *, y_rest=None, row_keep=None, carry_keep=None, save_features: bool = False) -> dict:
     """states [b, num_states, kv, dv, f] (number 0 is not written), means [b, num_states, kv, slices, dv], features.
 
-    With `plan.state_parts`, forward, also state_rests, what rounding took from the states.
+    With two `plan.state_parts` also state_rests, what rounding took from the states.
 
-    x: [b, rows, heads, d], or features [b, rows, heads, f]; y: [b, rows, heads, d]; row_keep [b, rows] and carry_keep
-    [b, intervals]: 0 where a segment ends, else 1.
+    x: [b, rows, heads, d], or features [b, rows, heads, f]; y: [b, rows, heads, d], y_rest what rounding took from it;
+    row_keep [b, rows] and carry_keep [b, intervals]: 0 where a segment ends, else 1.
     """
     plan, batch = sweep.plan, x.shape[0]
     d, f, kv = plan.head_size, plan.num_features, plan.num_kv_heads
-    arrays = {"x": x, "y": y, "row_keep": row_keep, "carry_keep": carry_keep}
+    arrays = {"x": x, "y": y, "y_rest": y_rest, "row_keep": row_keep, "carry_keep": carry_keep}
     blocks = batch * kv * (plan.slices // sweep.warpgroups)
     length = cdiv(
         sweep.num_intervals, max(1, min(sweep.num_intervals, MULTIPROCESSORS // blocks))
@@ -109,14 +109,14 @@ def sweep(sweep: Sweep, x, y, *, row_keep=None, carry_keep=None, save_features: 
         "states": jax.ShapeDtypeStruct((batch, sweep.num_states, kv, d, f), jnp.bfloat16),
         "means": jax.ShapeDtypeStruct((batch, sweep.num_states, kv, plan.slices, d), jnp.float32),
     }
-    if plan.state_parts > 1 and not sweep.reverse:
+    if plan.state_parts > 1:
         outputs["state_rests"] = outputs["states"]
     if save_features:
         outputs["features"] = jax.ShapeDtypeStruct((batch, sweep.num_rows, kv, f), jnp.bfloat16)
     return _launch(sweep, arrays | {"before": before}, outputs, length, pieces)
 
 
-def total(plan: Plan, x, y, *, row_keep=None):
+def total(plan: Plan, x, y, *, y_rest=None, row_keep=None):
     """The sum of phi(x)^T y over all rows, transposed: [b, kv, dv, f] float32."""
     intervals = cdiv(plan.num_queries, plan.spacing)
     whole = Sweep(plan, False, plan.num_queries, plan.group, 0, ROWS, intervals, intervals)
@@ -124,7 +124,7 @@ def total(plan: Plan, x, y, *, row_keep=None):
     length = cdiv(intervals, max(1, min(intervals, MULTIPROCESSORS // (batch * plan.num_kv_heads))))
     pieces = cdiv(intervals, length)
     ones = None if row_keep is None else jnp.ones((batch, intervals), jnp.float32)
-    arrays = {"x": x, "y": y, "row_keep": row_keep, "carry_keep": ones}
+    arrays = {"x": x, "y": y, "y_rest": y_rest, "row_keep": row_keep, "carry_keep": ones}
     shape = (batch, pieces, plan.num_kv_heads, plan.head_size, plan.num_features)
     outputs = {"totals": jax.ShapeDtypeStruct(shape, jnp.float32)}
     return _launch(whole, arrays, outputs, length, pieces)["totals"].sum(axis=1)
@@ -182,7 +182,8 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
     begin = piece * length
     end = jnp.minimum(begin + length, sweep.num_intervals)
     given = plan.map is None
-    uses = count + 1 if given else 2  # tiles of one step: x (or its slices), then y
+    of_y = [name for name in ("y", "y_rest") if name in refs]
+    uses = (count if given else 1) + len(of_y)  # tiles of one step: x (or its slices), then y
 
     def steps(n):
         low, high = sweep.rows_of(n)
@@ -203,7 +204,8 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
                         ring.load(use + slice_, refs["x"].at[batch, rows, head, columns])
                 else:
                     ring.load(use, refs["x"].at[batch, rows, head])
-                ring.load(use + uses - 1, refs["y"].at[batch, rows, head])
+                for i, name in enumerate(of_y):
+                    ring.load(use + uses - len(of_y) + i, refs[name].at[batch, rows, head])
                 return use + uses
 
             return lax.fori_loop(0, num_steps, step, use)
@@ -256,9 +258,10 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
                     if plan.segmented or "features" not in outputs:
                         phi[...] = features
                         plgpu.commit_smem()
-                y = tiles[-1].transpose((1, 0))
+                ys = [y.transpose((1, 0)) for y in tiles[uses - len(of_y) :]]
                 rights = [right] if kept is None else [right, kept]
-                found = multiply_add(plan.interpret, *((x, [(y, z)]) for x, z in zip(sums, rights, strict=True)))
+                pairs = zip(sums, rights, strict=True)
+                found = multiply_add(plan.interpret, *((x, [(y, z) for y in ys]) for x, z in pairs))
                 for j in range(uses):
                     ring.release(use + j)
                 return *([found] if kept is None else found), use + uses

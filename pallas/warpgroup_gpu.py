@@ -302,6 +302,9 @@ def launch(
 
     reduction_bytes: shared memory for sums over the rows of a tile, which cross warps.
     """
+    # XLA would hand over a place inside another array, or take one for the result, where a caller cuts along the first
+    # axis or writes into it; the kernels' copies need arrays of their own, which begin at multiples of 256 bytes.
+    whole = (lambda x: x) if interpret else lax.optimization_barrier
     kernel = named_refs(body, inputs, outputs)
     kernel.__name__ = body.func.__name__.removeprefix("_")
     results = plgpu.kernel(
@@ -314,5 +317,5 @@ def launch(
         thread_name=axis("warpgroup"),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=reduction_bytes),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(*(value for value in inputs.values() if value is not None))
-    return dict(zip(outputs, results, strict=True))
+    )(*whole([value for value in inputs.values() if value is not None]))
+    return dict(zip(outputs, whole(results), strict=True))
