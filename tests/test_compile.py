@@ -193,6 +193,29 @@ def test_a_case_that_does_not_compile_says_why():
 
 
 @pytest.mark.skipif(not installed(), reason="needs jax-cuda13-plugin: pip install '.[compile]'")
+def test_a_kernel_gets_and_gives_arrays_of_its_own():
+    """XLA likes to hand over a place inside another array, which need not begin where a kernel's copies can."""
+    from jax.sharding import AbstractDevice, SingleDeviceSharding  # jax 0.11
+
+    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=TARGETS["h100"])
+    sharding = SingleDeviceSharding(topology.devices[0])
+    shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+    def cut_and_stacked(q, k, v, ids):
+        def one(q):
+            return pallas.sliding_window_attention(q, k[1:], v[1:], window=9, segment_ids=ids, implementation="gpu")
+
+        return jax.lax.map(one, q)
+
+    device = AbstractDevice(topology.devices[0].device_kind, 132, "gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        arguments = shape(3, 65, 1, 64), shape(129, 1, 64), shape(129, 1, 64), shape(128, dtype=jnp.int32)
+        text = jax.jit(cut_and_stacked).lower(*arguments).compile().as_text() or ""
+    assert "mosaic_gpu" in text
+    assert not [line for line in text.splitlines() if "dynamic-slice-fusion" in line]
+
+
+@pytest.mark.skipif(not installed(), reason="needs jax-cuda13-plugin: pip install '.[compile]'")
 def test_a_device_mesh_may_name_its_axes_as_it_likes():
     """A kernel that took a mesh's axis for its own would ask which device it runs on, through NVSHMEM."""
     from jax.sharding import AbstractDevice  # jax 0.11

@@ -388,6 +388,8 @@ def device():
         Case(BOTH, 500, 100, s=563, sizes=(4, 2, 64, 64), segments=(70, 1, 130, 362)),
         Case(BOTH, 300, 64, sizes=(3, 1, 8, 8), segments=(70, 230)),
         Case(BOTH, 4096, 512, sizes=WIDE, mean=1.0),
+        Case(BOTH, 500, 1, sizes=(6, 2, 64, 64), segments=(238, 41, 150, 71), map="relu", mean=1.0),
+        Case(SWA, 65, 9, s=128, sizes=(1, 1, 64, 64), segments=(60, 68)),
     ],
     ids=str,
 )
