@@ -268,18 +268,31 @@ def bounds(dtype: str, implementation: str | None, of_chunked: dict[str, float])
 def allowed(case: Case, implementation: str, expected: dict, of_chunked: dict[str, float]) -> dict[str, float]:
     """`bounds` for random calls: the largest error of each of their tensors.
 
-    Parameters of a map get sums of what its queries and keys get, and are held to the same. And where nearly all of a
-    gradient is that of few tokens, its error is of few roundings: with one the bound is three times as wide, with ten a
-    fifth, with a thousand nothing to speak of.
+    Of kernels, parameters of a map get sums of what its queries and keys get, and are held to the same. And where a
+    gradient is made of few tokens, its error is of few roundings: with one token the bound is three times as wide, with
+    ten a fifth wider, with a thousand nothing to speak of.
     """
     base = bounds(case.dtype, implementation, of_chunked)
     found = {name: base[name] for name in expected}
+    if implementation == "chunked":
+        return found
     for name in PER_TOKEN:
         if name in found:
             energy = np.square(np.asarray(expected[name], np.float64)).sum(axis=-1)
             found[name] *= 1 + 2 * float(np.square(energy).sum() / max(np.square(energy.sum()), 1e-300))
+    for name, tokens in _tokens_of_parameters(case).items():
+        if name in found:
+            found[name] *= 1 + 2 / max(tokens, 1)
     of_map = max((base[name] for name in ("d q", "d k", "d q_rla", "d k_rla") if name in expected), default=0.0)
     return found | {name: max(base[name], of_map) for name in expected if name.startswith("d weight")}
+
+
+def _tokens_of_parameters(case: Case) -> dict[str, int]:
+    """How many tokens the gradient of each parameter of the op sums over, at least."""
+    rows = case.segments if case.batch and case.segments else (case.segments or (case.num_keys,),)
+    in_first = [max(row[0] - (case.num_keys - case.t), 0) for row in rows]
+    tokens = {"d initial_state": min(in_first), "d segment_state": min(case.t - count for count in in_first)}
+    return tokens | dict.fromkeys(("d swa_gain", "d rla_gain"), case.t)
 
 
 def to_line(case: Case) -> str:
