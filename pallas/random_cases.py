@@ -32,6 +32,7 @@ MEANS, SIZES = (0.0, 0.5, 1.0), (0.01, 0.1, 1.0, 1.0, 3.0, 30.0)
 # features in bfloat16 do not hold; above them softmax keeps nothing but its largest channel (LOG.md, 2026-11-27).
 SIZES_OF_MAPS = dict.fromkeys(("softmax", "learned"), (0.3, 1.0, 1.0, 3.0, 10.0))
 SIZES_OF_MAPS |= dict.fromkeys(("exp", "elu_plus_one", "pair"), (1.0, 1.0, 3.0, 30.0))
+SIZES_OF_MAPS["taylor"] = (0.01, 0.1, 0.3, 1.0)  # above, 1 + x + x^2/2 is a small difference of large products
 
 
 def draw(seed: int, implementation: str, longest: int) -> Case:

@@ -83,7 +83,8 @@ def planned(monkeypatch, case: Case):
     with monkeypatch.context() as patch:
         patch.setattr(rattention_gpu, "_differentiable", differentiable)
         arrays = {name: jnp.asarray(x) for name, x in case.arrays("bfloat16").items()}
-        keywords = dict(window=case.window, segment_ids=case.ids(), implementation="gpu", **dict(case.static))
+        ids = None if not case.segments else jnp.asarray(case.ids())
+        keywords = dict(window=case.window, segment_ids=ids, implementation="gpu", **dict(case.static))
         getattr(pallas, case.op)(**arrays, **keywords)
     return found[0]
 

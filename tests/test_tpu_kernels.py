@@ -132,7 +132,7 @@ def test_packed_equals_separate_to_the_bit(op):
     case = Case(op, 384, 40, sizes=SMALL, segments=lengths, states=(), static=(blocks(1),))
     arrays = {name: jnp.asarray(x) for name, x in case.arrays("bfloat16").items()}
     settings: dict[str, Any] = dict(window=40, implementation="tpu") | dict(case.static)
-    together = getattr(pallas, op)(**arrays, segment_ids=case.ids(), **settings)
+    together = getattr(pallas, op)(**arrays, segment_ids=jnp.asarray(case.ids()), **settings)
     second = {name: x[128:] for name, x in arrays.items()}
     alone = getattr(pallas, op)(**second, segment_ids=jnp.zeros(256, jnp.int32), **settings)
     np.testing.assert_array_equal(np.asarray(together[128:], np.float32), np.asarray(alone, np.float32))
