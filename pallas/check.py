@@ -30,7 +30,7 @@ from pallas.random_cases import LONGEST, LONGEST_ON_DEVICE, draw, options, redra
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu")
 PROGRAMS_OF_A_WORKER = 24
 HANGS = 600  # seconds for one program and its draws
-SECONDS_TO_SHRINK = 240
+SECONDS_TO_SHRINK = 240  # at most, and no longer than --minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +268,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--implementation", choices=["chunked", "gpu", "tpu"], help="default: what None picks on this machine")
     add("--longest", type=int, help="tokens of a call; default: 4096 on a device, a few hundred where interpreted")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="worker processes")
-    add("--shrink", type=int, default=3, help="kinds of failures that are made smaller, in at most 4 minutes")
+    add(
+        "--shrink",
+        type=int,
+        default=3,
+        help="kinds of failures that are made smaller, in at most --minutes and 4 minutes",
+    )
     add("--replay", metavar="LINE", help="hold one call, as a failure's line gives it, and show all its errors")
     add("--out", type=Path, help="file that one JSON object a program is added to")
     add("--commit", help="written beside the results; default: what git says")
@@ -328,7 +333,7 @@ def main(arguments: list[str]) -> int:
         bar.set_postfix_str(f"{tally.calls} calls, {tally.programs} programs, {len(tally.failures)} failures")
     bar.close()
     tally.show()
-    _show_shrunk(tally.failures, implementation, given.jobs, given.shrink)
+    _show_shrunk(tally.failures, implementation, given.jobs, given.shrink, 60 * given.minutes)
     print(f"\n{tally.calls} calls, {tally.programs} programs, seeds from {first}: {len(tally.failures)} failures")
     return 1 if tally.failures else 0
 
@@ -370,7 +375,7 @@ def _replay(case: Case, implementation: str) -> int:
     return 1 if held.wrong else 0
 
 
-def _show_shrunk(failures: list, implementation: str, count: int, most: int) -> None:
+def _show_shrunk(failures: list, implementation: str, count: int, most: int, seconds: float) -> None:
     """The first failures of different kinds, made smaller."""
     kinds: dict[Any, Case] = {}
     for wrong, line in failures:
@@ -379,8 +384,9 @@ def _show_shrunk(failures: list, implementation: str, count: int, most: int) -> 
     chosen = list(kinds.values())[:most]
     if not chosen:
         return
-    print(f"\nmaking {len(chosen)} of the failures smaller, {SECONDS_TO_SHRINK} s at most")
-    until = time.time() + SECONDS_TO_SHRINK
+    seconds = min(seconds, SECONDS_TO_SHRINK)
+    print(f"\nmaking {len(chosen)} of the failures smaller, {seconds:.0f} s at most")
+    until = time.time() + seconds
     jobs = (("shrink", case, implementation, until) for case in chosen)
     for (_, case, *_), how, what in in_workers(min(count, len(chosen)), jobs):
         print(f"from  {to_line(case)}")
