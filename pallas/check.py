@@ -297,7 +297,9 @@ def main(arguments: list[str]) -> int:
     implementation = given.implementation or machine["chosen"]
     interpreted = implementation != "chunked" and machine["platform"] != implementation
     where = "interpreted on a CPU" if interpreted else "on this device" if implementation != "chunked" else "on a CPU"
-    facts = dict(implementation=implementation, interpreted=interpreted, date=provenance.now(), **machine)
+    facts: dict[str, Any] = dict(
+        implementation=implementation, interpreted=interpreted, date=provenance.now(), **machine
+    )
     facts |= {"commit": given.commit or provenance.commit(), "versions": provenance.versions(PACKAGES)}
     print(f"{machine['device']}, {facts['date']}, commit {facts['commit']}, jax {facts['versions']['jax']}")
     print(f"{implementation}, {where}")

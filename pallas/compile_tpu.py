@@ -23,6 +23,7 @@ from typing import Any
 import jax
 
 from pallas import compile as gpu
+from pallas import provenance
 from pallas.block_sizes import BlockSizes
 from pallas.compile import Case
 
@@ -341,7 +342,11 @@ def main(options) -> int:
     if refused or not chosen:
         print(refused or f"compile: no case holds {options.only!r}")
         return 2
-    about: dict[str, Any] = {"date": gpu.now(), "commit": options.commit or gpu.commit(), "versions": found_versions}
+    about: dict[str, Any] = {
+        "date": provenance.now(),
+        "commit": options.commit or provenance.commit(),
+        "versions": found_versions,
+    }
     print(f"compiled for {', '.join(options.target)}, {about['date']}, commit {about['commit']}")
     print(", ".join(f"{name} {version}" for name, version in found_versions.items() if version))
     print("bundles, matmuls: per 128 tokens and query head; use: of matrix-unit slots; HBM: temporaries\n")

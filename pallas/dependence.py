@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 TOKENS = 8
@@ -48,10 +49,10 @@ class Followed:
         return np.bitwise_or.reduce(self.bits, axis=None)
 
 
-def without_bits(value, shape=None) -> Followed:
-    known = value is not None and not isinstance(value, jax.core.Tracer)
-    shape = np.shape(value) if shape is None else shape
-    return Followed(np.zeros(shape, np.uint8), value if known else None)
+def without_bits(value: Any, shape=None) -> Followed:
+    zeros: np.ndarray = np.zeros(np.shape(value) if shape is None else shape, np.uint8)
+    known = value is not None and not isinstance(value, Tracer)
+    return Followed(zeros, value if known else None)
 
 
 def mixing(function: Callable, x: jax.ShapeDtypeStruct) -> str | None:
@@ -150,7 +151,7 @@ def _closed(program: ClosedJaxpr | Jaxpr) -> ClosedJaxpr:
     return program if isinstance(program, ClosedJaxpr) else ClosedJaxpr(program, ())
 
 
-def _any(*bits):
+def _any(*bits) -> Any:
     total = np.uint8(0)
     for x in bits:
         total = np.bitwise_or(total, x)

@@ -30,7 +30,7 @@ SEGMENTS = ("one", "few", "few", "many", "one a token", "at tiles")
 MEANS, SIZES = (0.0, 0.5, 1.0), (0.01, 0.1, 1.0, 1.0, 3.0, 30.0)
 # What maps read. Below these a map that is not 0 at 0 is flat, and what its gradient is made of are differences that
 # features in bfloat16 do not hold; above them softmax keeps nothing but its largest channel (LOG.md, 2026-11-27).
-SIZES_OF_MAPS = dict.fromkeys(("softmax", "learned"), (0.3, 1.0, 1.0, 3.0, 10.0))
+SIZES_OF_MAPS: dict[str, tuple[float, ...]] = dict.fromkeys(("softmax", "learned"), (0.3, 1.0, 1.0, 3.0, 10.0))
 SIZES_OF_MAPS |= dict.fromkeys(("exp", "elu_plus_one", "pair"), (1.0, 1.0, 3.0, 30.0))
 SIZES_OF_MAPS["taylor"] = (0.01, 0.1, 0.3, 1.0)  # above, 1 + x + x^2/2 is a small difference of large products
 

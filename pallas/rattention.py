@@ -61,12 +61,14 @@ def rattention(
     k_rla = k if k_rla is None else k_rla
     check_attention(op, q, k, window, segment_ids)
     check_states(op, feature_map, k_rla, v, initial_state=initial_state, segment_state=segment_state)
+    chosen = choose(op, implementation, q, k, v, q_rla, k_rla)
     spoilt = None
     if segment_ids is not None:
         states = {"initial_state": initial_state, "segment_state": segment_state}
         of_queries, of_keys = {"q": q, "q_rla": q_rla}, {"k": k, "v": v, "k_rla": k_rla}
         finite, spoilt = contained(segment_ids, of_queries, of_keys, states)
-        q, k, v, q_rla, k_rla = (finite[name] for name in ("q", "k", "v", "q_rla", "k_rla"))
+        q, k, v = (finite[name] for name in ("q", "k", "v"))
+        q_rla, k_rla = finite["q_rla"], finite["k_rla"]
         initial_state, segment_state = finite["initial_state"], finite["segment_state"]
     arguments: dict[str, Any] = dict(
         q_rla=q_rla,
@@ -83,7 +85,6 @@ def rattention(
     )
     out: Any
     state: Any
-    chosen = choose(op, implementation, q, k, v, q_rla, k_rla)
     blocks = block_sizes or default_block_sizes(window, q.shape[0])
     if chosen == "gpu":
         from pallas import rattention_gpu  # needs jax 0.11

@@ -19,14 +19,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-MATRIX = plgpu.Layout.WGMMA
+MATRIX, ACC = plgpu.Layout.WGMMA, plgpu.ACC  # pyright: ignore
 TURNS = 3
 
 
 def body(x, keys, values, out, x_tile, key_tile, value_tile, keys_there, values_there, *, wait_first: bool):
     plgpu.copy_gmem_to_smem(x, x_tile, keys_there)
     plgpu.barrier_wait(keys_there)
-    kept = plgpu.load(x_tile, layout=MATRIX)
+    kept = plgpu.load(x_tile, layout=MATRIX)  # pyright: ignore
 
     def turn(j, total):
         plgpu.copy_gmem_to_smem(keys.at[j], key_tile, keys_there)
@@ -39,10 +39,10 @@ def body(x, keys, values, out, x_tile, key_tile, value_tile, keys_there, values_
             plgpu.wgmma(sums, kept, key_tile.transpose((1, 0)))
             return sums[...]
 
-        scores = pl.run_scoped(product, plgpu.ACC((64, 64), jnp.float32)).astype(jnp.bfloat16)
+        scores = pl.run_scoped(product, ACC((64, 64), jnp.float32)).astype(jnp.bfloat16)
         if not wait_first:
             plgpu.barrier_wait(values_there)
-        return pl.run_state(lambda sums: plgpu.wgmma(sums, scores, value_tile))(plgpu.ACC.init(total))
+        return pl.run_state(lambda sums: plgpu.wgmma(sums, scores, value_tile))(ACC.init(total))
 
     total = lax.fori_loop(0, TURNS, turn, plgpu.layout_cast(jnp.zeros((64, 64), jnp.float32), MATRIX))
     x_tile[...] = total.astype(jnp.bfloat16)
