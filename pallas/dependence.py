@@ -30,6 +30,7 @@ ELEMENTWISE = """
 """
 REDUCTIONS = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin"
 CUMULATIVE = "cumsum cumprod cummax cummin cumlogsumexp"
+CALLS = "jit pjit closed_call core_call checkpoint remat remat2 custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr"
 MOVED = "broadcast_in_dim concatenate pad reshape rev slice split squeeze transpose"
 
 
@@ -98,7 +99,7 @@ def _follow(program: ClosedJaxpr, arguments: Sequence[Followed]) -> list[Followe
 def _through(equation, inputs: list[Followed]) -> list[Followed]:
     name, parameters = equation.primitive.name, equation.params
     shapes = [x.aval.shape for x in equation.outvars]
-    inner = _called(parameters)
+    inner = _called(equation)
     if name == "scan":
         return _scan(equation, inputs)
     if name == "while":
@@ -115,6 +116,10 @@ def _through(equation, inputs: list[Followed]) -> list[Followed]:
         return [Followed(np.broadcast_to(_any(*(x.bits for x in inputs)), shape).copy()) for shape in shapes]
     if name in REDUCTIONS.split():
         return [Followed(np.bitwise_or.reduce(inputs[0].bits, axis=tuple(parameters["axes"])))]
+    if name == "reduce":  # by a function of its own
+        operands = inputs[: len(inputs) // 2]
+        bits = _any(*(x.bits for x in operands), *(x.every for x in inputs[len(operands) :]))
+        return [Followed(np.bitwise_or.reduce(bits, axis=tuple(parameters["dimensions"]))) for _ in shapes]
     if name in CUMULATIVE.split():
         turned = (lambda x: np.flip(x, parameters["axis"])) if parameters["reverse"] else (lambda x: x)
         return [Followed(turned(np.bitwise_or.accumulate(turned(inputs[0].bits), axis=parameters["axis"])))]
@@ -139,12 +144,12 @@ def _through(equation, inputs: list[Followed]) -> list[Followed]:
     raise Unknown(name)
 
 
-def _called(parameters) -> ClosedJaxpr | None:
+def _called(equation) -> ClosedJaxpr | None:
     """The program that a jit, a checkpoint or a function with derivatives of its own calls."""
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if isinstance(parameters.get(key), (ClosedJaxpr, Jaxpr)):
-            return _closed(parameters[key])
-    return None
+    if equation.primitive.name not in CALLS.split():
+        return None
+    programs = (equation.params.get(key) for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"))
+    return next((_closed(x) for x in programs if isinstance(x, (ClosedJaxpr, Jaxpr))), None)
 
 
 def _closed(program: ClosedJaxpr | Jaxpr) -> ClosedJaxpr:
@@ -276,17 +281,21 @@ def _while(parameters, inputs) -> list[Followed]:
 
 
 def program_text(function: Callable, x: jax.ShapeDtypeStruct) -> str:
-    """The program of a function, without calls inside: that of a jitted or wrapped function is the function's."""
-    program = jax.make_jaxpr(function)(x)
-    return str(jax.make_jaxpr(lambda x: _run(program.jaxpr, program.consts, [x]))(x))
+    """The program of a function and its derivative, without calls inside: a jitted or wrapped one has the function's.
+
+    Raises:
+      TypeError: for a function with a backward pass of its own, which has no derivative to push forward.
+    """
+    program = jax.make_jaxpr(lambda x, tangent: jax.jvp(function, (x,), (tangent,)))(x, x)
+    return str(jax.make_jaxpr(lambda *both: _run(program.jaxpr, program.consts, both))(x, x))
 
 
 def _run(jaxpr: Jaxpr, consts, arguments):
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
     read = lambda x: x.val if isinstance(x, Literal) else known[x]
     for equation in jaxpr.eqns:
-        inputs, inner = [read(x) for x in equation.invars], _called(equation.params)
-        if inner is not None and equation.primitive.name not in ("scan", "while", "cond"):
+        inputs, inner = [read(x) for x in equation.invars], _called(equation)
+        if inner is not None:
             found = _run(inner.jaxpr, inner.consts, inputs)
         else:
             found = equation.primitive.bind(*inputs, **equation.params)

@@ -39,8 +39,6 @@ class KernelMap:
     pull_back: (x, value(x), cotangent) to x's gradient. All these Jacobians are symmetric, so it pushes tangents
       forward too.
     sums_to_one: does value(x) sum to 1 over the last axis?
-    at_zero: value(0) where kernels round value(x) - at_zero instead: near 0 a map that is far from 0 there keeps few
-      digits. 0 for softmax, whose small values count for themselves.
     """
 
     name: str
@@ -49,7 +47,6 @@ class KernelMap:
     pull_back: Callable[[Array, Array, Array], Array]
     signed: bool
     sums_to_one: bool = False
-    at_zero: float = 0.0
 
     @jaxtyped(typechecker=beartype)
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch f"]:
@@ -119,7 +116,6 @@ elu_plus_one = KernelMap(
     value=lambda x: jnp.where(x > 0, x + 1.0, jnp.exp(jnp.minimum(x, 0.0))),
     pull_back=lambda x, phi, g: jnp.where(x > 0, g, g * phi),
     signed=False,
-    at_zero=1.0,
 )
 exp = KernelMap(
     name="exp",
@@ -127,7 +123,6 @@ exp = KernelMap(
     value=lambda x: jnp.exp(jnp.minimum(jnp.maximum(x, -EXP_LIMIT), EXP_LIMIT)),
     pull_back=lambda x, phi, g: jnp.where((x >= -EXP_LIMIT) & (x <= EXP_LIMIT), g * phi, 0.0),
     signed=False,
-    at_zero=1.0,
 )
 
 IN_KERNELS = {row.name: row for row in (softmax, relu, identity, elu_plus_one, exp, squared_relu)}
@@ -178,7 +173,7 @@ def as_pair(feature_map: FeatureMap) -> tuple[Callable, Callable]:
 
 def acts_on_the_last_axis(phi: Callable) -> bool:
     """Is it a map of this file, of which that is known?"""
-    return isinstance(phi, (KernelMap, Hedgehog)) or phi is taylor
+    return type(phi) is Hedgehog or phi is taylor or phi in IN_KERNELS.values()
 
 
 def in_kernels(feature_map: FeatureMap, head_size: int) -> KernelMap | None:
@@ -189,12 +184,15 @@ def in_kernels(feature_map: FeatureMap, head_size: int) -> KernelMap | None:
 
 
 def _row_of(phi: Callable, head_size: int) -> KernelMap | None:
-    if isinstance(phi, KernelMap):
+    if isinstance(phi, KernelMap) and phi in IN_KERNELS.values():
         return phi
     if acts_on_the_last_axis(phi):
         return None
     x = jax.ShapeDtypeStruct((1, 1, 1, head_size), jnp.float32)
-    text = program_text(phi, x)
+    try:
+        text = program_text(phi, x)
+    except TypeError:
+        return None
     return next((row for row in IN_KERNELS.values() if program_text(row, x) == text), None)
 
 

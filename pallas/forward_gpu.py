@@ -408,8 +408,6 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
         seen = position - key + iota(ROWS, columns, 0) - iota(ROWS, columns, 1) >= plan.window
         if plan.segmented:
             seen &= iota(ROWS, columns, 1) + key >= across(start, columns)
-        if plan.key_constant:  # phi(q) times what was taken from phi(k)
-            scores += across(sum(total for _, total in phis) * plan.key_constant, columns)
         scores = parts_of(jnp.where(seen, scores, 0.0), plan.map is None)
         out = multiply_add(plan.interpret, (out, [(part, tiles[-1]) for part in scores]))
         ring.release(use + count)

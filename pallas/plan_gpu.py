@@ -101,11 +101,6 @@ class Plan:
         return self.slices * self.head_size
 
     @property
-    def key_constant(self) -> float:
-        """What is taken from every feature of a key before rounding."""
-        return 0.0 if self.map is None else self.map.at_zero
-
-    @property
     def precise(self) -> bool:
         """Are d_rla and the normed output kept beyond bfloat16 and float16 for the gradient of queries?
 

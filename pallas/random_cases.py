@@ -27,7 +27,7 @@ WINDOWS = (0, 1, 2, 63, 64, 65, 100, 128, 129, 512, 1000, "t - 1", "t", "t + 1",
 KV, GROUPS = (1, 2, 1, 3), (1, 2, 3, 4, 5, 8)
 HEAD_SIZES = (8, 33, 64, 64, 64, 100, 128, 128, 128, 127)
 SEGMENTS = ("one", "few", "few", "many", "one a token", "at tiles")
-MEANS, SIZES = (0.0, 0.5, 1.0), (0.01, 0.1, 1.0, 1.0, 3.0, 30.0)
+MEANS, SIZES = (-1.0, 0.0, 0.5, 1.0), (0.01, 0.1, 1.0, 1.0, 3.0, 30.0)
 # What maps read. Below these a map that is not 0 at 0 is flat, and what its gradient is made of are differences that
 # features in bfloat16 do not hold; above them softmax keeps nothing but its largest channel (LOG.md, 2026-11-27).
 SIZES_OF_MAPS: dict[str, tuple[float, ...]] = dict.fromkeys(("softmax", "learned"), (0.3, 1.0, 1.0, 3.0, 10.0))

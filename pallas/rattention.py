@@ -102,5 +102,6 @@ def rattention(
         out, state = chunked.rattention(q, k, v, **arguments, block_sizes=blocks)
     out = out.astype(v.dtype)
     if spoilt is not None:
-        out, state = spoil(out, spoilt.out), spoil(state, spoilt.state) if return_final_state else None
+        out = spoil(out, spoilt.out, spoilt.of_query)
+        state = spoil(state, spoilt.state, spoilt.of_last) if return_final_state else None
     return (out, state) if return_final_state else out

@@ -156,10 +156,6 @@ def _compute_for_keys(
     slice_ = first_slice + warpgroup
     features, state_slice = features_tile.at[warpgroup], state_tile.at[warpgroup]
     plgpu.barrier_wait(loaded)
-    if plan.key_constant:
-        whole = plgpu.load(features, layout=MATRIX).astype(jnp.float32) + plan.key_constant
-        features[...] = whole.astype(jnp.bfloat16)
-        plgpu.commit_smem()
 
     def read_state(_, carry):
         d_phi, dv = carry

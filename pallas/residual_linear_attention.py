@@ -42,7 +42,7 @@ def residual_linear_attention(
       initial_state: [kv, f, dv], the state of the first segment before its first given key; zero by default.
       segment_state: [kv, f, dv], the state that every later segment starts from; zero by default.
       segment_ids: one id for each key; a query reads its own segment only. What is not finite in one never reaches
-        another, nor its gradients; within a segment nothing is promised of it.
+        another, nor its gradients; within a segment nothing is promised of it, and its outputs pass no gradient on.
       return_final_state: also return the state that the last query read, S_{s-1-W} of its segment. Pass it on as
         `initial_state`, with the last min(W, s) keys, values and ids in front, and the next call continues exactly.
       implementation, block_sizes: as in `sliding_window_attention`.
@@ -101,5 +101,6 @@ def residual_linear_attention(
         out, state = chunked.residual_linear_attention(q, k, v, **arguments, block_sizes=blocks)
     out = out.astype(v.dtype)
     if spoilt is not None:
-        out, state = spoil(out, spoilt.out), spoil(state, spoilt.state) if return_final_state else None
+        out = spoil(out, spoilt.out, spoilt.of_query)
+        state = spoil(state, spoilt.state, spoilt.of_last) if return_final_state else None
     return (out, state) if return_final_state else out

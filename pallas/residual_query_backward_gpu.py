@@ -37,7 +37,6 @@ from pallas.warpgroup_gpu import (
     slice_of,
     tile,
     where_rows,
-    zero_rows,
     zeros,
 )
 
@@ -238,7 +237,7 @@ def _compute_for_queries(
         load_next(load, plan, index, is_last, warpgroup)
 
         def edge(j, carry):
-            grads, scored, use = carry
+            grads, use = carry
             values, *features = ring.wait_all(use, 1 + count)
             scores = multiply_add(
                 plan.interpret, ((ROWS, chunk), [(part, values.transpose((1, 0))) for part in d_parts])
@@ -248,14 +247,12 @@ def _compute_for_queries(
             if plan.segmented:
                 seen &= iota(ROWS, chunk, 1) + j * chunk >= across(start, chunk)
             scores = jnp.where(seen, scores, 0.0)
-            if plan.key_constant:
-                scored += scores.sum(axis=1)
             scores = parts_of(scores, precise_scores)
             sums = [(grad, [(part, x) for part in scores]) for grad, x in zip(grads, features, strict=True)]
             grads = multiply_add(plan.interpret, *sums)
             for i in range(count):
                 ring.release(use + 1 + i)
-            return [grads] if count == 1 else list(grads), scored, use + 1 + count
+            return [grads] if count == 1 else list(grads), use + 1 + count
 
         for first in range(0, plan.slices, count):
             grads = [zeros(ROWS, d) for _ in range(count)]
@@ -271,9 +268,7 @@ def _compute_for_queries(
                 means = means_of(refs["start_means"].at[batch, i, kv_head], first) if centred else list
                 grads, use = read_state(d_parts if centred else d_parts[:1], means, reads, grads, use)
             if plan.reaches_back:
-                grads, scored, use = lax.fori_loop(begin, end, edge, (grads, zero_rows(ROWS), use))
-                if plan.key_constant:  # d_scores times what was taken from phi(k)
-                    grads = [grad + across(scored * plan.key_constant, d) for grad in grads]
+                grads, use = lax.fori_loop(begin, end, edge, (grads, use))
             if plan.map is None:
                 for i, grad in enumerate(grads):
                     refs["dq"].at[batch, rows, head, pl.ds((first + i) * d, d)][...] = grad

@@ -2,8 +2,9 @@
 
 Masked products multiply by 0, and 0 times NaN or infinity is NaN: one bad number would reach every document that shares
 a block with its own, in values and in gradients. So packed sequences are computed from finite numbers alone, and the
-outputs that a bad one may reach within its document are made NaN afterwards. Whole sequences are left as they are:
-within a document nothing is promised.
+outputs that a bad one may reach within its document are made NaN afterwards. A loss then hands that document cotangents
+that are not finite, also where its outputs are: it gets none, and its gradients are 0. Whole sequences are left as they
+are: within a document nothing is promised.
 """
 
 import functools
@@ -27,10 +28,12 @@ def starts(segment_ids: Int[Array, "s"]) -> Int[Array, "s"]:
 
 
 class Spoilt(NamedTuple):
-    """What numbers that are not finite may reach within their documents."""
+    """What numbers that are not finite may reach within their documents, and those documents."""
 
     out: Bool[Array, "t h"]
     state: Bool[Array, "kv"]
+    of_query: Bool[Array, "t"]  # is something in its document not finite?
+    of_last: Bool[Array, ""]
 
 
 def contained(
@@ -58,10 +61,17 @@ def contained(
             spoilt |= reads[:, None] & bad((name,), (-2, -1))[None]
     state = spoilt[-1]
     out = jnp.repeat(spoilt[s - t :], h // kv, axis=1) | bad(queries, -1)
-    return finite | {name: None for name, x in states.items() if x is None}, Spoilt(out, state)
+    anything = spoilt.any(axis=1) | jnp.concatenate([jnp.zeros((s - t,), bool), out.any(axis=1)])
+    from_right = jnp.where(anything, jnp.arange(s - 1, -1, -1, dtype=jnp.int32), -1)  # places counted from the last
+    before_end = jnp.flip(starts(jnp.flip(segment_ids)))
+    document = jax.lax.cummax(jnp.where(anything, jnp.arange(s, dtype=jnp.int32), -1)) >= start
+    document |= jax.lax.cummax(from_right, reverse=True) >= before_end
+    return finite | {name: None for name, x in states.items() if x is None}, Spoilt(
+        out, state, document[s - t :], document[-1]
+    )
 
 
-def spoil(x: Array, where: Bool[Array, "..."]) -> Array:
-    """x with NaN where it is spoilt; `where` has x's leading axes."""
-    where = where.reshape(*where.shape, *(1,) * (x.ndim - where.ndim))
-    return jnp.where(where, jnp.full_like(x, jnp.nan), x)
+def spoil(x: Array, where: Bool[Array, "..."], document: Bool[Array, "..."]) -> Array:
+    """x with NaN where it is spoilt, and no cotangent where its document is; both have leading axes of x."""
+    fitted = lambda mask: mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
+    return jnp.where(fitted(where), jnp.full_like(x, jnp.nan), jnp.where(fitted(document), jax.lax.stop_gradient(x), x))

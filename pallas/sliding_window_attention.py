@@ -35,7 +35,8 @@ def sliding_window_attention(
       window: keys that a query sees, itself included; 0 gives exactly 0.
       scale: multiplies the logits; 1 / sqrt(d) by default.
       segment_ids: one id for each key; a query sees its own segment only. A segment is a maximal run of equal ids. What
-        is not finite in one never reaches another, nor its gradients; within a segment nothing is promised of it.
+        is not finite in one never reaches another, nor its gradients; within a segment nothing is promised of it, and
+        its outputs pass no gradient on.
       implementation: None, "reference", "chunked", "gpu" or "tpu". None picks "gpu" on a Hopper GPU whose kernels serve
         the call (bfloat16, sizes up to 128), "tpu" on a TPU, else "chunked". "gpu" and "tpu" elsewhere are interpreted,
         slowly. No time was ever measured on a TPU: its kernels are interpreted for their values, and compiled for their
@@ -82,4 +83,4 @@ def sliding_window_attention(
     else:
         out = chunked.sliding_window_attention(q, k, v, **arguments, block_sizes=blocks)
     out = out.astype(v.dtype)
-    return out if spoilt is None else spoil(out, spoilt.out)
+    return out if spoilt is None else spoil(out, spoilt.out, spoilt.of_query)

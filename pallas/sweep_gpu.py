@@ -34,7 +34,6 @@ from pallas.warpgroup_gpu import (
     sign_of,
     slice_of,
     tile,
-    zero_rows,
     zeros,
 )
 
@@ -57,7 +56,6 @@ class Sweep:
     tile: int
     num_intervals: int  # that are swept
     num_states: int
-    constant: float = 0.0  # taken from phi before rounding, and given back in float32: with the means, or in totals
 
     @property
     def warpgroups(self) -> int:
@@ -75,7 +73,7 @@ class Sweep:
 
 def key_sweep(plan: Plan) -> Sweep:
     intervals = cdiv(plan.first + plan.num_queries - plan.window, plan.spacing)  # all keys of any residual set
-    return Sweep(plan, False, plan.num_keys, 1, 0, ROWS, intervals, plan.num_states, plan.key_constant)
+    return Sweep(plan, False, plan.num_keys, 1, 0, ROWS, intervals, plan.num_states)
 
 
 def query_sweep(plan: Plan) -> Sweep:
@@ -162,8 +160,6 @@ def _launch(sweep: Sweep, arrays: dict, outputs: dict, length: int, pieces: int)
         "phi_tile": tile(count, ROWS, d),
         "state_tile": tile(count, d, d),
     }
-    if sweep.constant:
-        scratch["kept_tile"] = tile(count, ROWS, ROWS)
     grid = {
         "kv_head": plan.num_kv_heads,
         "piece": pieces,
@@ -174,7 +170,7 @@ def _launch(sweep: Sweep, arrays: dict, outputs: dict, length: int, pieces: int)
     return launch(body, arrays, outputs, scratch, grid=grid, warpgroups=count + 1, interpret=plan.interpret)
 
 
-def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, outputs: tuple, kept_tile=None):
+def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, outputs: tuple):
     plan, count, d = sweep.plan, sweep.warpgroups, sweep.plan.head_size
     warpgroup, batch, kv_head = (axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
     piece, first_slice = axis_index("piece"), axis_index("slices") * count
@@ -219,20 +215,15 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
         columns = pl.ds(slice_ * d, d)
         phi, state = phi_tile.at[warpgroup], state_tile.at[warpgroup]
 
-        kept = None if kept_tile is None else kept_tile.at[warpgroup]
-        if kept is not None:
-            kept[...] = plgpu.layout_cast(jnp.ones(kept.shape, jnp.bfloat16), MATRIX)
-            plgpu.commit_smem()
-
         def interval(n, carry):
-            *sums, use = carry
+            total, use = carry
             low, num_steps = steps(n)
             index = sweep.interval(n)
             if plan.segmented:
-                sums = [x * refs["carry_keep"][batch, index] for x in sums]
+                total = total * refs["carry_keep"][batch, index]
 
             def step(i, carry):
-                *sums, use = carry
+                total, use = carry
                 rows = pl.ds(low + i // sweep.group * ROWS, ROWS)
                 tiles = [ring.wait(use + j) for j in range(uses)]
                 if given:
@@ -240,7 +231,7 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
                     features = plgpu.load(right, layout=MATRIX) if plan.segmented else None
                 else:
                     x = plgpu.load(tiles[0], layout=MATRIX).astype(jnp.float32)
-                    features = (slice_of(plan.map, x * sign_of(slice_)) - sweep.constant).astype(jnp.bfloat16)
+                    features = slice_of(plan.map, x * sign_of(slice_)).astype(jnp.bfloat16)
                     right = phi
                 if features is not None:
                     right = phi
@@ -253,43 +244,35 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
                         keep = plgpu.load(refs["row_keep"].at[batch, rows], layout=PER_ROW, optimized=False)
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         features = (features.astype(jnp.float32) * across(keep, d)).astype(jnp.bfloat16)
-                        if kept is not None:
-                            kept[...] = across(keep, ROWS).astype(jnp.bfloat16)
                     if plan.segmented or "features" not in outputs:
                         phi[...] = features
                         plgpu.commit_smem()
                 ys = [y.transpose((1, 0)) for y in tiles[uses - len(of_y) :]]
-                rights = [right] if kept is None else [right, kept]
-                pairs = zip(sums, rights, strict=True)
-                found = multiply_add(plan.interpret, *((x, [(y, z) for y in ys]) for x, z in pairs))
+                total = multiply_add(plan.interpret, (total, [(y, right) for y in ys]))
                 for j in range(uses):
                     ring.release(use + j)
-                return *([found] if kept is None else found), use + uses
+                return total, use + uses
 
-            *sums, use = lax.fori_loop(0, num_steps, step, (*sums, use))
+            total, use = lax.fori_loop(0, num_steps, step, (total, use))
             if "states" in outputs:
                 slot = index if sweep.reverse else index + 1
 
                 @pl.when(slot < sweep.num_states)
                 def _():
-                    mean = sums[0].sum(axis=1) / plan.features_of(slice_)
-                    centred = sums[0] - across(mean, d)
+                    mean = total.sum(axis=1) / plan.features_of(slice_)
+                    centred = total - across(mean, d)
                     tiles = parts_of(centred, "state_rests" in outputs)
                     for name, part in zip(("states", "state_rests"), tiles, strict=False):
                         send(state, part, refs[name].at[batch, slot, kv_head, :, columns])
-                    refs["means"].at[batch, slot, kv_head, slice_][...] = mean + taken(sums)
+                    refs["means"].at[batch, slot, kv_head, slice_][...] = mean
 
-            return *sums, use
-
-        def taken(sums):  # of every feature: [d]
-            return zero_rows(d) if kept is None else sums[1].sum(axis=1) * (sweep.constant / ROWS)
+            return total, use
 
         start = zeros(d, d)
         if "before" in refs:
             before = refs["before"].at[batch, piece, kv_head, :, columns]
             start = plgpu.load(before, layout=MATRIX, optimized=False)
-        starts = [start] if kept is None else [start, zeros(d, ROWS)]
-        *sums, _ = lax.fori_loop(begin, end, interval, (*starts, jnp.int32(0)))
+        total, _ = lax.fori_loop(begin, end, interval, (start, jnp.int32(0)))
         if "totals" in outputs:
-            refs["totals"].at[batch, piece, kv_head, :, columns][...] = sums[0] + across(taken(sums), d)
+            refs["totals"].at[batch, piece, kv_head, :, columns][...] = total
         plgpu.wait_smem_to_gmem(0)

@@ -144,6 +144,7 @@ class Ring:
 
     def wait_all(self, use, count: int, rows: int | None = None) -> list:
         """Consumer: the tiles of `count` uses. Before the first product of a step: see `multiply_add`."""
+        assert count <= self.size, f"{count} tiles cannot stand in {self.size} slots at once"
         return [self.wait(use + i, rows) for i in range(count)]
 
     def tile_of(self, use, rows: int | None = None):

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "pallas"
 BUGS = {  # name: file, what is right, what is wrong
     "mask": ("forward_gpu", "(ahead < plan.window)", "(ahead <= plan.window)"),
     "edge": ("residual_key_backward_gpu", "ahead >= plan.window", "ahead > plan.window"),
-    "keep": ("sweep_gpu", 'x * refs["carry_keep"][batch, index] for x in sums', "x for x in sums"),
+    "keep": ("sweep_gpu", 'total = total * refs["carry_keep"][batch, index]', "pass"),
     "state": ("sweep_gpu", "else index + 1", "else index + 2"),
     "group": (
         "plan_gpu",

@@ -1,5 +1,6 @@
 """Each feature map is its formula, stays finite, and enters the op as it is, called or paired, learned or not."""
 
+import dataclasses
 import functools
 import pickle
 from typing import Any
@@ -83,12 +84,31 @@ def test_value_and_derivative_that_kernels_read(name):
     np.testing.assert_allclose(pulled(both)[0], found, rtol=1e-6, atol=1e-6)
 
 
+@jax.custom_jvp
+def twice_the_gradient(x):
+    return maps.relu(x)
+
+
+twice_the_gradient.defjvp(lambda primals, tangents: (maps.relu(*primals), 2 * jax.jvp(maps.relu, primals, tangents)[1]))
+
+
+@jax.custom_vjp
+def no_gradient(x):
+    return maps.softmax(x)
+
+
+no_gradient.defvjp(lambda x: (maps.softmax(x), x), lambda x, g: (jnp.zeros_like(x),))
+
+
 def test_a_map_that_is_jitted_or_wrapped_keeps_its_kernel():
     relu, d = maps.relu, 8
     wrapped = (jax.jit(relu), functools.partial(relu), lambda x: relu(x), jax.checkpoint(relu), (relu, jax.jit(relu)))
     assert [maps.in_kernels(phi, d) for phi in wrapped] == [relu] * len(wrapped)
     others = (
         lambda x: 2 * relu(x),
+        twice_the_gradient,
+        no_gradient,
+        dataclasses.replace(relu, value=lambda x: jnp.maximum(x, 1.0)),
         (relu, maps.exp),
         maps.taylor,
         jax.nn.relu,
@@ -241,6 +261,7 @@ ALIKE = {
     "vectorized": VECTORIZED,
     "a network": jnp.vectorize(MLP, signature="(d)->(f)"),
     "one that looks at its input's shape": lambda x: x / x.shape[-1] ** 0.5,
+    "a reduction of its own": lambda x: x - jax.lax.reduce(x, jnp.float32(0), jnp.hypot, (x.ndim - 1,))[..., None],
     "sorted channels": lambda x: jnp.sort(x, axis=-1),
     "a cumulative sum of channels": lambda x: jnp.cumsum(x, axis=-1),
     "products of channels": lambda x: (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], -1),
