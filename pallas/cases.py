@@ -31,8 +31,8 @@ WHOLE = ("swa_gain", "rla_gain", "weight_q", "weight_k")  # not one for each seq
 PARAMETERS = (*STATES, *WHOLE)  # float32 beside bfloat16 activations
 BOUND = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-3}  # of `chunked`
 FLOOR = {"float32": 1e-5, "bfloat16": 3e-3}  # a kernel may be off by this and by twice what `chunked` is off by
-CANCELLED = 0.5
-PER_TOKEN = ("d q", "d k", "d v", "d q_rla", "d k_rla")
+CANCELLED, NOTHING = 0.5, 1e-9  # parts of the size that gradients would have if they did not cancel
+PER_TOKEN = ("output", "d q", "d k", "d v", "d q_rla", "d k_rla")
 REMEDY = "give a line as `python -m pallas check` prints it"
 LEARNED = ("learned", "pair")  # maps with parameters: one for queries and keys, or one for each
 
@@ -227,16 +227,20 @@ def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
     """Relative RMS error by tensor; infinite where the definition is exactly 0 and the result is not.
 
     Where the window's softmax is all but one key's, d q and d k are differences of numbers that are all but equal: they
-    are measured against no less than CANCELLED of the size they would have if they were not.
+    are measured against no less than CANCELLED of the size they would have if they were not. So are d q_rla and d k_rla
+    where the residual set is one key at most, and the norm leaves nothing of them but rounding.
     """
     assert got.keys() == expected.keys()
+    size = lambda x: float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
     found = {name: relative_rms(got[name], expected[name]) for name in expected}
     if case.op != RLA and case.backward:
         natural = CANCELLED * _size_of_window_gradients(case)
         for name, least in {"d q": natural, "d k": natural * (case.sizes[0] / case.sizes[1]) ** 0.5}.items():
-            size = lambda x: float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
             if name in expected and size(expected[name]) < least:
                 found[name] = size(np.asarray(got[name], np.float64) - expected[name]) / least
+    for name in ("d q_rla", "d k_rla"):
+        if name in expected and size(expected[name]) < NOTHING * (natural := _size_of_residual_gradients(case)):
+            found[name] = size(np.asarray(got[name], np.float64) - expected[name]) / (CANCELLED * natural)
     for name in ("output", "final_state"):
         if name in expected and np.any(got[name][expected[name] == 0]):
             found[f"{name}, exact zeros"] = np.inf
@@ -252,6 +256,11 @@ def _size_of_window_gradients(case: Case) -> float:
     if case.op == BOTH:
         of_output = (1 + case.mean**2) * (case.mean**2 + sharpness) ** -0.5
     return scale * case.size_qk * of_output * (case.sizes[3] * sharpness) ** 0.5
+
+
+def _size_of_residual_gradients(case: Case) -> float:
+    """Likewise of d q_rla and d k_rla under the norm: what reads a number of size x changes by as much as 1 / x."""
+    return (1 + case.mean**2) ** 0.5 * (case.sizes[3] / case.sizes[2]) ** 0.5 / case.size_rla
 
 
 def _sharpness(case: Case) -> float:
@@ -282,7 +291,7 @@ def allowed(case: Case, implementation: str, expected: dict, of_chunked: dict[st
     """`bounds` for random calls: the largest error of each of their tensors.
 
     Of kernels, parameters of a map get sums of what its queries and keys get, and are held to the same. And where a
-    gradient is made of few tokens, its error is of few roundings: with one token the bound is three times as wide, with
+    tensor is made of few tokens, its error is of few roundings: with one token the bound is three times as wide, with
     ten a fifth wider, with a thousand nothing to speak of.
     """
     base = bounds(case.dtype, implementation, of_chunked)

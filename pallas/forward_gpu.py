@@ -230,7 +230,7 @@ class _Compute:
         if plan.local:
             plgpu.barrier_wait(self.mine(self.loaded))
             out, lse, use = _window(
-                self.ring, place, plan, self.mine(self.q_tile), start, use, self.warpgroup, self.turn, self.save
+                self.ring, place, plan, self.mine(self.q_tile), start, use, self.warpgroup, self.turn
             )
             ahead(self.load_q)
             self.put_rows(lse, "lse", place)
@@ -265,12 +265,8 @@ class _Compute:
         return use
 
 
-def _window(ring: Ring, place: Place, plan: Plan, q_tile, start, use, warpgroup, turn, save: bool):
-    """Softmax attention over the window: (o_swa [ROWS, d], log2 of the sum of exp2 of the logits [ROWS], uses).
-
-    With `save`, o_swa is divided by the sum of the weights as they were rounded. In a flat softmax these err alike, and
-    the d_logits of a query, which the backward pass forms from o_swa, would not sum to 0.
-    """
+def _window(ring: Ring, place: Place, plan: Plan, q_tile, start, use, warpgroup, turn):
+    """Softmax attention over the window: (o_swa [ROWS, d], log2 of the sum of exp2 of the logits [ROWS], uses)."""
     lowest, position, d, chunk = place.lowest, place.position, plan.head_size, plan.chunk
     scale = LOG2E * (plan.scale if plan.scale > 0 else 1.0)  # after the maximum, where it costs nothing
     begin, unmasked, masked_again, end = plan.window_range(lowest, lowest + plan.span - 1)
@@ -281,7 +277,7 @@ def _window(ring: Ring, place: Place, plan: Plan, q_tile, start, use, warpgroup,
             plgpu.barrier_wait(turn)
 
     def block(j, carry, masked: bool, half: int | None = None):
-        out, highest, total, *rounded, use = carry
+        out, highest, total, use = carry
         key, columns = j * chunk, chunk
         keys, values = ring.tile_of(use), ring.tile_of(use + 1)
         if half is not None:
@@ -315,20 +311,19 @@ def _window(ring: Ring, place: Place, plan: Plan, q_tile, start, use, warpgroup,
         out *= across(shrink, d)
         total = total * shrink + weights.sum(axis=1)
         weights = weights.astype(jnp.bfloat16)
-        rounded = [x * shrink + weights.astype(jnp.float32).sum(axis=1) for x in rounded]
         if not plan.interpret:
-            out, total, higher, weights, *rounded = lax.optimization_barrier((out, total, higher, weights, *rounded))
+            out, total, higher, weights = lax.optimization_barrier((out, total, higher, weights))
             plgpu.barrier_arrive(turn)
         ring.wait(use + 1)
         if not plan.interpret:
             plgpu.barrier_wait(turn)
         out = multiply_add(plan.interpret, (out, [(weights, values)]))
         ring.release(use + 1)
-        return out, higher, total, *rounded, use + 2
+        return out, higher, total, use + 2
 
     if not plan.interpret:
         pl.when(warpgroup == 1)(take_turns)
-    carry = zeros(ROWS, d), zero_rows(ROWS, MASKED), zero_rows(ROWS), *[zero_rows(ROWS)] * save, use
+    carry = zeros(ROWS, d), zero_rows(ROWS, MASKED), zero_rows(ROWS), use
     masked, plain = functools.partial(block, masked=True), functools.partial(block, masked=False)
     last_half = jnp.int32(0)
     if chunk > ROWS:
@@ -343,10 +338,10 @@ def _window(ring: Ring, place: Place, plan: Plan, q_tile, start, use, warpgroup,
         carry = lax.fori_loop(masked_again, end, masked, carry)
     if chunk > ROWS:
         carry = lax.fori_loop(end, end + last_half, functools.partial(masked, half=0), carry)
-    out, highest, total, *rounded, use = carry
+    out, highest, total, use = carry
     if not plan.interpret:
         pl.when(warpgroup == 0)(take_turns)
-    return out * across(1.0 / (rounded[0] if save else total), d), highest + jnp.log2(total), use
+    return out * across(1.0 / total, d), highest + jnp.log2(total), use
 
 
 def _residual(compute: _Compute, place: Place, start, use, ahead):

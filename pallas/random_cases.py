@@ -28,7 +28,9 @@ KV, GROUPS = (1, 2, 1, 3), (1, 2, 3, 4, 5, 8)
 HEAD_SIZES = (8, 33, 64, 64, 64, 100, 128, 128, 128, 127)
 SEGMENTS = ("one", "few", "few", "many", "one a token", "at tiles")
 MEANS, SIZES = (-1.0, 0.0, 0.5, 1.0), (0.01, 0.1, 1.0, 1.0, 3.0, 30.0)
-# What maps read. Below these a map that is not 0 at 0 is flat, and what its gradient is made of are differences that
+# q and k of less than 0.1 make the window's softmax so flat that its weights, rounded for the product with the values,
+# err alike, which the gradient of its queries does not forgive (LOG.md, 2026-11-28).
+# What maps read: below these a map that is not 0 at 0 is flat, and what its gradient is made of are differences that
 # features in bfloat16 do not hold; above them softmax keeps nothing but its largest channel (LOG.md, 2026-11-27).
 SIZES_OF_MAPS: dict[str, tuple[float, ...]] = dict.fromkeys(("softmax", "learned"), (0.3, 1.0, 1.0, 3.0, 10.0))
 SIZES_OF_MAPS |= dict.fromkeys(("exp", "elu_plus_one", "pair"), (1.0, 1.0, 3.0, 30.0))
@@ -63,7 +65,9 @@ def draw(seed: int, implementation: str, longest: int) -> Case:
     static: list = []
     shared = op == BOTH and pick("shared", (False, False, True))
     size_rla = pick("size_rla", SIZES_OF_MAPS.get(map_name, SIZES))
-    size_qk = size_rla if shared else pick("size_qk", SIZES)
+    size_qk = size_rla if shared else pick("size_qk", SIZES[1:])
+    if shared:
+        size_qk = size_rla = max(size_rla, SIZES[1])
     scale = pick("scale", (None, None, None, 0.5, -0.2))
     if size_qk > 3:  # logits of thousands, whose rounding alone would decide which key is seen
         scale = d**-0.5 / size_qk**2
