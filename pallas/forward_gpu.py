@@ -49,8 +49,8 @@ from pallas.warpgroup_gpu import (
 def forward(arrays: dict, plan: Plan, *, save: bool) -> dict:
     """out [b, t, h, dv] and, with `save`, what the backward pass reads.
 
-    arrays: q, k, v; q_rla or features_q; features_k, states, state_means; start_states, start_means; segment_start;
-    swa_gain, rla_gain. Those that the plan does without are None.
+    arrays: q, k, v; q_rla or features_q; features_k, states, state_rests with two `plan.state_parts`, state_means;
+    start_states, start_means; segment_start; swa_gain, rla_gain. Those that the plan does without are None.
     """
     batch = arrays["v"].shape[0]
     heads, d = plan.num_heads, plan.head_size

@@ -46,9 +46,10 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
 
     With `plan.precise_keys` also d_rest, what rounding took from d_rla.
 
-    arrays: d_rla, the cotangent of o_rla, or, where a norm follows, d_out, y_rla, r_rla and rla_gain, with whose help
-    it is computed here, and `d_gain` [b, tiles, h, d], to be summed over tiles; q_rla unless features are given;
-    features_k, v, states, state_means; start_states, start_means; segment_start.
+    arrays: d_rla, the cotangent of o_rla, or, where a norm follows, d_out, y_rla (and y_rla_rest with `plan.precise`),
+    r_rla and rla_gain, with whose help it is computed here, and `d_gain` [b, tiles, h, d], to be summed over tiles;
+    q_rla unless features are given; features_k, v, states, state_rests with two `plan.state_parts`, state_means;
+    start_states, start_means; segment_start.
     """
     d, heads, batch, t = plan.head_size, plan.num_heads, arrays["v"].shape[0], plan.num_queries
     scratch = {
@@ -95,7 +96,7 @@ def _residual_query_gradients(refs, ring, plan: Plan, num_tiles: int, **scratch)
 
 
 def _slices_at_once(plan: Plan) -> int:
-    """Where features are given, operands are in two parts each: registers hold them for one slice of phi only."""
+    """Where features are given, states are in two parts, too: registers hold operands for one slice of phi only."""
     return 1 if plan.map is None else plan.slices_at_once
 
 

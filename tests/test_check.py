@@ -47,7 +47,9 @@ def test_what_is_drawn_covers_the_contract():
     assert found["states"] == {"none", "initial_state", "segment_state", "initial_state+segment_state"}
     assert found["group"] == {"odd", "even"}
     assert {"4", "8", "16", "33", "64", "100", "127", "128"} == found["d"]
-    assert {"0.01", "30.0"} <= found["size"] & found["size_qk"] & found["size_rla"]
+    assert {"0.01", "30.0"} <= found["size"] & found["size_rla"]
+    assert {"0.1", "30.0"} <= found["size_qk"]
+    assert {"-1.0", "0.0", "1.0"} <= found["mean"]
     for factor in ("more keys", "backward", "shared"):
         assert found[factor] == {"True", "False"}
     longest = [draw(seed, "gpu", 4096).t for seed in range(100)]
