@@ -204,8 +204,9 @@ def without_segments(plan, given, chunk_index, state, mean, phi_k, v):
     return residual_tpu_advance(dataclasses.replace(plan, segmented=False), given, chunk_index, state, mean, phi_k, v)
 
 
-def without_values(plan, given, chunk_index, state, mean, phi_k, v):
-    return residual_tpu_advance(plan, given, chunk_index, state, mean, jnp.roll(phi_k, 1, axis=0), v)
+def without_values(plan, given, chunk_index, state, mean, k_parts, v):
+    apart = [jnp.roll(x, 1, axis=0) for x in k_parts]
+    return residual_tpu_advance(plan, given, chunk_index, state, mean, apart, v)
 
 
 residual_tpu_centre, residual_tpu_advance = residual_tpu.centre, residual_tpu.advance
