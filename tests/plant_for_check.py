@@ -73,7 +73,8 @@ def find(name: str, minutes: float, rest: list[str]) -> bool:
     failures = [line for line in lines if line.startswith("FAILED")]
     summary = next((line for line in reversed(lines) if re.match(r"\d+ calls", line)), done.stderr[-300:])
     print(f"{name}: {summary} ({time.time() - began:.0f} s)")
-    for line in failures[:1] + [line for line in lines if line.startswith(("from ", "to ", "      "))][:3]:
+    smaller = next((i for i, line in enumerate(lines) if line.startswith("making ")), len(lines))
+    for line in failures[:1] + lines[smaller + 1 : smaller + 4]:
         print(f"  {line[:200]}")
     return bool(failures)
 
