@@ -33,7 +33,7 @@ BOUND = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-3}  # of `chunked`
 FLOOR = {"float32": 1e-5, "bfloat16": 3e-3}  # a kernel may be off by this and by twice what `chunked` is off by
 CANCELLED, NOTHING = 0.5, 1e-9  # parts of the size that gradients would have if they did not cancel
 PER_TOKEN = ("output", "d q", "d k", "d v", "d q_rla", "d k_rla")
-REMEDY = "give a line as `python -m pallas check` prints it"
+REMEDY = "give a line as `check` prints it"
 LEARNED = ("learned", "pair")  # maps with parameters: one for queries and keys, or one for each
 
 
@@ -370,13 +370,11 @@ def parse(line: str) -> Case:
             else:
                 raise ValueError("no field of a case")
         except ValueError as error:
-            raise ValueError(
-                f"check: {word!r} is no word of a case: {error}; give a line as `check` prints it"
-            ) from error
+            raise ValueError(f"check: {word!r} is no word of a case: {error}; {REMEDY}") from error
     try:
         case = Case(**found, static=tuple(static))
     except TypeError as error:
-        raise ValueError(f"check: {line!r} is no case: {error}; give a line as `check` prints it") from error
+        raise ValueError(f"check: {line!r} is no case: {error}; {REMEDY}") from error
     if case.batch == 1 and case.segments and not isinstance(case.segments[0], tuple):
         case = dataclasses.replace(case, segments=(case.segments,))
     return case

@@ -42,6 +42,11 @@ class Held:
     bounds: dict[str, float]
     wrong: str
 
+    def shares(self) -> dict[str, tuple[float, float, float]]:
+        """(error / bound, error, bound) by tensor."""
+        share = lambda error, bound: error / bound if bound else float(error > 0)
+        return {name: (share(x, self.bounds[name]), x, self.bounds[name]) for name, x in self.errors.items()}
+
 
 # What workers do.
 
@@ -76,9 +81,8 @@ def hold(cases: list[Case], implementation: str, until: float = float("inf")) ->
         expected = definition(case)
         found = errors(case, first, expected)
         of_chunked = errors(case, portable(case), expected) if portable else {}
-        bounds = dict.fromkeys(found, 0.0) | allowed(
-            case, implementation, expected, of_chunked
-        )  # exact zeros are exact
+        bounds = dict.fromkeys(found, 0.0)  # exact zeros are exact
+        bounds |= allowed(case, implementation, expected, of_chunked)
         outside = [name for name in found if not found[name] <= bounds[name]]
         wrong = [f"{name} {found[name]:.1e} > {bounds[name]:.1e}" for name in outside]
         wrong += [f"{name}: two runs differ" for name in first if first[name].tobytes() != second[name].tobytes()]
@@ -200,12 +204,9 @@ class Tally:
             case = parse(one.line)
             found = options(case)
             self.met.update(found.items())
-            for tensor, error in one.errors.items():
-                bound = one.bounds[tensor]
-                ratio = error / bound if bound else float(error > 0)
-                kept = ratio, error, bound, one.line
+            for tensor, share in one.shares().items():
                 key = found["map"], tensor
-                self.worst[key] = max(self.worst.get(key, (-1.0,)), kept, key=lambda x: x[0])
+                self.worst[key] = max(self.worst.get(key, (-1.0,)), (*share, one.line), key=lambda x: x[0])
             if one.wrong:
                 self.failures.append((one.wrong, one.line))
 
@@ -268,12 +269,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--implementation", choices=["chunked", "gpu", "tpu"], help="default: what None picks on this machine")
     add("--longest", type=int, help="tokens of a call; default: 4096 on a device, a few hundred where interpreted")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="worker processes")
-    add(
-        "--shrink",
-        type=int,
-        default=3,
-        help="kinds of failures that are made smaller, in at most --minutes and 4 minutes",
-    )
+    add("--shrink", type=int, default=3, help="kinds of failures made smaller, in at most --minutes and 4 minutes")
     add("--replay", metavar="LINE", help="hold one call, as a failure's line gives it, and show all its errors")
     add("--out", type=Path, help="file that one JSON object a program is added to")
     add("--commit", help="written beside the results; default: what git says")
@@ -358,9 +354,8 @@ def _row(seed: int, case: Case, held: list[Held], failures: list) -> dict[str, A
     """What is kept of a program: how often it was called and the errors nearest to their bounds."""
     worst: dict[str, tuple] = {}
     for one in held:
-        for tensor, error in one.errors.items():
-            ratio = error / one.bounds[tensor] if one.bounds[tensor] else float(error > 0)
-            worst[tensor] = max(worst.get(tensor, (-1.0,)), (ratio, error, one.bounds[tensor]))
+        for tensor, share in one.shares().items():
+            worst[tensor] = max(worst.get(tensor, (-1.0,)), share)
     return {"seed": seed, "program": to_line(case.program), "calls": len(held), "worst": worst, "failures": failures}
 
 

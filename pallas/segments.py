@@ -27,6 +27,12 @@ def starts(segment_ids: Int[Array, "s"]) -> Int[Array, "s"]:
     return jax.lax.cummax(jnp.where(opens, jnp.arange(opens.shape[0], dtype=jnp.int32), 0))
 
 
+def _so_far(bad: Bool[Array, "s n"], segment_ids: Int[Array, "s"]) -> Bool[Array, "s n"]:
+    """Is it so at a place, or at one before it in its segment?"""
+    newest = jax.lax.cummax(jnp.where(bad, jnp.arange(bad.shape[0], dtype=jnp.int32)[:, None], -1))
+    return newest >= starts(segment_ids)[:, None]
+
+
 class Spoilt(NamedTuple):
     """What numbers that are not finite may reach within their documents, and those documents."""
 
@@ -53,19 +59,15 @@ def contained(
     s, kv = next(iter(keys.values())).shape[:2]
     t, h = next(iter(queries.values())).shape[:2]
     start = starts(segment_ids)
-    bad_key = bad(keys, -1)  # [s, kv]
-    newest = jax.lax.cummax(jnp.where(bad_key, jnp.arange(s, dtype=jnp.int32)[:, None], -1))
-    spoilt = newest >= start[:, None]  # by a key before or at this place, in the same segment
+    spoilt = _so_far(bad(keys, -1), segment_ids)  # [s, kv]
     for name, reads in (("initial_state", start == 0), ("segment_state", start > 0)):
         if name in arrays:
             spoilt |= reads[:, None] & bad((name,), (-2, -1))[None]
     state = spoilt[-1]
     out = jnp.repeat(spoilt[s - t :], h // kv, axis=1) | bad(queries, -1)
     anything = spoilt.any(axis=1) | jnp.concatenate([jnp.zeros((s - t,), bool), out.any(axis=1)])
-    from_right = jnp.where(anything, jnp.arange(s - 1, -1, -1, dtype=jnp.int32), -1)  # places counted from the last
-    before_end = jnp.flip(starts(jnp.flip(segment_ids)))
-    document = jax.lax.cummax(jnp.where(anything, jnp.arange(s, dtype=jnp.int32), -1)) >= start
-    document |= jax.lax.cummax(from_right, reverse=True) >= before_end
+    later = jnp.flip(_so_far(jnp.flip(anything)[:, None], jnp.flip(segment_ids)))
+    document = (_so_far(anything[:, None], segment_ids) | later)[:, 0]
     return finite | {name: None for name, x in states.items() if x is None}, Spoilt(
         out, state, document[s - t :], document[-1]
     )
