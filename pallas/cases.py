@@ -27,6 +27,7 @@ ARRAYS = {
 }
 SWA, RLA, BOTH = ARRAYS
 STATES = ("initial_state", "segment_state")
+OF_HEADS = ("q", "k", "v", "q_rla", "k_rla")
 WHOLE = ("swa_gain", "rla_gain", "weight_q", "weight_k")  # not one for each sequence of a batch
 PARAMETERS = (*STATES, *WHOLE)  # float32 beside bfloat16 activations
 BOUND = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-3}  # of `chunked`
@@ -154,19 +155,20 @@ class Case:
         return np.stack([count(x) for x in self.segments]) if self.batch else count(self.segments)
 
 
-def precision(dtype: str, implementation: str | None):
-    """float64 switched on where it is asked for, and float32 products in float32 everywhere; kernels alone on a GPU."""
+def precision(dtype: str, on: str | None):
+    """float64 switched on where it is asked for, and float32 products in float32; on a "cpu", or where JAX would run."""
     stack = contextlib.ExitStack()
     stack.enter_context(jax.default_matmul_precision("highest"))
-    if implementation != "gpu":
-        stack.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
+    if on is not None:
+        stack.enter_context(jax.default_device(jax.local_devices(backend=on)[0]))
     if dtype == "float64":
         stack.enter_context(jax.enable_x64(True))
     return stack
 
 
-def on_gpu(implementation: str | None) -> bool:
-    return implementation == "gpu" and jax.default_backend() == "gpu"
+def options_of_compiler(on: str | None) -> dict | None:
+    """On a CPU, none of the optimisations: compiling is most of the time."""
+    return {"xla_backend_optimization_level": 0} if "cpu" in (on, jax.default_backend()) else None
 
 
 def call(case: Case, arrays: dict, ids, implementation: str | None, **static) -> dict:
@@ -189,20 +191,24 @@ def _map(name: str, weights: list):
     return feature_map.named[name]
 
 
-def compiled(case: Case, dtype: str, implementation: str | None):
-    """run(case): results and gradients in NumPy, by name, for any case of the same `program`."""
+def compiled(case: Case, dtype: str, implementation: str | None, on: str | None = None):
+    """run(case): results and gradients in NumPy, by name, for any case of the same `program`.
+
+    The compiled program is given a token's heads side by side, as projections make them: compilers fuse what cuts them
+    apart with what follows, and may get that wrong.
+    """
     case = case.program
 
     def results(arrays, ids):
-        op = lambda arrays, ids: call(case, arrays, ids, implementation)
+        def op(arrays, ids):
+            return call(case, {name: x.reshape(case.shape(name)) for name, x in arrays.items()}, ids, implementation)
+
         if not case.batch:
             return op(arrays, ids)
         axes = {name: None if name in WHOLE else 0 for name in arrays}
         return jax.vmap(op, in_axes=(axes, None if ids is None else 0))(arrays, ids)
 
-    unoptimised = {"xla_backend_optimization_level": 0}  # compiling is most of the time
-
-    @functools.partial(jax.jit, compiler_options=None if on_gpu(implementation) else unoptimised)
+    @functools.partial(jax.jit, compiler_options=options_of_compiler(on))
     def pulled_back(arrays, ids, cotangents):
         if not case.backward:
             return results(arrays, ids)
@@ -211,14 +217,16 @@ def compiled(case: Case, dtype: str, implementation: str | None):
         return found | {f"d {name}": gradient for name, gradient in gradients.items()}
 
     def run(case: Case):
-        with precision(dtype, implementation):
-            arrays = {name: jnp.asarray(x) for name, x in case.arrays(dtype).items()}
+        with precision(dtype, on):
+            drawn = case.arrays(dtype)
             if dtype == "float64":  # the same numbers that the narrower dtype was given
-                arrays = {name: jnp.asarray(x.astype(np.float64)) for name, x in case.arrays(case.dtype).items()}
+                drawn = {name: x.astype(np.float64) for name, x in case.arrays(case.dtype).items()}
+            flat = lambda name, x: x.reshape(*x.shape[:-2], -1) if name in OF_HEADS else x
+            arrays = {name: jnp.asarray(flat(name, x)) for name, x in drawn.items()}
             ids = None if not case.segments else jnp.asarray(case.ids())
             cotangents = {name: jnp.asarray(x) for name, x in case.cotangents().items()}
-            found = pulled_back(arrays, ids, cotangents)
-            return {name: np.asarray(x) for name, x in found.items()}
+            found = {name: np.asarray(x) for name, x in pulled_back(arrays, ids, cotangents).items()}
+            return found | {f"d {name}": found[f"d {name}"].reshape(x.shape) for name, x in drawn.items() if case.backward}
 
     return run
 

@@ -70,9 +70,9 @@ def hold(cases: list[Case], implementation: str, until: float = float("inf")) ->
     import jax
 
     program = compiled(cases[0], cases[0].dtype, implementation)
-    definition = compiled(cases[0], "float64", "reference")
+    definition = compiled(cases[0], "float64", "reference", on="cpu")
     kernel = implementation not in ("chunked", "reference")
-    portable = compiled(cases[0], cases[0].dtype, "chunked") if kernel else None
+    portable = compiled(cases[0], cases[0].dtype, "chunked", on="cpu") if kernel else None
     held = []
     for case in cases:
         if held and time.time() > until:

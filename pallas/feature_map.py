@@ -51,7 +51,11 @@ class KernelMap:
     @jaxtyped(typechecker=beartype)
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch f"]:
         x = _widen(x)
-        return jnp.concatenate([_value(self, x), _value(self, -x)], axis=-1) if self.signed else _value(self, x)
+        if not self.signed:
+            return _value(self, x)
+        # Both halves at once, not joined: XLA on a GPU gets softmax and concatenate in one fusion wrong (LOG.md, 2026-11-28).
+        signs = jnp.array([1.0, -1.0], x.dtype).reshape(*[1] * (x.ndim - 1), 2, 1)
+        return _value(self, x[..., None, :] * signs).reshape(*x.shape[:-1], 2 * x.shape[-1])
 
     @property
     def __name__(self) -> str:

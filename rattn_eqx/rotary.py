@@ -22,7 +22,8 @@ def rotary(x: Float[Array, "t h d"], positions: Int[Array, "t"], *, theta: float
         raise ValueError(f"rotary: d must be even, since channels turn in pairs; got d={d}")
     dtype = accumulation_dtype(x)
     frequency = theta ** (-jnp.arange(0, d, 2, dtype=dtype) / d)
-    angle = positions.astype(dtype)[:, None, None] * frequency[None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    angle = positions.astype(dtype)[:, None, None, None] * frequency[None, None, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle) * jnp.array([-1.0, 1.0], dtype)[None, None, :, None]
+    # Not joined of two halves: XLA on a GPU gets a norm and a concatenate in one fusion wrong (LOG.md, 2026-11-28).
+    pairs = x.astype(dtype).reshape(*x.shape[:-1], 2, d // 2)
+    return (pairs * cos + pairs[..., ::-1, :] * sin).reshape(x.shape).astype(x.dtype)

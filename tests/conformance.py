@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas import cases
-from pallas.cases import ARRAYS, BOTH, BOUND, FLOOR, RLA, STATES, SWA, Case, errors, on_gpu, precision
+from pallas.cases import ARRAYS, BOTH, BOUND, FLOOR, RLA, STATES, SWA, Case, errors, options_of_compiler, precision
 
 __all__ = ["ARRAYS", "BOTH", "BOUND", "FLOOR", "RLA", "STATES", "SWA", "Case", "errors"]
 
@@ -28,9 +28,9 @@ def compiled(case: Case, dtype, *, implementation, window=None, wrap=lambda op, 
     def op(arrays):
         return cases.call(case, arrays, ids, implementation, **static)
 
-    unoptimised = {"xla_backend_optimization_level": 0}  # compiling is most of the time
+    on = None if implementation == "gpu" else "cpu"
 
-    @functools.partial(jax.jit, compiler_options=None if on_gpu(implementation) else unoptimised)
+    @functools.partial(jax.jit, compiler_options=options_of_compiler(on))
     def pulled_back(arrays):
         result, pull_back = jax.vjp(functools.partial(wrap, op), arrays)
         generator = np.random.default_rng(1)
@@ -42,7 +42,7 @@ def compiled(case: Case, dtype, *, implementation, window=None, wrap=lambda op, 
         return result | {f"d {name}": gradient for name, gradient in gradients.items()}
 
     def run(arrays):
-        with precision(dtype, implementation):
+        with precision(dtype, on):
             named = pulled_back({name: jnp.asarray(array) for name, array in arrays.items()})
             return {name: np.asarray(array) for name, array in named.items()}
 
