@@ -156,7 +156,7 @@ class Case:
 
 
 def precision(dtype: str, on: str | None):
-    """float64 switched on where it is asked for, and float32 products in float32; on a "cpu", or where JAX would run."""
+    """float64 switched on where it is asked for, float32 products in float32; on a "cpu", or where JAX would run."""
     stack = contextlib.ExitStack()
     stack.enter_context(jax.default_matmul_precision("highest"))
     if on is not None:
@@ -226,7 +226,7 @@ def compiled(case: Case, dtype: str, implementation: str | None, on: str | None 
             ids = None if not case.segments else jnp.asarray(case.ids())
             cotangents = {name: jnp.asarray(x) for name, x in case.cotangents().items()}
             found = {name: np.asarray(x) for name, x in pulled_back(arrays, ids, cotangents).items()}
-            return found | {f"d {name}": found[f"d {name}"].reshape(x.shape) for name, x in drawn.items() if case.backward}
+            return {name: x.reshape(drawn[name[2:]].shape) if name[:2] == "d " else x for name, x in found.items()}
 
     return run
 

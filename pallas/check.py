@@ -269,6 +269,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--implementation", choices=["chunked", "gpu", "tpu"], help="default: what None picks on this machine")
     add("--longest", type=int, help="tokens of a call; default: 4096 on a device, a few hundred where interpreted")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="worker processes")
+    add("-x", "--exitfirst", action="store_true", help="stop at the first program that fails")
     add("--shrink", type=int, default=3, help="kinds of failures made smaller, in at most --minutes and 4 minutes")
     add("--replay", metavar="LINE", help="hold one call, as a failure's line gives it, and show all its errors")
     add("--out", type=Path, help="file that one JSON object a program is added to")
@@ -292,7 +293,7 @@ def main(arguments: list[str]) -> int:
         return 1
     implementation = given.implementation or machine["chosen"]
     interpreted = implementation != "chunked" and machine["platform"] != implementation
-    where = "interpreted on a CPU" if interpreted else "on this device" if implementation != "chunked" else "on a CPU"
+    where = "interpreted on a CPU" if interpreted else "on this device"
     facts: dict[str, Any] = dict(
         implementation=implementation, interpreted=interpreted, date=provenance.now(), **machine
     )
@@ -329,6 +330,8 @@ def main(arguments: list[str]) -> int:
         save(_row(counted.seeds[to_line(cases[0])], cases[0], what if how == "done" else [], new))
         bar.n = min(time.time() - began, bar.total)
         bar.set_postfix_str(f"{tally.calls} calls, {tally.programs} programs, {len(tally.failures)} failures")
+        if new and given.exitfirst:
+            break
     bar.close()
     tally.show()
     _show_shrunk(tally.failures, implementation, given.jobs, given.shrink, 60 * given.minutes)

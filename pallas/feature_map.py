@@ -53,7 +53,7 @@ class KernelMap:
         x = _widen(x)
         if not self.signed:
             return _value(self, x)
-        # Both halves at once, not joined: XLA on a GPU gets softmax and concatenate in one fusion wrong (LOG.md, 2026-11-28).
+        # Both halves at once, not joined: XLA on a GPU may get softmax and concatenate wrong (LOG.md, 2026-11-28).
         signs = jnp.array([1.0, -1.0], x.dtype).reshape(*[1] * (x.ndim - 1), 2, 1)
         return _value(self, x[..., None, :] * signs).reshape(*x.shape[:-1], 2 * x.shape[-1])
 

@@ -24,6 +24,6 @@ def rotary(x: Float[Array, "t h d"], positions: Int[Array, "t"], *, theta: float
     frequency = theta ** (-jnp.arange(0, d, 2, dtype=dtype) / d)
     angle = positions.astype(dtype)[:, None, None, None] * frequency[None, None, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle) * jnp.array([-1.0, 1.0], dtype)[None, None, :, None]
-    # Not joined of two halves: XLA on a GPU gets a norm and a concatenate in one fusion wrong (LOG.md, 2026-11-28).
+    # Not joined of two halves: XLA on a GPU may get a norm and a concatenate wrong (LOG.md, 2026-11-28).
     pairs = x.astype(dtype).reshape(*x.shape[:-1], 2, d // 2)
     return (pairs * cos + pairs[..., ::-1, :] * sin).reshape(x.shape).astype(x.dtype)

@@ -64,7 +64,8 @@ def find(name: str, minutes: float, rest: list[str]) -> bool:
         if right not in source:
             raise SystemExit(f"the line to change is gone: {right}")
         changed.write_text(source.replace(right, wrong))
-        command = [sys.executable, "-m", "pallas", "check", "--implementation", "gpu", "--minutes", str(minutes), *rest]
+        command = [sys.executable, "-m", "pallas", "check", "--implementation", "gpu", "--exitfirst"]
+        command += ["--minutes", str(minutes), *rest]
         paths = [folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
         began = time.time()

@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +17,10 @@ import pytest
 from conformance import BOTH, RLA, SWA, Case, assert_conforms, bounds, compiled, errors, reference, values_and_gradients
 
 import pallas
-from pallas import arguments, rattention_gpu
+from pallas import arguments, feature_map, rattention_gpu
 from pallas.block_sizes import BlockSizes
+from pallas.error import relative_rms
+from rattn_eqx import RAttention
 
 pytest.importorskip("jax", "0.11", reason="the kernels need jax 0.11 (Python 3.12)")
 
@@ -418,3 +421,23 @@ def test_two_runs_on_the_device_are_bitwise_equal(device, segments):
     for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
     assert all(np.all(np.isfinite(np.asarray(x, np.float32))) for x in jax.tree.leaves(first))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["softmax", "hedgehog"])
+@pytest.mark.parametrize(("num_heads", "head_size"), [(3, 64), (12, 64), (12, 128)])
+def test_a_layer_on_the_device_is_the_layer_on_a_cpu(device, num_heads, head_size, kind):
+    """What XLA makes of projections, norms, rotary embedding and feature maps, in float32."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    found = []
+    for backend in ("gpu", "cpu"):
+        with jax.default_device(jax.local_devices(backend=backend)[0]), jax.default_matmul_precision("highest"):
+            phi = feature_map.Hedgehog(head_size, key=keys[0]) if kind == "hedgehog" else feature_map.softmax
+            sizes = dict(num_heads=num_heads, num_kv_heads=num_heads // 3, head_size=head_size)
+            layer = RAttention(96, **sizes, window=32, feature_map=phi, implementation="chunked", key=keys[1])
+            x = jax.random.normal(keys[2], (128, 96))
+            arrays, rest = eqx.partition(layer, eqx.is_array)
+            out, pull_back = jax.vjp(jax.jit(lambda arrays, x, rest=rest: eqx.combine(arrays, rest)(x)), arrays, x)
+            found.append([np.asarray(leaf) for leaf in jax.tree.leaves((out, pull_back(jnp.cos(out))))])
+    for got, expected in zip(*found, strict=True):
+        assert relative_rms(got, expected) < 1e-5

@@ -195,6 +195,11 @@ def test_rotary_products_depend_on_the_distance_alone():
     assert abs(product(7, 3) - product(3, 7)) > 0.1
 
 
+def test_rotary_joins_nothing():
+    """XLA of jax 0.11.2 may compute a norm and then a concatenate wrong on an H100: LOG.md, 2026-11-28."""
+    assert "concatenate" not in str(jax.make_jaxpr(rotary)(jnp.ones((2, 3, 4)), jnp.arange(2)))
+
+
 def test_rotary_needs_pairs_of_channels():
     with pytest.raises(ValueError, match="rotary: d must be even, since channels turn in pairs; got d=5"):
         rotary(jnp.zeros((2, 1, 5)), jnp.arange(2))
