@@ -110,58 +110,22 @@ def _rounds(plan: Plan):
     return [(i, min(2, plan.slices - i)) for i in range(0, plan.slices, 2)]
 
 
-def _window_blocks(plan: Plan, lowest):
-    """Blocks of keys that a tile of queries from `lowest` on meets in its window: [begin, first) by their second half
-    alone, [last, end) by their first, and of those between [unmasked, masked_again) need no mask:
-    (begin, first, unmasked, masked_again, last, end).
-    """
-    highest = lowest + plan.span - 1
-    begin, unmasked, masked_again, end = plan.window_range(lowest, highest)
-    if plan.chunk == ROWS:
-        return begin, begin, unmasked, masked_again, end, end
-    oldest = jnp.maximum(lowest - plan.window + 1, 0)
-    first_half, last_half = plan.half_blocks(oldest, highest, begin, end)
-    first, last = begin + first_half, end - last_half
-    return begin, first, jnp.clip(unmasked, first, last), jnp.clip(masked_again, first, last), last, end
-
-
-def _edge_blocks(plan: Plan, lowest):
-    """The saved state that they read, and the blocks on the window's edge, [last, end) by their first half alone:
-    (state, begin, last, end).
-    """
-    highest = lowest + plan.span - 1
-    state, begin, end = plan.residual_range(lowest, highest)
-    if plan.chunk == ROWS:
-        return state, begin, end, end
-    _, last_half = plan.half_blocks(begin * plan.chunk, highest - plan.window, begin, end)
-    return state, begin, end - last_half, end
-
-
 def _copy(refs, ring: Ring, place: Place, plan: Plan, use):
     """The third warpgroup: ask for every tile in the order of its use."""
     batch, kv_head, lowest = place.batch, place.kv_head, place.lowest
-
-    def load_block(use, ref, j, half, *columns):
-        """A block of keys, or the half of it that is met, in the first half of the slot."""
-        key, count = (j * plan.chunk, plan.chunk) if half is None else (j * plan.chunk + half * ROWS, ROWS)
-        ring.load(use, ref.at[batch, pl.ds(key, count), kv_head, *columns], count)
-
+    rows = lambda j: pl.ds(j * plan.chunk, plan.chunk)
     if plan.local:
-        begin, first_half, _, _, last_half, end = _window_blocks(plan, lowest)
+        begin, _, _, end = plan.window_range(lowest, lowest + plan.span - 1)
 
-        def key_block(j, use, half=None):
-            load_block(use, refs["k"], j, half)
-            load_block(use + 1, refs["v"], j, half)
+        def key_block(j, use):
+            ring.load(use, refs["k"].at[batch, rows(j), kv_head])
+            ring.load(use + 1, refs["v"].at[batch, rows(j), kv_head])
             return use + 2
 
-        if plan.chunk > ROWS:
-            use = lax.fori_loop(begin, first_half, functools.partial(key_block, half=1), use)
-        use = lax.fori_loop(first_half, last_half, key_block, use)
-        if plan.chunk > ROWS:
-            use = lax.fori_loop(last_half, end, functools.partial(key_block, half=0), use)
+        use = lax.fori_loop(begin, end, key_block, use)
     if not plan.residual:
         return use
-    state, begin, last_half, end = _edge_blocks(plan, lowest)
+    state, begin, end = plan.residual_range(lowest, lowest + plan.span - 1)
     d = plan.head_size
     columns = lambda i: pl.ds(i * d, d)
     for first, count in _rounds(plan):
@@ -171,10 +135,10 @@ def _copy(refs, ring: Ring, place: Place, plan: Plan, use):
                 ring.load(use + i, source.at[:, columns(first + i)], d)
             return use + count
 
-        def edge_block(j, use, half=None, first=first, count=count):
+        def edge_block(j, use, first=first, count=count):
             for i in range(count):
-                load_block(use + i, refs["features_k"], j, half, columns(first + i))
-            load_block(use + count, refs["v"], j, half)
+                ring.load(use + i, refs["features_k"].at[batch, rows(j), kv_head, columns(first + i)])
+            ring.load(use + count, refs["v"].at[batch, rows(j), kv_head])
             return use + count + 1
 
         if plan.reaches_back:
@@ -188,9 +152,7 @@ def _copy(refs, ring: Ring, place: Place, plan: Plan, use):
         for i in range(plan.num_start_tiles):
             use = load_state(refs["start_states"].at[batch, i, kv_head], use)
         if plan.reaches_back:
-            use = lax.fori_loop(begin, last_half, edge_block, use)
-            if plan.chunk > ROWS:
-                use = lax.fori_loop(last_half, end, functools.partial(edge_block, half=0), use)
+            use = lax.fori_loop(begin, end, edge_block, use)
     return use
 
 
@@ -307,7 +269,7 @@ def _window(ring: Ring, place: Place, plan: Plan, q_tile, start, use, warpgroup,
     """Softmax attention over the window: (o_swa [ROWS, d], log2 of the sum of exp2 of the logits [ROWS], uses)."""
     lowest, position, d, chunk = place.lowest, place.position, plan.head_size, plan.chunk
     scale = LOG2E * (plan.scale if plan.scale > 0 else 1.0)  # after the maximum, where it costs nothing
-    begin, first_half, unmasked, masked_again, last_half, end = _window_blocks(plan, lowest)
+    begin, unmasked, masked_again, end = plan.window_range(lowest, lowest + plan.span - 1)
 
     def take_turns():  # one warpgroup's softmax runs beside the other's products
         if not plan.interpret:
@@ -316,8 +278,11 @@ def _window(ring: Ring, place: Place, plan: Plan, q_tile, start, use, warpgroup,
 
     def block(j, carry, masked: bool, half: int | None = None):
         out, highest, total, use = carry
-        key, columns = (j * chunk, chunk) if half is None else (j * chunk + half * ROWS, ROWS)
-        keys, values = ring.tile_of(use, columns), ring.tile_of(use + 1, columns)
+        key, columns = j * chunk, chunk
+        keys, values = ring.tile_of(use), ring.tile_of(use + 1)
+        if half is not None:
+            key, columns = key + half * ROWS, ROWS
+            keys, values = (x.at[pl.ds(half * ROWS, ROWS)] for x in (keys, values))
         ring.wait(use)
         if plan.interpret:
             logits = multiply_add(True, ((ROWS, columns), [(q_tile, keys.transpose((1, 0)))]))
@@ -360,14 +325,19 @@ def _window(ring: Ring, place: Place, plan: Plan, q_tile, start, use, warpgroup,
         pl.when(warpgroup == 1)(take_turns)
     carry = zeros(ROWS, d), zero_rows(ROWS, MASKED), zero_rows(ROWS), use
     masked, plain = functools.partial(block, masked=True), functools.partial(block, masked=False)
+    last_half = jnp.int32(0)
     if chunk > ROWS:
-        carry = lax.fori_loop(begin, first_half, functools.partial(masked, half=1), carry)
-    carry = lax.fori_loop(first_half, unmasked, masked, carry)
+        oldest = jnp.maximum(lowest - plan.window + 1, 0)
+        first_half, last_half = plan.half_blocks(oldest, lowest + plan.span - 1, begin, end)
+        carry = lax.fori_loop(begin, begin + first_half, functools.partial(masked, half=1), carry)
+        begin, end = begin + first_half, end - last_half
+        unmasked, masked_again = jnp.clip(unmasked, begin, end), jnp.clip(masked_again, begin, end)
+    carry = lax.fori_loop(begin, unmasked, masked, carry)
     if not plan.segmented:
         carry = lax.fori_loop(unmasked, masked_again, plain, carry)
-        carry = lax.fori_loop(masked_again, last_half, masked, carry)
+        carry = lax.fori_loop(masked_again, end, masked, carry)
     if chunk > ROWS:
-        carry = lax.fori_loop(last_half, end, functools.partial(masked, half=0), carry)
+        carry = lax.fori_loop(end, end + last_half, functools.partial(masked, half=0), carry)
     out, highest, total, use = carry
     if not plan.interpret:
         pl.when(warpgroup == 0)(take_turns)
@@ -380,7 +350,7 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
     batch, kv_head, position = place.batch, place.kv_head, place.position
     d, chunk = plan.head_size, plan.chunk
     q_rla_tile, loaded = compute.mine(compute.q_rla_tile), compute.mine(compute.rla_loaded)
-    state, begin, last_half, end = _edge_blocks(plan, place.lowest)
+    state, begin, end = plan.residual_range(place.lowest, place.lowest + plan.span - 1)
     out = zeros(ROWS, d)
 
     def features(i):  # slice i of phi(q): bfloat16 in registers, and the sums of its rows
@@ -421,8 +391,11 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
 
     def edge(j, carry, phis, half: int | None = None):
         out, use = carry
-        key, columns, count = j * chunk, chunk if half is None else ROWS, len(phis)
-        tiles = ring.wait_all(use, count + 1, columns)
+        key, columns, count = j * chunk, chunk, len(phis)
+        tiles = ring.wait_all(use, count + 1)
+        if half is not None:
+            key, columns = key + half * ROWS, ROWS
+            tiles = [x.at[pl.ds(half * ROWS, ROWS)] for x in tiles]
         products = [(phi, x.transpose((1, 0))) for (phi, _), x in zip(phis, tiles[:-1], strict=True)]
         scores = multiply_add(plan.interpret, ((ROWS, columns), products))
         for i in range(count):
@@ -435,6 +408,9 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
         ring.release(use + count)
         return out, use + count + 1
 
+    last_half = jnp.int32(0)
+    if chunk > ROWS and plan.reaches_back:
+        _, last_half = plan.half_blocks(begin * chunk, place.lowest + plan.span - 1 - plan.window, begin, end)
     if plan.map is not None:
         plgpu.barrier_wait(loaded)
     for first, count in _rounds(plan):
@@ -453,8 +429,8 @@ def _residual(compute: _Compute, place: Place, start, use, ahead):
             means = load_means(refs["start_means"].at[batch, i, kv_head], first, count) if centred else []
             out, use = read_state(phis, means, reads, out, use)
         if plan.reaches_back:
-            carry = lax.fori_loop(begin, last_half, functools.partial(edge, phis=phis), (out, use))
+            carry = lax.fori_loop(begin, end - last_half, functools.partial(edge, phis=phis), (out, use))
             if chunk > ROWS:
-                carry = lax.fori_loop(last_half, end, functools.partial(edge, phis=phis, half=0), carry)
+                carry = lax.fori_loop(end - last_half, end, functools.partial(edge, phis=phis, half=0), carry)
             out, use = carry
     return out, use
