@@ -22,7 +22,7 @@ BUGS = {  # name: file, what is right, what is wrong
     "edge": ("residual_key_backward_gpu", "ahead >= plan.window", "ahead > plan.window"),
     "keep": ("sweep_gpu", 'total = total * refs["carry_keep"][batch, index]', "pass"),
     "state": ("sweep_gpu", "else index + 1", "else index + 2"),
-    "group": ("plan_gpu", "head * (2 if self.pair else 1) // self.group", "head * 2 // self.group"),  # odd ones
+    "group": ("plan_gpu", "position=self.first + row", "position=self.first + tile * self.span"),  # odd ones
     "row sums": (
         "forward_gpu",
         "return phi, phi.astype(jnp.float32).sum(axis=1)",

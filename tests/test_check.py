@@ -12,7 +12,7 @@ import pytest
 from pallas import chunked, random_cases
 from pallas.__main__ import main
 from pallas.block_sizes import BlockSizes
-from pallas.cases import BOTH, RLA, STATES, SWA, Case, bounds, compiled, errors, parse, to_line
+from pallas.cases import BOTH, BOUND, RLA, STATES, SWA, Case, allowed, bounds, compiled, errors, parse, to_line
 from pallas.check import Held, Tally, hold, in_workers, shrink
 from pallas.random_cases import MAPS, draw, options, redraw, simpler
 
@@ -177,6 +177,11 @@ def test_the_command_counts_saves_and_goes_on_with_the_next_seeds(pretended, tmp
     main(arguments)
     assert [json.loads(line)["seed"] for line in out.read_text().splitlines()] == list(range(24))
     assert main(["check", "--replay", "nonsense"]) == 2
+    first = tmp_path / "first.jsonl"
+    assert main(["check", "--programs", "12", "--draws", "2", "-x", "--out", str(first)]) == 1
+    stopped = [bool(json.loads(line)["failures"]) for line in first.read_text().splitlines()]
+    assert stopped == [bool(line["failures"]) for line in lines][: len(stopped)]
+    assert stopped.index(True) == len(stopped) - 1
 
 
 def test_the_tally_keeps_what_is_nearest_to_its_bound(capsys):
@@ -195,3 +200,14 @@ def test_programs_that_are_too_large_for_the_definition_are_not_drawn():
         case = draw(seed, "gpu", 4096)
         assert case.t * case.num_keys * case.sizes[0] * max(case.batch, 1) <= random_cases.MOST_PAIRS * 3
         assert case.states == () or case.states[0] in STATES
+
+
+def test_chunked_may_be_as_far_off_as_the_definition_in_its_dtype():
+    case = Case(RLA, 24, 5, dtype="bfloat16")
+    expected = {"output": np.ones((24, 2, 8)), "d q": np.ones((24, 2, 8))}
+    found = allowed(case, "chunked", expected, {"output": 1e-3, "d q": 4e-3})
+    assert found == {"output": BOUND["bfloat16"], "d q": 8e-3}
+    usual = allowed(Case(SWA, 24, 5), "chunked", expected, {})
+    assert max(usual.values()) < 1.1 * BOUND["float32"]
+    large = allowed(Case(SWA, 24, 5, size_qk=30.0), "chunked", expected, {})
+    assert min(large.values()) > 10 * BOUND["float32"]
