@@ -115,7 +115,7 @@ def test_a_call_is_held_and_a_wrong_one_made_smaller(monkeypatch):
     plant(monkeypatch)
     (wrong,) = hold([parse(right.line)], "chunked")
     assert "output" in wrong.wrong
-    least = shrink(SMALL, "chunked", until=time.time() + 60)
+    least = shrink(SMALL, "chunked", until=time.time() + 600)
     assert least is not None
     case = parse(least.line)
     assert least.wrong
