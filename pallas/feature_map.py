@@ -54,8 +54,9 @@ class KernelMap:
         if not self.signed:
             return _value(self, x)
         # Both halves at once, not joined: XLA on a GPU may get softmax and concatenate wrong (LOG.md, 2026-11-28).
-        signs = jnp.array([1.0, -1.0], x.dtype).reshape(*[1] * (x.ndim - 1), 2, 1)
-        return _value(self, x[..., None, :] * signs).reshape(*x.shape[:-1], 2 * x.shape[-1])
+        both = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], 2, x.shape[-1]))
+        sign = jax.lax.broadcasted_iota(jnp.int32, both.shape, both.ndim - 2)
+        return _value(self, jnp.where(sign == 0, both, -both)).reshape(*x.shape[:-1], 2 * x.shape[-1])
 
     @property
     def __name__(self) -> str:
