@@ -78,6 +78,11 @@ class Case:
         return self.t if self.s is None else self.s
 
     @property
+    def scale(self) -> float:
+        """Of the window's logits."""
+        return dict(self.static).get("scale", self.sizes[2] ** -0.5)
+
+    @property
     def program(self) -> "Case":
         """The case without what a compiled program is given: cases alike in this share their programs."""
         whole = (self.num_keys,)
@@ -258,7 +263,7 @@ def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
 @functools.lru_cache(maxsize=64)
 def _size_of_window_gradients(case: Case) -> float:
     """About what d q and d k are where nothing cancels, for random numbers."""
-    scale = abs(dict(case.static).get("scale", case.sizes[2] ** -0.5))
+    scale = abs(case.scale)
     sharpness = _sharpness(case)
     of_output = case.size  # v, or, where a norm and a gain follow, v / rms(o_swa) times the gain
     if case.op == BOTH:
@@ -268,8 +273,7 @@ def _size_of_window_gradients(case: Case) -> float:
 
 def _size_of_logits(case: Case) -> float:
     """About the largest of the window's."""
-    scale = abs(dict(case.static).get("scale", case.sizes[2] ** -0.5))
-    return scale * case.size_qk**2 * case.sizes[2] * (1 + case.mean**2)
+    return abs(case.scale) * case.size_qk**2 * case.sizes[2] * (1 + case.mean**2)
 
 
 def _size_of_residual_gradients(case: Case) -> float:
@@ -286,7 +290,7 @@ def _sharpness(case: Case) -> float:
     rows = np.unique(np.linspace(0, case.t - 1, 64).astype(int))
     behind = (rows + case.num_keys - case.t)[:, None] - np.arange(case.num_keys)
     seen = (behind >= 0) & (behind < max(case.window, 1)) & (ids == ids[rows + case.num_keys - case.t][:, None])
-    logits = dict(case.static).get("scale", case.sizes[2] ** -0.5) * q[rows] @ k.T
+    logits = case.scale * q[rows] @ k.T
     weights = np.exp(
         logits - logits.max(axis=1, keepdims=True, where=seen, initial=-np.inf), where=seen, out=0 * logits
     )
