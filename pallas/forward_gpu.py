@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.plan_gpu import Place, Plan, int32
 from pallas.warpgroup_gpu import (
+    LARGEST,
     LOG2E,
     MASKED,
     MATRIX,
@@ -38,6 +39,7 @@ from pallas.warpgroup_gpu import (
     resident_blocks,
     send,
     slice_of,
+    step_of_normed,
     tile,
     unpack_normed,
     where_rows,
@@ -226,7 +228,7 @@ class _Compute:
             start = plgpu.load(source, layout=PER_ROW, optimized=False)
 
         ahead = lambda load: load_next(load, plan, index, is_last, self.warpgroup)
-        out = None
+        out = step = None
         if plan.local:
             plgpu.barrier_wait(self.mine(self.loaded))
             out, lse, use = _window(
@@ -238,19 +240,22 @@ class _Compute:
                 out, r = self.norm(out)
                 self.put_rows(r, "r_swa", place)
                 if plan.residual or self.save:  # out of the registers until the end
-                    self.put(pack_normed(out), "y_swa" if self.save else None, place)
+                    step = step_of_normed(r, plan.value_size, plan.eps)
+                    self.put(pack_normed(out, step), "y_swa" if self.save else None, place)
         if plan.residual:
             o_rla, use = _residual(self, place, start, use, ahead)
             if plan.normed:
                 o_rla, r = self.norm(o_rla)
                 self.put_rows(r, "r_rla", place)
             if plan.local:
-                out = load_normed(self.mine(self.stage))
+                out = load_normed(self.mine(self.stage), step)
             if plan.normed and self.save:
-                packed = pack_normed(o_rla)
+                step = step_of_normed(r, plan.value_size, plan.eps)
+                packed = pack_normed(o_rla, step)
                 self.put(packed, "y_rla", place)
                 if plan.precise:
-                    self.put(pack_normed(o_rla - unpack_normed(packed)), "y_rla_rest", place)
+                    rest = pack_normed(o_rla - unpack_normed(packed, step), step * (1.0 / LARGEST))
+                    self.put(rest, "y_rla_rest", place)
         if plan.normed:
             plgpu.barrier_wait(self.mine(self.gains_loaded))
             terms = [self.gained(out, 0)] if plan.local else []

@@ -225,7 +225,7 @@ def _compute_for_queries(
             sum_rows = lambda x: one_after_the_other(gates, warpgroup, is_first, lambda: x.sum(axis=0))
             gain = plgpu.load(refs["rla_gain"].at[batch, head], layout=PER_COLUMN, optimized=False)
             plgpu.barrier_wait(loaded)
-            (d_rla, rest), d_gain, _ = norm_backward(d_tile, y_tiles, r, gain, plan.value_size, sum_rows)
+            (d_rla, rest), d_gain, _ = norm_backward(d_tile, y_tiles, r, gain, plan.value_size, plan.eps, sum_rows)
             refs["d_gain"].at[batch, place.row // ROWS, head][...] = d_gain
             send(stage, d_rla, target("d_rla"))
             d_parts = [d_rla]

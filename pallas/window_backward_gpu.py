@@ -123,7 +123,7 @@ def _compute_for_queries(
             sum_rows = lambda x: one_after_the_other(gates, warpgroup, is_first, lambda: x.sum(axis=0))
             gain = plgpu.load(refs["swa_gain"].at[batch, head], layout=PER_COLUMN, optimized=False)
             plgpu.barrier_wait(loaded)
-            (d_swa, _), d_gain, along = norm_backward(d_tile, [y_tile], r, gain, plan.value_size, sum_rows)
+            (d_swa, _), d_gain, along = norm_backward(d_tile, [y_tile], r, gain, plan.value_size, plan.eps, sum_rows)
             delta = along / r
             refs["delta"].at[batch, head, rows][...] = delta
             refs["d_gain"].at[batch, place.row // ROWS, head][...] = d_gain
