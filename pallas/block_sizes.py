@@ -52,6 +52,7 @@ MEASURED = {
     (CARD, 128, "bfloat16"): {128: (128, 1), 512: (128, 1), 1024: (128, 1)},
     (CARD, 64, "bfloat16"): {128: (64, 1), 512: (64, 1), 1024: (128, 1)},
 }
+ALIKE = {"NVIDIA H200": CARD}  # the same chip beside other memory
 UNMEASURED = (128, 1)
 
 
@@ -60,7 +61,7 @@ def gpu_blocks(device: str, head_size: int, dtype: str, window: int) -> tuple[in
 
     Of the largest, if the window is larger still; (128, 1) on other devices, in other dtypes and for other head sizes.
     """
-    found = MEASURED.get((device, head_size, dtype))
+    found = MEASURED.get((ALIKE.get(device, device), head_size, dtype))
     if found is None:
         return UNMEASURED
     return found[min((measured for measured in found if measured >= window), default=max(found))]

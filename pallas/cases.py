@@ -33,7 +33,8 @@ PARAMETERS = (*STATES, *WHOLE)  # float32 beside bfloat16 activations
 BOUND = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-3}  # of `chunked`
 FLOOR = {"float32": 1e-5, "bfloat16": 3e-3}  # a kernel may be off by this and by twice what `chunked` is off by
 CANCELLED, NOTHING = 0.5, 1e-6  # parts of the size that gradients would have if they did not cancel
-PER_TOKEN = ("output", "d q", "d k", "d v", "d q_rla", "d k_rla")
+OF_KEYS = ("d k", "d v", "d k_rla")
+PER_TOKEN = ("output", "d q", "d q_rla", *OF_KEYS)
 REMEDY = "give a line as `check` prints it"
 LEARNED = ("learned", "pair")  # maps with parameters: one for queries and keys, or one for each
 
@@ -313,8 +314,9 @@ def allowed(case: Case, implementation: str, expected: dict, of_simpler: dict[st
     softmax is no more exact than its logit, which in float32 is rounded by 2^-24 of it.
 
     Of kernels, parameters of a map get sums of what its queries and keys get, and are held to the same. And where a
-    tensor is made of few tokens, its error is of few roundings: with one token the bound is three times as wide, with
-    ten a fifth wider, with a thousand nothing to speak of.
+    tensor is made of few tokens, its own or, of keys, those of the queries that it sums over, its error is of few
+    roundings: with one token the bound is three times as wide, with ten a fifth wider, with a thousand nothing to speak
+    of.
     """
     if implementation == "chunked":
         rounded = 0.0 if case.op == RLA or case.dtype == "float64" else 2**-24 * _size_of_logits(case)
@@ -324,7 +326,10 @@ def allowed(case: Case, implementation: str, expected: dict, of_simpler: dict[st
     for name in PER_TOKEN:
         if name in found:
             energy = np.square(np.asarray(expected[name], np.float64)).sum(axis=-1)
-            found[name] *= 1 + 2 * float(np.square(energy).sum() / max(np.square(energy.sum()), 1e-300))
+            few = float(np.square(energy).sum() / max(np.square(energy.sum()), 1e-300))
+            if name in OF_KEYS:
+                few = max(few, 1 / (case.t * max(case.batch, 1)))
+            found[name] *= 1 + 2 * few
     for name, tokens in _tokens_of_parameters(case).items():
         if name in found:
             found[name] *= 1 + 2 / max(tokens, 1)

@@ -102,20 +102,12 @@ class Plan:
 
     @property
     def precise(self) -> bool:
-        """Are d_rla and the normed output kept beyond bfloat16 and float16 for the gradient of queries?
+        """Are d_rla and the normed output kept in two parts?
 
         d_rla is orthogonal to the output, and values and states lie nearly along it: of their products little is left
         but rounding, unless the map's Jacobian removes the rest, as softmax's does.
         """
         return self.normed and self.residual and not self.sums_to_one
-
-    @property
-    def precise_keys(self) -> bool:
-        """Is what rounding takes from d_rla given to the gradients of keys, too?
-
-        Parameters of a map that the kernels do not know sum those over all tokens in float32.
-        """
-        return self.normed and self.map is None
 
     @property
     def state_parts(self) -> int:

@@ -36,13 +36,14 @@ from pallas.warpgroup_gpu import (
 def key_gradients(arrays: dict, plan: Plan):
     """(dk_rla [b, s, kv, d] bfloat16 or the gradient of given features [b, s, kv, f] float32, dv [b, s, kv, d]).
 
-    Each warpgroup takes a slice of phi. arrays: d_rla, with `plan.precise_keys` d_rest; q_rla and k_rla, or features_q;
+    Each warpgroup takes a slice of phi. arrays: d_rla, with `plan.precise` d_rest; q_rla and k_rla, or features_q;
     features_k, v; d_states, d_rests, d_means: the reverse sweep's; row_keep [b, s], segment_start.
     """
     d, count = plan.head_size, plan.slices_at_once
     batch = arrays["v"].shape[0]
+    stages = 2 * (count + 1) if plan.map is None else 4 + plan.precise  # more do not fit beside two slices of phi
     scratch = {
-        "ring": Ring.scratch(tile(4 if plan.map is not None else 2 * (count + 1), ROWS, d), consumers=count),
+        "ring": Ring.scratch(tile(stages, ROWS, d), consumers=count),
         "v_tile": tile(ROWS, d),
         "features_tile": tile(count, ROWS, d),
         "state_tile": tile(count, d, d),
@@ -124,7 +125,7 @@ def _copy_for_keys(
         else:
             ring.load(use, refs["q_rla"].at[batch, rows, head])
             use += 1
-        for name in ("d_rla", "d_rest")[: 1 + plan.precise_keys]:
+        for name in ("d_rla", "d_rest")[: 1 + plan.precise]:
             ring.load(use, refs[name].at[batch, rows, head])
             use += 1
         return use
@@ -151,7 +152,7 @@ def _compute_for_keys(
     batch, kv_head, first_slice, key, begin, end, state, read, place = where
     d, count = plan.head_size, plan.slices_at_once
     of_x = 1 if plan.map is not None else count
-    uses = of_x + 1 + plan.precise_keys
+    uses = of_x + 1 + plan.precise
     keys, square = pl.ds(key, ROWS), (ROWS, ROWS)
     slice_ = first_slice + warpgroup
     features, state_slice = features_tile.at[warpgroup], state_tile.at[warpgroup]

@@ -44,7 +44,7 @@ from pallas.warpgroup_gpu import (
 def query_gradients(arrays: dict, plan: Plan) -> dict:
     """dq [b, t, h, d] bfloat16 (where features are given, their gradient [b, t, h, f] float32), and d_rla.
 
-    With `plan.precise_keys` also d_rest, what rounding took from d_rla.
+    With `plan.precise` also d_rest, what rounding took from d_rla.
 
     arrays: d_rla, the cotangent of o_rla, or, where a norm follows, d_out, y_rla (and y_rla_rest with `plan.precise`),
     r_rla and rla_gain, with whose help it is computed here, and `d_gain` [b, tiles, h, d], to be summed over tiles;
@@ -69,7 +69,6 @@ def query_gradients(arrays: dict, plan: Plan) -> dict:
         outputs["d_gain"] = jax.ShapeDtypeStruct((batch, t // ROWS, heads, d), jnp.float32)
         if plan.precise:
             scratch["y_rest_tile"] = tile(2, ROWS, d)
-        if plan.precise_keys:
             outputs["d_rest"] = outputs["d_rla"]
     num_tiles = plan.num_tiles(batch)
     grid = {"block": resident_blocks(num_tiles, plan.interpret)}

@@ -247,6 +247,7 @@ def test_implementations_that_do_not_exist(op):
         ("NVIDIA H100 80GB HBM3", 64, 512, (64, 1)),
         ("NVIDIA H100 80GB HBM3", 64, 513, (128, 1)),
         ("NVIDIA H100 80GB HBM3", 64, 9999, (128, 1)),
+        ("NVIDIA H200", 64, 100, (64, 1)),
         ("another", 64, 100, (128, 1)),
     ],
 )
