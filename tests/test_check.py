@@ -57,6 +57,24 @@ def test_what_is_drawn_covers_the_contract():
     assert max(longest) == 4096
 
 
+@pytest.mark.parametrize(
+    ("case", "alone"),
+    [
+        (Case(BOTH, 8, 7, states=()), True),  # the last query has one key behind its window
+        (Case(BOTH, 8, 6, states=()), False),
+        (Case(BOTH, 2, 0, s=6, segments=(1,) * 6, states=("initial_state",)), True),  # which the last two do not read
+        (Case(BOTH, 2, 0, s=6, segments=(1,) * 6, states=("segment_state",)), False),
+        (Case(BOTH, 2, 0, s=6, segments=(4, 2), states=()), False),
+    ],
+)
+def test_what_a_norm_leaves_of_the_gradient_of_one_key_is_measured_by_what_it_took(case, alone):
+    expected = {name: np.full((4, 4), 1e-6) for name in ("d q_rla", "d k_rla")}
+    found = errors(case, {name: 2 * x for name, x in expected.items()}, expected)
+    assert all(x < 1e-5 if alone else x == pytest.approx(1) for x in found.values())
+    wrong = errors(case, {name: x + 1 for name, x in expected.items()}, expected)
+    assert all(x > 0.5 for x in wrong.values())
+
+
 def test_lines_are_words():
     case = dataclasses.replace(
         SMALL, segments=((24,), (1,) * 24), batch=2, states=(), static=(("scale", 0.5),), mean=1.0
