@@ -3,6 +3,29 @@
 Dimensions, everywhere: t queries, s keys, h query heads, kv key/value heads, d key size, dv value size, f feature size,
 m model width, w feed-forward width, c chunk, n chunks; `tokens` (learned key/value pairs) and `vocabulary` are written
 out. Ops take one sequence; `jax.vmap` batches. Arrays are `jax.Array`s: `jnp.asarray` makes one of NumPy's.
+
+>>> import jax, jax.numpy as jnp, pallas
+>>> shapes = ((1000, 8, 64), (1000, 2, 64), (1000, 2, 64))  # tokens, heads, head size: one sequence
+>>> q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+>>> gains = {"swa_gain": jnp.ones((8, 64)), "rla_gain": jnp.ones((8, 64))}
+>>> pallas.rattention(q, k, v, window=128, **gains).shape  # both branches, normed and added
+(1000, 8, 64)
+>>> pallas.sliding_window_attention(q, k, v, window=128).shape  # softmax over the last 128 keys
+(1000, 8, 64)
+>>> relu = pallas.feature_map.relu  # or any function of your own
+>>> out, state = pallas.residual_linear_attention(
+...     q, k, v, window=128, feature_map=relu, return_final_state=True
+... )
+>>> out.shape, state.shape
+((1000, 8, 64), (2, 128, 64))
+>>> batch = jax.vmap(lambda q, k, v: pallas.rattention(q, k, v, window=128, **gains))
+>>> batch(q[None], k[None], v[None]).shape
+(1, 1000, 8, 64)
+
+`window` counts the query's own token (the paper's w is one less). `window >= t` is full attention, `window = 0` linear
+attention. In a real layer the residual branch reads q and k without rotary embedding: pass `q_rla` and `k_rla`, or use
+`rattn_eqx.RAttention`, which does. The package shares its name with an unrelated project on the package registry: never
+install both in one environment, since one overwrites the other. `pallas.__file__` shows where yours comes from.
 """
 
 from pallas import feature_map
