@@ -42,7 +42,7 @@ def step_of_normed(r, value_size: int, eps: float):
 
 
 def pack_normed(y, step):
-    """float32 in steps [rows] of 16-bit integers, whose place those of bfloat16 take: half of float16's error or less."""
+    """float32 in steps [rows] of 16-bit integers, as the bits of bfloat16: half of float16's error or less."""
     steps = y * across(1.0 / step, y.shape[1]) + MAGIC
     return lax.bitcast_convert_type(lax.bitcast_convert_type(steps, jnp.int32).astype(jnp.int16), jnp.bfloat16)
 
