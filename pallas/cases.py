@@ -251,8 +251,8 @@ def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
     if case.op != RLA and case.backward:
         of_queries = _size_of_window_gradients(case)
         natural |= {"d q": of_queries, "d k": of_queries * (case.sizes[0] / case.sizes[1]) ** 0.5}
-    if case.op == BOTH and _most_in_residual_sets(case) <= 1:
-        natural |= dict.fromkeys(("d q_rla", "d k_rla"), _size_of_residual_gradients(case))
+    if case.op == BOTH and case.backward and _most_in_residual_sets(case) <= 1:
+        natural |= _sizes_of_residual_gradients(case, size(expected["d rla_gain"]))
     for name, least in natural.items():
         if name in expected and size(expected[name]) < (least := CANCELLED * least):
             found[name] = size(np.asarray(got[name], np.float64) - expected[name]) / least
@@ -278,9 +278,16 @@ def _size_of_logits(case: Case) -> float:
     return abs(case.scale) * case.size_qk**2 * case.sizes[2] * (1 + case.mean**2)
 
 
-def _size_of_residual_gradients(case: Case) -> float:
-    """Likewise of d q_rla and d k_rla under the norm: what reads a number of size x changes by as much as 1 / x."""
-    return (1 + case.mean**2) ** 0.5 * (case.sizes[3] / case.sizes[2]) ** 0.5 / case.size_rla
+def _sizes_of_residual_gradients(case: Case, d_gain: float) -> dict[str, float]:
+    """Likewise of d q_rla and d k_rla under the norm, where each key is read alone.
+
+    What reads a number of size x changes by as much as 1 / x of its output, whose size is that of the gain's gradient,
+    a sum over tokens: little where eps, not the norm, decides it.
+    """
+    h, kv, d, dv = case.sizes
+    normed = d_gain / (case.t * max(case.batch, 1)) ** 0.5
+    of_queries = normed * (1 + case.mean**2) ** 0.5 * (dv / d) ** 0.5 / case.size_rla
+    return {"d q_rla": of_queries, "d k_rla": of_queries * (case.t * h / (case.num_keys * kv)) ** 0.5}
 
 
 def _most_in_residual_sets(case: Case) -> int:
@@ -289,7 +296,7 @@ def _most_in_residual_sets(case: Case) -> int:
     starts = np.stack([np.searchsorted(row, row) for row in ids])[:, case.num_keys - case.t :]  # ids do not fall
     behind = np.arange(case.num_keys - case.t, case.num_keys) - case.window + 1 - starts
     reads_state = np.where(starts == 0, "initial_state" in case.states, "segment_state" in case.states)
-    return int((np.maximum(behind, 0) + case.num_keys * reads_state).max())
+    return int((np.maximum(behind, 0) + max(case.num_keys, 2) * reads_state).max())
 
 
 def _sharpness(case: Case) -> float:

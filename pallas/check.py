@@ -29,7 +29,7 @@ from pallas.random_cases import LONGEST, LONGEST_ON_DEVICE, draw, options, redra
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu")
 PROGRAMS_OF_A_WORKER = 24
-HANGS = 600  # seconds for one program and its draws
+HANGS = 600  # seconds for one program and its draws, or for making one failure smaller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +268,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--longest", type=int, help="tokens of a call; default: 4096 on a device, a few hundred where interpreted")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="worker processes")
     add("-x", "--exitfirst", action="store_true", help="stop at the first program that fails")
-    add("--shrink", type=int, default=3, help="kinds of failures made smaller, in at most --minutes more")
+    add("--shrink", type=int, default=3, help="kinds of failures made smaller, in at most --minutes more, and 8")
     add("--replay", metavar="LINE", help="hold one call, as a failure's line gives it, and show all its errors")
     add("--out", type=Path, help="file that one JSON object a program is added to")
     add("--commit", help="written beside the results; default: what git says")
@@ -382,6 +382,7 @@ def _show_shrunk(failures: list, implementation: str, count: int, most: int, sec
     chosen = list(kinds.values())[:most]
     if not chosen:
         return
+    seconds = min(seconds, HANGS - 120)
     print(f"\nmaking {len(chosen)} of the failures smaller, {seconds:.0f} s at most")
     until = time.time() + seconds
     jobs = (("shrink", case, implementation, until) for case in chosen)

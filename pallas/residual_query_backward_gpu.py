@@ -229,7 +229,7 @@ def _compute_for_queries(
             send(stage, d_rla, target("d_rla"))
             d_parts = [d_rla]
             if plan.precise:  # multiplied from where it lies
-                send(stage, rest, target("d_rest") if "d_rest" in refs else None)
+                send(stage, rest, target("d_rest"))
                 d_parts.append(stage)
         else:
             plgpu.barrier_wait(loaded)

@@ -65,14 +65,26 @@ def test_what_is_drawn_covers_the_contract():
         (Case(BOTH, 2, 0, s=6, segments=(1,) * 6, states=("initial_state",)), True),  # which the last two do not read
         (Case(BOTH, 2, 0, s=6, segments=(1,) * 6, states=("segment_state",)), False),
         (Case(BOTH, 2, 0, s=6, segments=(4, 2), states=()), False),
+        (Case(BOTH, 1, 1, states=("initial_state",)), False),
     ],
 )
 def test_what_a_norm_leaves_of_the_gradient_of_one_key_is_measured_by_what_it_took(case, alone):
     expected = {name: np.full((4, 4), 1e-6) for name in ("d q_rla", "d k_rla")}
+    expected["d rla_gain"] = np.ones((2, 8))
     found = errors(case, {name: 2 * x for name, x in expected.items()}, expected)
-    assert all(x < 1e-5 if alone else x == pytest.approx(1) for x in found.values())
+    assert all(found[name] < 1e-4 if alone else found[name] == pytest.approx(1) for name in ("d q_rla", "d k_rla"))
     wrong = errors(case, {name: x + 1 for name, x in expected.items()}, expected)
     assert all(x > 0.5 for x in wrong.values())
+
+
+def test_the_gradient_of_one_key_is_measured_by_itself_where_eps_decides_it():
+    case = Case(BOTH, 9, 8, sizes=(2, 1, 8, 8), states=(), static=(("eps", 0.01),), size=0.01, final=False)
+    with_norm = dataclasses.replace(case, static=(), size=1.0)
+    for each, caught in ((case, True), (with_norm, False)):
+        expected = compiled(each, "float64", "reference")(each)
+        for name in ("d q_rla", "d k_rla"):
+            zeroed = errors(each, expected | {name: 0 * expected[name]}, expected)
+            assert (zeroed[name] > 0.3) == caught
 
 
 def test_lines_are_words():

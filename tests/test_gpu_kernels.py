@@ -17,7 +17,7 @@ import pytest
 from conformance import BOTH, RLA, SWA, Case, assert_conforms, bounds, compiled, errors, reference, values_and_gradients
 
 import pallas
-from pallas import arguments, feature_map, rattention_gpu
+from pallas import arguments, feature_map, rattention_gpu, warpgroup_gpu
 from pallas.block_sizes import BlockSizes
 from pallas.error import relative_rms
 from rattn_eqx import RAttention
@@ -111,6 +111,23 @@ def test_a_slice_is_centred_over_the_features_that_are_not_padding(monkeypatch):
     plan, _ = planned(monkeypatch, Case(RLA, 70, 16, sizes=(2, 1, 40, 40)))
     plan = dataclasses.replace(plan, feature_size=153, slices=4)
     assert plan.features_of(jnp.arange(4)).tolist() == [64, 64, 25, 1]
+
+
+@pytest.mark.parametrize(
+    ("value_size", "eps", "size"), [(128, 1e-6, 1.0), (33, 1e-6, 1e-4), (1, 0.01, 1.0), (64, 0.0, 1e9)]
+)
+def test_what_is_normed_survives_integers(value_size, eps, size):
+    x = size * np.random.default_rng(0).standard_normal((64, value_size)).astype(np.float32)
+    x[0] = size * (np.arange(value_size) == 0)  # the largest entry there can be
+    x[1] = 0
+    r = (jnp.mean(x * x, axis=1) + eps) ** -0.5
+    r = jnp.where(jnp.isinf(r), 1.0, r).at[2].set(0.0)  # of an infinite row
+    y = (x * r[:, None]).at[2].set(jnp.nan)
+    step = warpgroup_gpu.step_of_normed(r, value_size, eps)
+    found = warpgroup_gpu.unpack_normed(warpgroup_gpu.pack_normed(y, step), step)
+    assert relative_rms(found[3:], y[3:]) < 1.2e-4
+    np.testing.assert_allclose(found[:2], y[:2], rtol=1e-4)
+    assert jnp.all(jnp.isnan(found[2]))
 
 
 def test_blocks_are_the_measured_ones_unless_the_caller_says(monkeypatch):
