@@ -292,7 +292,8 @@ def _sizes_of_residual_gradients(case: Case, d_gain: float) -> dict[str, float]:
 
 def _most_in_residual_sets(case: Case) -> int:
     """Keys in the largest residual set of any query; a start state counts as many."""
-    ids = np.zeros((1, case.num_keys), int) if not case.segments else np.atleast_2d(case.ids())
+    ids = case.ids()
+    ids = np.zeros((1, case.num_keys), int) if ids is None else ids.reshape(-1, case.num_keys)
     starts = np.stack([np.searchsorted(row, row) for row in ids])[:, case.num_keys - case.t :]  # ids do not fall
     behind = np.arange(case.num_keys - case.t, case.num_keys) - case.window + 1 - starts
     reads_state = np.where(starts == 0, "initial_state" in case.states, "segment_state" in case.states)

@@ -15,7 +15,7 @@ MODULES = [
     name
     for package in (pallas, rattn_eqx)
     for name in [package.__name__, *(x.name for x in pkgutil.walk_packages(package.__path__, package.__name__ + "."))]
-    if ">>>" in Path(importlib.util.find_spec(name).origin).read_text()
+    if (spec := importlib.util.find_spec(name)) and spec.origin and ">>>" in Path(spec.origin).read_text()
 ]
 
 
