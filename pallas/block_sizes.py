@@ -59,7 +59,8 @@ UNMEASURED = (128, 1)
 def gpu_blocks(device: str, head_size: int, dtype: str, window: int) -> tuple[int, int]:
     """(kernel_chunk, chunks_per_state) of the "gpu" implementation: those of the next larger window that was measured.
 
-    Of the largest, if the window is larger still; (128, 1) on other devices, in other dtypes and for other head sizes.
+    Of the largest, if the window is larger still; (128, 1) in other dtypes, for other head sizes and on devices that
+    are neither measured nor `ALIKE`.
     """
     found = MEASURED.get((ALIKE.get(device, device), head_size, dtype))
     if found is None:

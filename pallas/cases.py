@@ -249,13 +249,13 @@ def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
     found = {name: relative_rms(got[name], expected[name]) for name in expected}
     natural: dict[str, float] = {}
     if case.op != RLA and case.backward:
-        of_queries = _size_of_window_gradients(case)
-        natural |= {"d q": of_queries, "d k": of_queries * (case.sizes[0] / case.sizes[1]) ** 0.5}
+        natural |= _sizes_of_window_gradients(case)
     if case.op == BOTH and case.backward and _most_in_residual_sets(case) <= 1:
         natural |= _sizes_of_residual_gradients(case, size(expected["d rla_gain"]))
-    for name, least in natural.items():
-        if name in expected and size(expected[name]) < (least := CANCELLED * least):
-            found[name] = size(np.asarray(got[name], np.float64) - expected[name]) / least
+    least = {name: CANCELLED * natural[name] for name in natural if name in expected}
+    for name in least:
+        if size(expected[name]) < least[name]:
+            found[name] = size(np.asarray(got[name], np.float64) - expected[name]) / least[name]
     for name in ("output", "final_state"):
         if name in expected and np.any(got[name][expected[name] == 0]):
             found[f"{name}, exact zeros"] = np.inf
@@ -263,14 +263,15 @@ def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
 
 
 @functools.lru_cache(maxsize=64)
-def _size_of_window_gradients(case: Case) -> float:
+def _sizes_of_window_gradients(case: Case) -> dict[str, float]:
     """About what d q and d k are where nothing cancels, for random numbers."""
-    scale = abs(case.scale)
+    h, kv, _, dv = case.sizes
     sharpness = _sharpness(case)
     of_output = case.size  # v, or, where a norm and a gain follow, v / rms(o_swa) times the gain
     if case.op == BOTH:
         of_output = (1 + case.mean**2) * (case.mean**2 + sharpness) ** -0.5
-    return scale * case.size_qk * of_output * (case.sizes[3] * sharpness) ** 0.5
+    of_queries = abs(case.scale) * case.size_qk * of_output * (dv * sharpness) ** 0.5
+    return {"d q": of_queries, "d k": of_queries * (h / kv) ** 0.5}
 
 
 def _size_of_logits(case: Case) -> float:
@@ -279,7 +280,7 @@ def _size_of_logits(case: Case) -> float:
 
 
 def _sizes_of_residual_gradients(case: Case, d_gain: float) -> dict[str, float]:
-    """Likewise of d q_rla and d k_rla under the norm, where each key is read alone.
+    """About what d q_rla and d k_rla would be but for the norm, where each key is read alone.
 
     What reads a number of size x changes by as much as 1 / x of its output, whose size is that of the gain's gradient,
     a sum over tokens: little where eps, not the norm, decides it.

@@ -382,7 +382,7 @@ def _show_shrunk(failures: list, implementation: str, count: int, most: int, sec
     chosen = list(kinds.values())[:most]
     if not chosen:
         return
-    seconds = min(seconds, HANGS - 120)
+    seconds = min(seconds, HANGS - 120)  # the last try ends later
     print(f"\nmaking {len(chosen)} of the failures smaller, {seconds:.0f} s at most")
     until = time.time() + seconds
     jobs = (("shrink", case, implementation, until) for case in chosen)
