@@ -30,8 +30,6 @@ install both in one environment, since one overwrites the other. `pallas.__file_
 
 from pallas import feature_map
 from pallas.block_sizes import BlockSizes
-from pallas.rattention import rattention
-from pallas.residual_linear_attention import residual_linear_attention
-from pallas.sliding_window_attention import sliding_window_attention
+from pallas.ops import rattention, residual_linear_attention, sliding_window_attention
 
 __all__ = ["BlockSizes", "feature_map", "rattention", "residual_linear_attention", "sliding_window_attention"]

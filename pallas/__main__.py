@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = {  # each is the function `main(arguments)` of the module of that name
+COMMANDS = {  # each is the function `main(arguments)` of the module of that name in `pallas.tools`
     "check": "hold random calls to the definition on this machine: the first thing to run on a new one",
     "bench": "time our ops and their peers on this machine's device",
     "compile": "compile our kernels for devices that are not here",
@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name in COMMANDS:
-        return importlib.import_module(f"pallas.{name}").main(rest)
+        return importlib.import_module(f"pallas.tools.{name}").main(rest)
     print("usage: python -m pallas COMMAND ...\n")
     print("\n".join(f"  {command:8} {what}" for command, what in COMMANDS.items()))
     print("\n`python -m pallas COMMAND --help` says the rest")

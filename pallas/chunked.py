@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas import segments
-from pallas.arguments import accumulation_dtype
 from pallas.block_sizes import BlockSizes
 from pallas.feature_map import FeatureMap, as_pair, num_features
+from pallas.numerics import accumulation_dtype
 from pallas.reference import normed_sum
 
 
@@ -143,7 +143,7 @@ def sliding_window_attention(
     return out.reshape(num_spans * span, h, dv)[:t]
 
 
-def residual_linear_attention(
+def _residual_branch(
     q: Float[Array, "t h d"],
     k: Float[Array, "s kv d"],
     v: Float[Array, "s kv dv"],
@@ -154,15 +154,15 @@ def residual_linear_attention(
     segment_state: Float[Array, "kv f dv"] | None,
     segment_ids: Int[Array, "s"] | None,
     block_sizes: BlockSizes,
-    beside: Float[Array, "t h dv"] | None = None,
+    o_swa: Float[Array, "t h dv"] | None = None,
     finish: Callable | None = None,
 ) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"]]:
     """Keys are cut into chunks that lie `window` behind the chunks of queries.
 
     A chunk of queries reads everything older through the state before its key chunk, and that key chunk (the block on
     the window's edge) through a product whose mask is the lower triangle. Only the residual set takes part: the newest
-    `window` keys are cut off before phi. `finish(out, beside)`, where given, ends each chunk: what it computes is never
-    kept for the whole sequence.
+    `window` keys are cut off before phi. `finish(o_rla, o_swa)`, if there is one, ends each chunk: what it computes is
+    never kept for the whole sequence.
     """
     dtype = accumulation_dtype(q, k, v)
     (t, h, d), (s, kv, dv) = q.shape, v.shape
@@ -232,13 +232,21 @@ def residual_linear_attention(
     edges = jax.tree.map(lambda x: x[num_older:], (k, v, key_runs, states, run_before))
 
     def whole_chunk(chunk_of):
-        inputs, other = chunk_of
-        out = one_chunk(*inputs).reshape(chunk, h, dv)
-        return out if finish is None else finish(out, other)
+        inputs, window_out = chunk_of
+        o_rla = one_chunk(*inputs).reshape(chunk, h, dv)
+        return o_rla if finish is None else finish(o_rla, window_out)
 
-    others = None if beside is None else query_chunks(beside)
-    out = map_chunks(whole_chunk, ((q, query_runs, *edges), others), block_sizes.group)
+    windows = None if o_swa is None else query_chunks(o_swa)
+    out = map_chunks(whole_chunk, ((q, query_runs, *edges), windows), block_sizes.group)
     return out.reshape(num_chunks * chunk, h, dv)[:t], state
+
+
+def residual_linear_attention(
+    q, k, v, *, return_final_state: bool = True, **options
+) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"] | None]:
+    """The residual branch alone, and the state that the last query read."""
+    out, state = _residual_branch(q, k, v, **options)
+    return out, state if return_final_state else None
 
 
 def rattention(
@@ -255,8 +263,9 @@ def rattention(
     scale: float,
     segment_ids: Int[Array, "s"] | None,
     block_sizes: BlockSizes,
+    return_final_state: bool = True,
     **residual,
-) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"]]:
+) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"] | None]:
     """The local branch first; then the residual one, which norms and adds both, chunk by chunk."""
     shared: dict[str, Any] = dict(window=window, segment_ids=segment_ids, block_sizes=block_sizes)
     o_swa = sliding_window_attention(q, k, v, scale=scale, **shared)
@@ -265,4 +274,5 @@ def rattention(
         dtype = accumulation_dtype(o_swa, o_rla)
         return normed_sum(o_swa.astype(dtype), o_rla.astype(dtype), swa_gain, rla_gain, eps)
 
-    return residual_linear_attention(q_rla, k_rla, v, **shared, **residual, beside=o_swa, finish=finish)
+    out, state = _residual_branch(q_rla, k_rla, v, **shared, **residual, o_swa=o_swa, finish=finish)
+    return out, state if return_final_state else None

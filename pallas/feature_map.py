@@ -4,7 +4,7 @@ Each computes in float32 (float64 when its input is float64) and returns that dt
 of the same form that acts on the last axis alone, or a pair `(phi_q, phi_k)`; its parameters are differentiated.
 
 The maps of `IN_KERNELS` are formed by the kernels themselves, from the same rows: to add one, add a row here, and its
-formula to tests/test_feature_map.py.
+formula to tests/ops/test_feature_map.py.
 """
 
 import dataclasses

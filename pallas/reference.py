@@ -1,7 +1,7 @@
 """The definition: every pair of query and key, masked. Quadratic in t; any dtype; differentiated by JAX.
 
 Every other implementation is held to these functions, values and gradients. They return the accumulation dtype
-(float32, or float64 for float64 inputs); the public ops round to v's dtype.
+(float32, or float64 for float64 inputs); the public ops round to v's dtype. Nothing is cut: `block_sizes` is ignored.
 """
 
 from typing import Any
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas import segments
-from pallas.arguments import accumulation_dtype
+from pallas.block_sizes import BlockSizes
 from pallas.feature_map import FeatureMap, as_pair
+from pallas.numerics import accumulation_dtype
 
 
 def positions(t: int, s: int) -> tuple[Int[Array, "t"], Int[Array, "s"]]:
@@ -36,6 +37,7 @@ def sliding_window_attention(
     window: int,
     scale: float,
     segment_ids: Int[Array, "s"] | None,
+    block_sizes: BlockSizes | None = None,
 ) -> Float[Array, "t h dv"]:
     """o_swa[t] = sum over t - W < s <= t of softmax_s(scale q_t . k_s) v_s."""
     dtype = accumulation_dtype(q, k, v)
@@ -61,7 +63,9 @@ def residual_linear_attention(
     initial_state: Float[Array, "kv f dv"] | None,
     segment_state: Float[Array, "kv f dv"] | None,
     segment_ids: Int[Array, "s"] | None,
-) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"]]:
+    block_sizes: BlockSizes | None = None,
+    return_final_state: bool = True,
+) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"] | None]:
     """o_rla[t] = phi(q_t) (S_init + sum over s <= t - W of phi(k_s)^T v_s), and the state that the last query read."""
     dtype = accumulation_dtype(q, k, v)
     (t, h, d), (s, kv, dv) = q.shape, v.shape
@@ -83,7 +87,7 @@ def residual_linear_attention(
             read = jnp.einsum("tkgf,kfv->tkgv", features_q, start)
             out = out + jnp.where(reads[:, None, None, None], read, 0)
             state = state + jnp.where(reads[-1], start, 0)
-    return out.reshape(t, h, dv), state
+    return out.reshape(t, h, dv), state if return_final_state else None
 
 
 def normed_sum(
@@ -116,8 +120,9 @@ def rattention(
     window: int,
     scale: float,
     segment_ids: Int[Array, "s"] | None,
+    block_sizes: BlockSizes | None = None,
     **residual,
-) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"]]:
+) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"] | None]:
     """Both branches, normed and added, and the state that the last query read."""
     shared: dict[str, Any] = dict(window=window, segment_ids=segment_ids)
     o_swa = sliding_window_attention(q, k, v, scale=scale, **shared)

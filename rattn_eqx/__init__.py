@@ -3,9 +3,11 @@
 The ops and their kernels are in the package `pallas`. Commands: `rattn --help`.
 """
 
-from rattn_eqx import presets
-from rattn_eqx.attention import GlobalAttention, RAttention
-from rattn_eqx.block import Block
-from rattn_eqx.language_model import LanguageModel
+from rattn_eqx.inference.generate import generate
+from rattn_eqx.model import presets
+from rattn_eqx.model.attention import GlobalAttention, RAttention
+from rattn_eqx.model.block import Block
+from rattn_eqx.model.config import ModelConfig
+from rattn_eqx.model.language_model import LanguageModel
 
-__all__ = ["Block", "GlobalAttention", "LanguageModel", "RAttention", "presets"]
+__all__ = ["Block", "GlobalAttention", "LanguageModel", "ModelConfig", "RAttention", "generate", "presets"]

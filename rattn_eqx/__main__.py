@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from pallas.feature_map import named
-from rattn_eqx.presets import presets
+from rattn_eqx.model.presets import presets
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -170,7 +170,7 @@ def _pretrain(options: argparse.Namespace) -> None:
     jax.config.update("jax_num_cpu_devices", options.devices or min(cores, sequences))  # before any device is touched
 
     from rattn_eqx.pretrain import pretrain
-    from rattn_eqx.run_folder import TrainConfig
+    from rattn_eqx.training.config import TrainConfig
 
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     settings = {name: getattr(options, name) for name in names}
@@ -191,8 +191,8 @@ def _pretrain(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     import jax
 
-    from rattn_eqx.generate import generate_text
-    from rattn_eqx.train import load_model
+    from rattn_eqx.inference.generate import generate_text
+    from rattn_eqx.training.loop import load_model
 
     model, tokenizer, config = load_model(options.folder, report=lambda line: print(f"rattn: {line}", file=sys.stderr))
     drawn = generate_text(
@@ -216,8 +216,8 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from rattn_eqx.evaluate_recall import evaluate_task, parse_lengths, parse_options
-    from rattn_eqx.train import load_model
+    from rattn_eqx.evaluation.recall import evaluate_task, parse_lengths, parse_options
+    from rattn_eqx.training.loop import load_model
 
     lengths, task_options = parse_lengths(options.lengths), parse_options(options.option or [])
     if options.text is not None:
@@ -247,8 +247,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _attribution(model, tokenizer, options: argparse.Namespace, length: int, task_options: dict) -> dict:
-    from rattn_eqx.attribution import attribute_task
-    from rattn_eqx.evaluate_recall import make_task
+    from rattn_eqx.evaluation.attribution import attribute_task
+    from rattn_eqx.evaluation.recall import make_task
 
     row = attribute_task(
         model, make_task(options.task, model, tokenizer, options.seed, options.samples, length, task_options)
@@ -263,14 +263,14 @@ def _attribution(model, tokenizer, options: argparse.Namespace, length: int, tas
 
 
 def _ablate(options: argparse.Namespace) -> None:
-    from rattn_eqx import ablate, ablation_table, grids
+    from rattn_eqx.ablation import grids, run, table
 
     if options.table:
-        print(ablation_table.table(ablate.read_rows(options.out), options.baseline))
+        print(table.table(run.read_rows(options.out), options.baseline))
         return
     if options.replay:
-        old = ablate.replayed(options.replay)
-        trials, seeds = [ablate.Trial.from_json(old["name"], old["trial"])], [old["seed"]]
+        old = run.replayed(options.replay)
+        trials, seeds = [run.Trial.from_json(old["name"], old["trial"])], [old["seed"]]
     else:
         trials = grids.product(grids.load_grid(options.grid), grids.parse_settings(options.settings or []))
         trials, seeds = [trial for trial in trials if (options.only or "") in trial.name], list(range(options.seeds))
@@ -278,20 +278,20 @@ def _ablate(options: argparse.Namespace) -> None:
         print("\n".join(trial.name for trial in trials))
         return
     needs_text = any(trial.needs_text for trial in trials)
-    data = ablate.load_data(options.corpus, options.cache.expanduser()) if needs_text else None
+    data = run.load_data(options.corpus, options.cache.expanduser()) if needs_text else None
     if options.replay:
-        print(f"then {ablate.summary([old])}, commit {old['commit']}, {old['device']}")
-        print(f"now  {ablate.summary(ablate.run_trial(trials[0], seeds, data, commit=options.commit))}")
+        print(f"then {run.summary([old])}, commit {old['commit']}, {old['device']}")
+        print(f"now  {run.summary(run.run_trial(trials[0], seeds, data, commit=options.commit))}")
         return
     index, _, parts = options.part.partition("/")
     if not (index.isdigit() and parts.isdigit()):
         raise ValueError(f"ablate: --part must be i/n such as 1/3; got {options.part!r}")
     part = (int(index), int(parts))
-    ablate.run_grid(trials, seeds, data, options.out, part=part, attribution=options.attribution, commit=options.commit)
+    run.run_grid(trials, seeds, data, options.out, part=part, attribution=options.attribution, commit=options.commit)
 
 
 def _cost(options: argparse.Namespace) -> None:
-    from rattn_eqx.cost import describe_cost, hardwares
+    from rattn_eqx.inference.cost import describe_cost, hardwares
 
     hardware = hardwares[options.hardware]
     print(describe_cost(_model_config(options), context=options.context, batch=options.batch, hardware=hardware))

@@ -9,16 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from rattn_eqx import plot
-from rattn_eqx.corpus import build_corpus, describe
-from rattn_eqx.cost import count_parameters
-from rattn_eqx.evaluate import without_residual
-from rattn_eqx.generate import generate_text
-from rattn_eqx.ngram import gzip_bits_per_byte, interpolated_bits_per_byte
-from rattn_eqx.presets import ModelConfig
-from rattn_eqx.run_folder import RunConfig, TrainConfig, read_metrics, write_json, write_text
-from rattn_eqx.tokens import BPETokenizer, ByteTokenizer, Tokenizer, tokenize
-from rattn_eqx.train import train, validation_loss
+from rattn_eqx.data.byte_models import gzip_bits_per_byte, interpolated_bits_per_byte
+from rattn_eqx.data.corpus import build_corpus, describe
+from rattn_eqx.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, tokenize
+from rattn_eqx.evaluation.text import without_residual
+from rattn_eqx.figures import curves
+from rattn_eqx.inference.cost import count_parameters
+from rattn_eqx.inference.generate import generate_text
+from rattn_eqx.model.config import ModelConfig
+from rattn_eqx.training.config import RunConfig, TrainConfig
+from rattn_eqx.training.loop import train, validation_loss
+from rattn_eqx.training.run_folder import read_metrics, write_json, write_text
 
 
 def pretrain(
@@ -90,7 +91,7 @@ def pretrain(
         folder / "results.json",
         {"bits_per_byte": results, "validation_bytes": num_bytes, "parameters": count_parameters(model)},
     )
-    plot.save(plot.loss_curves({folder.name: rows}, to_beat), folder / "loss.png")
+    curves.save(curves.loss_curves({folder.name: rows}, to_beat), folder / "loss.png")
 
     key = jax.random.key(training.seed)
     drawn = generate_text(trained, tokenizer, prompt, num_tokens=sample_tokens, context=training.context, key=key)

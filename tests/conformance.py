@@ -1,4 +1,4 @@
-"""Cases that are written down, held to the float64 reference; `pallas.cases` says what a case is."""
+"""Cases that are written down, held to the float64 reference; `pallas.tools.cases` says what a case is."""
 
 import functools
 
@@ -6,8 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas import cases
-from pallas.cases import ARRAYS, BOTH, BOUND, FLOOR, RLA, STATES, SWA, Case, errors, options_of_compiler, precision
+from pallas.tools import cases
+from pallas.tools.cases import (
+    ARRAYS,
+    BOTH,
+    BOUND,
+    FLOOR,
+    RLA,
+    STATES,
+    SWA,
+    Case,
+    errors,
+    options_of_compiler,
+    precision,
+)
 
 __all__ = ["ARRAYS", "BOTH", "BOUND", "FLOOR", "RLA", "STATES", "SWA", "Case", "errors"]
 

@@ -13,8 +13,9 @@ import pytest
 from training_child import MODEL, SAMPLE, training
 
 from rattn_eqx.__main__ import _parser, main
-from rattn_eqx.run_folder import RunConfig, TrainConfig, load_config, open_run, read_metrics
-from rattn_eqx.tokens import ByteTokenizer, load_tokenizer
+from rattn_eqx.data.tokenizers import ByteTokenizer, load_tokenizer
+from rattn_eqx.training.config import RunConfig, TrainConfig
+from rattn_eqx.training.run_folder import load_config, open_run, read_metrics
 
 TINY = ["--steps", "6", "--context", "32", "--window", "8", "--pattern", "local", "--sample-tokens", "8"]
 TINY += ["--evaluation-tokens", "256", "--evaluate-every", "3", "--checkpoint-every", "4", "--devices", "1"]
@@ -208,7 +209,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
 # Each command in a process of its own, forked where everything is imported and no device touched.
 SEVERAL = """
 import json, os, sys, traceback
-import rattn_eqx.cost, rattn_eqx.pretrain
+import rattn_eqx.inference.cost, rattn_eqx.pretrain
 from rattn_eqx.__main__ import main
 
 for arguments in json.loads(sys.argv[1]):

@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from rattn_eqx.corpus import build_corpus
-from rattn_eqx.presets import ModelConfig
-from rattn_eqx.run_folder import RunConfig, TrainConfig
-from rattn_eqx.tokens import ByteTokenizer, tokenize
+from rattn_eqx.data.corpus import build_corpus
+from rattn_eqx.data.tokenizers import ByteTokenizer, tokenize
+from rattn_eqx.model.config import ModelConfig
+from rattn_eqx.training.config import RunConfig, TrainConfig
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 MODEL = ModelConfig(
@@ -82,7 +82,7 @@ def die_in_checkpoint(step: int, num_bytes: int) -> None:
 def main(folder: str, scratch: str, num_devices: str, settings: str, *fatal: str) -> None:
     jax.config.update("jax_num_cpu_devices", int(num_devices))
     keep_compiled(Path(scratch) / "compiled")
-    from rattn_eqx.train import train
+    from rattn_eqx.training.loop import train
 
     if fatal:
         die_in_checkpoint(*map(int, fatal))

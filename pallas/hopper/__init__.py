@@ -1,0 +1,31 @@
+"""Kernels for Hopper GPUs (compute capability 9.0), in Pallas's Mosaic GPU dialect: `ops` is what the dispatch calls.
+
+From a call to the card: `ops` pads and plans (`plan`), `gradients` ties the kernels to differentiation, `state_sweep`
+sums the residual branch's state, `forward` computes both branches and their sum, `window_backward`,
+`residual_query_backward` and `residual_key_backward` differentiate. `warpgroup` holds what kernels share.
+"""
+
+import jax
+from jaxtyping import Array
+
+
+def present() -> bool:
+    """Is the default device a Hopper GPU?"""
+    return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+
+
+def obstacle(*arrays: Array) -> str | None:
+    """Why these kernels cannot serve a call on such arrays of q, k and v, or None."""
+    if jax.__version_info__ < (0, 11):
+        return f"needs jax 0.11 or newer (Python 3.12 or newer); this is {jax.__version__}"
+    if jax.default_backend() == "gpu" and not present():
+        return f"needs a Hopper GPU; this is {jax.devices()[0].device_kind}"
+    dtypes = [str(x.dtype) for x in arrays]
+    if "float16" in dtypes:
+        return "takes no float16, in which the states of unbounded feature maps overflow; cast to bfloat16, or"
+    if set(dtypes) != {"bfloat16"}:
+        return f"takes q, k and v in bfloat16 alone; got {', '.join(dict.fromkeys(dtypes))}"
+    sizes = [x.shape[-1] for x in arrays]
+    if max(sizes) > 128:
+        return f"takes head sizes up to 128; got {max(sizes)}"
+    return None

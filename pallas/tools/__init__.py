@@ -1,0 +1,1 @@
+"""The commands of `python -m pallas`, and what they share; no op imports them."""

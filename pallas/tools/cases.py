@@ -1,0 +1,438 @@
+"""Calls of the ops as they are held to the definition: what a call is made of, its numbers, its program, its errors.
+
+`python -m pallas check` draws them at random; tests/ write them down. A case is a frozen value and one line of text,
+and either gives the other back, so that a failure is replayed from what was printed.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas
+from pallas import feature_map
+from pallas.block_sizes import BlockSizes
+from pallas.numerics import relative_rms
+
+ARRAYS = {
+    "sliding_window_attention": ("q", "k", "v"),
+    "residual_linear_attention": ("q", "k", "v", "initial_state", "segment_state"),
+    "rattention": ("q", "k", "v", "swa_gain", "rla_gain", "q_rla", "k_rla", "initial_state", "segment_state"),
+}
+SWA, RLA, BOTH = ARRAYS
+STATES = ("initial_state", "segment_state")
+OF_HEADS = ("q", "k", "v", "q_rla", "k_rla")
+WHOLE = ("swa_gain", "rla_gain", "weight_q", "weight_k")  # not one for each sequence of a batch
+PARAMETERS = (*STATES, *WHOLE)  # float32 beside bfloat16 activations
+BOUND = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-3}  # of `chunked`
+FLOOR = {"float32": 1e-5, "bfloat16": 3e-3}  # a kernel may be off by this and by twice what `chunked` is off by
+CANCELLED = 0.5  # part of the size that gradients would have if they did not cancel
+OF_KEYS = ("d k", "d v", "d k_rla")
+PER_TOKEN = ("output", "d q", "d q_rla", *OF_KEYS)
+REMEDY = "give a line as `check` prints it"
+LEARNED = ("learned", "pair")  # maps with parameters: one for queries and keys, or one for each
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of one op and the numbers it is given.
+
+    sizes: (num_heads, num_kv_heads, head_size, value_size). segments: the lengths of segments, (): no ids; of a batch,
+    a tuple for each sequence. states: those that are passed. static: other keywords of the op. map: of
+    `feature_map.named`, or of LEARNED. shared: the residual branch reads the window's q and k. Numbers are size *
+    (standard normal + mean); size_qk stands for size in what the window's softmax reads, size_rla in what maps read.
+    final: the final state has a cotangent, too, beside which little of the keys' gradients comes through the kernels.
+    """
+
+    op: str
+    t: int
+    window: int
+    s: int | None = None
+    sizes: tuple[int, int, int, int] = (2, 1, 8, 8)
+    segments: tuple = ()
+    states: tuple[str, ...] = STATES
+    static: tuple = ()
+    mean: float = 0.5
+    size: float = 1.0
+    size_qk: float = 1.0
+    size_rla: float = 1.0
+    map: str = "softmax"
+    dtype: str = "float32"
+    batch: int = 0
+    backward: bool = True
+    shared: bool = False
+    final: bool = True
+    seed: int = 0
+
+    def __str__(self):
+        heads = "h{}kv{}d{}dv{}".format(*self.sizes)
+        return f"{self.op}-t{self.t}-w{self.window}-s{self.num_keys}-{len(self.segments)}seg-{heads}"
+
+    @property
+    def num_keys(self) -> int:
+        return self.t if self.s is None else self.s
+
+    @property
+    def scale(self) -> float:
+        """Of the window's logits."""
+        return dict(self.static).get("scale", self.sizes[2] ** -0.5)
+
+    @property
+    def program(self) -> "Case":
+        """The case without what a compiled program is given: cases alike in this share their programs."""
+        whole = (self.num_keys,)
+        marker = () if not self.segments else (whole,) * self.batch if self.batch else whole
+        given = dict(mean=0.5, size=1.0, size_qk=1.0, size_rla=1.0, final=True, seed=0)
+        return dataclasses.replace(self, segments=marker, **given)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its array arguments."""
+        read_by_both = {"q_rla", "k_rla"} if self.shared and self.op == BOTH else set()
+        skipped = {name for name in STATES if name not in self.states} | read_by_both
+        weights = {"learned": ("weight_q",), "pair": ("weight_q", "weight_k")}.get(self.map, ())
+        return (*(x for x in ARRAYS[self.op] if x not in skipped), *(weights if self.op != SWA else ()))
+
+    @property
+    def num_features(self) -> int:
+        d = self.sizes[2]
+        phi = dict(self.static).get("feature_map")
+        if phi is None and self.map in LEARNED:
+            return 2 * d if self.map == "learned" else d
+        return feature_map.num_features(feature_map.named[self.map] if phi is None else phi, d)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of an argument or result of one sequence."""
+        (h, kv, d, dv), f = self.sizes, self.num_features
+        shapes = {
+            "q": (self.t, h, d),
+            "k": (self.num_keys, kv, d),
+            "v": (self.num_keys, kv, dv),
+            "state": (kv, f, dv),
+            "gain": (h, dv),
+            "output": (self.t, h, dv),
+        }
+        if name.startswith("weight"):
+            return (d, d)
+        return shapes["state" if "state" in name else "gain" if "gain" in name else name.removesuffix("_rla")]
+
+    def arrays(self, dtype: str | None = None, seed: int | None = None) -> dict[str, np.ndarray]:
+        """Rounded to the dtype, so that every precision is asked about the same numbers."""
+        dtype, drawn = dtype or self.dtype, {}
+        generator = np.random.default_rng(self.seed if seed is None else seed)
+        for name in self.names:
+            shape = self.shape(name)
+            shape = (self.batch, *shape) if self.batch and name not in WHOLE else shape
+            numbers = generator.standard_normal(shape)
+            if name.startswith("weight"):
+                numbers = numbers / shape[0] ** 0.5
+            elif name.endswith("gain"):
+                numbers = numbers + self.mean
+            else:
+                numbers = self.size_of(name) * (numbers + self.mean)
+            drawn[name] = numbers.astype(jnp.float32 if name in PARAMETERS and dtype != "float64" else dtype)
+        return drawn
+
+    def size_of(self, name: str) -> float:
+        if name not in ("q", "k", "q_rla", "k_rla"):
+            return self.size
+        return self.size_rla if self.op == RLA or name.endswith("rla") else self.size_qk
+
+    def cotangents(self) -> dict[str, np.ndarray]:
+        """Of what the op returns, float64, to be rounded to each result's dtype."""
+        generator = np.random.default_rng([self.seed, 1])
+        names = ("output",) if self.op == SWA else ("output", "final_state")
+        batch = (self.batch,) if self.batch else ()
+        draw = lambda name: generator.standard_normal((*batch, *self.shape(name))).astype(jnp.bfloat16)
+        drawn = {name: draw(name).astype(np.float64) for name in names}
+        return drawn if self.final else drawn | {name: 0 * drawn[name] for name in names[1:]}
+
+    def ids(self) -> np.ndarray | None:
+        """int32 [s], or [batch, s]."""
+        if not self.segments:
+            return None
+        count = lambda lengths: np.repeat(np.arange(len(lengths)), lengths).astype(np.int32)
+        return np.stack([count(x) for x in self.segments]) if self.batch else count(self.segments)
+
+
+def precision(dtype: str, on: str | None):
+    """float64 switched on where it is asked for, float32 products in float32; on a "cpu", or where JAX would run."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.default_matmul_precision("highest"))
+    if on is not None:
+        stack.enter_context(jax.default_device(jax.local_devices(backend=on)[0]))
+    if dtype == "float64":
+        stack.enter_context(jax.enable_x64(True))
+    return stack
+
+
+def options_of_compiler(on: str | None) -> dict | None:
+    """On a CPU, none of the optimisations: compiling is most of the time."""
+    return {"xla_backend_optimization_level": 0} if "cpu" in (on, jax.default_backend()) else None
+
+
+def call(case: Case, arrays: dict, ids, implementation: str | None, **static) -> dict:
+    """The op's results by name, for one sequence."""
+    keywords: dict[str, Any] = dict(window=case.window, implementation=implementation) | dict(case.static) | static
+    arrays = dict(arrays)
+    if case.op != SWA:
+        keywords["return_final_state"] = True
+        weights = [arrays.pop(name) for name in ("weight_q", "weight_k") if name in arrays]
+        keywords = {"feature_map": _map(case.map, weights)} | keywords
+    result = getattr(pallas, case.op)(**keywords | arrays, segment_ids=ids)
+    return {"output": result} if case.op == SWA else {"output": result[0], "final_state": result[1]}
+
+
+def _map(name: str, weights: list):
+    if name == "learned":
+        return lambda x: feature_map.softmax(x @ weights[0].astype(x.dtype))
+    if name == "pair":
+        return tuple(lambda x, weight=weight: jax.nn.softplus(x @ weight.astype(x.dtype)) for weight in weights)
+    return feature_map.named[name]
+
+
+def compiled(case: Case, dtype: str, implementation: str | None, on: str | None = None):
+    """run(case): results and gradients in NumPy, by name, for any case of the same `program`.
+
+    The compiled program is given a token's heads side by side, as projections make them: compilers fuse what cuts them
+    apart with what follows, and may get that wrong.
+    """
+    case = case.program
+
+    def results(arrays, ids):
+        def op(arrays, ids):
+            return call(case, {name: x.reshape(case.shape(name)) for name, x in arrays.items()}, ids, implementation)
+
+        if not case.batch:
+            return op(arrays, ids)
+        axes = {name: None if name in WHOLE else 0 for name in arrays}
+        return jax.vmap(op, in_axes=(axes, None if ids is None else 0))(arrays, ids)
+
+    @functools.partial(jax.jit, compiler_options=options_of_compiler(on))
+    def pulled_back(arrays, ids, cotangents):
+        if not case.backward:
+            return results(arrays, ids)
+        found, pull_back = jax.vjp(lambda arrays: results(arrays, ids), arrays)
+        (gradients,) = pull_back({name: cotangents[name].astype(x.dtype) for name, x in found.items()})
+        return found | {f"d {name}": gradient for name, gradient in gradients.items()}
+
+    def run(case: Case):
+        with precision(dtype, on):
+            drawn = case.arrays(dtype)
+            if dtype == "float64":  # the same numbers that the narrower dtype was given
+                drawn = {name: x.astype(np.float64) for name, x in case.arrays(case.dtype).items()}
+            flat = lambda name, x: x.reshape(*x.shape[:-2], -1) if name in OF_HEADS else x
+            arrays = {name: jnp.asarray(flat(name, x)) for name, x in drawn.items()}
+            ids = None if not case.segments else jnp.asarray(case.ids())
+            cotangents = {name: jnp.asarray(x) for name, x in case.cotangents().items()}
+            found = {name: np.asarray(x) for name, x in pulled_back(arrays, ids, cotangents).items()}
+            return {name: x.reshape(drawn[name[2:]].shape) if name[:2] == "d " else x for name, x in found.items()}
+
+    return run
+
+
+def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
+    """Relative RMS error by tensor; infinite where the definition is exactly 0 and the result is not.
+
+    Where the window's softmax is all but one key's, d q and d k are differences of numbers that are all but equal: they
+    are measured against no less than CANCELLED of the size they would have if they were not. So are d q_rla and d k_rla
+    where no residual set holds more than one key: it only scales the output, and the norm leaves of that what eps does.
+    """
+    assert got.keys() == expected.keys()
+    size = lambda x: float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
+    found = {name: relative_rms(got[name], expected[name]) for name in expected}
+    natural: dict[str, float] = {}
+    if case.op != RLA and case.backward:
+        natural |= _sizes_of_window_gradients(case)
+    if case.op == BOTH and case.backward and _most_in_residual_sets(case) <= 1:
+        natural |= _sizes_of_residual_gradients(case, size(expected["d rla_gain"]))
+    least = {name: CANCELLED * natural[name] for name in natural if name in expected}
+    for name in least:
+        if size(expected[name]) < least[name]:
+            found[name] = size(np.asarray(got[name], np.float64) - expected[name]) / least[name]
+    for name in ("output", "final_state"):
+        if name in expected and np.any(got[name][expected[name] == 0]):
+            found[f"{name}, exact zeros"] = np.inf
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes_of_window_gradients(case: Case) -> dict[str, float]:
+    """About what d q and d k are where nothing cancels, for random numbers."""
+    h, kv, _, dv = case.sizes
+    sharpness = _sharpness(case)
+    of_output = case.size  # v, or, where a norm and a gain follow, v / rms(o_swa) times the gain
+    if case.op == BOTH:
+        of_output = (1 + case.mean**2) * (case.mean**2 + sharpness) ** -0.5
+    of_queries = abs(case.scale) * case.size_qk * of_output * (dv * sharpness) ** 0.5
+    return {"d q": of_queries, "d k": of_queries * (h / kv) ** 0.5}
+
+
+def _size_of_logits(case: Case) -> float:
+    """About the largest of the window's."""
+    return abs(case.scale) * case.size_qk**2 * case.sizes[2] * (1 + case.mean**2)
+
+
+def _sizes_of_residual_gradients(case: Case, d_gain: float) -> dict[str, float]:
+    """About what d q_rla and d k_rla would be but for the norm, where each key is read alone.
+
+    What reads a number of size x changes by as much as 1 / x of its output, whose size is that of the gain's gradient,
+    a sum over tokens: little where eps, not the norm, decides it.
+    """
+    h, kv, d, dv = case.sizes
+    normed = d_gain / (case.t * max(case.batch, 1)) ** 0.5
+    of_queries = normed * (1 + case.mean**2) ** 0.5 * (dv / d) ** 0.5 / case.size_rla
+    return {"d q_rla": of_queries, "d k_rla": of_queries * (case.t * h / (case.num_keys * kv)) ** 0.5}
+
+
+def _most_in_residual_sets(case: Case) -> int:
+    """Keys in the largest residual set of any query; a start state counts as many."""
+    ids = case.ids()
+    ids = np.zeros((1, case.num_keys), int) if ids is None else ids.reshape(-1, case.num_keys)
+    starts = np.stack([np.searchsorted(row, row) for row in ids])[:, case.num_keys - case.t :]  # ids do not fall
+    behind = np.arange(case.num_keys - case.t, case.num_keys) - case.window + 1 - starts
+    reads_state = np.where(starts == 0, "initial_state" in case.states, "segment_state" in case.states)
+    return int((np.maximum(behind, 0) + max(case.num_keys, 2) * reads_state).max())
+
+
+def _sharpness(case: Case) -> float:
+    """The mean of the window's sum of squared weights, of some queries of the first head: 1 for one key, 1/n for n."""
+    arrays, ids = case.arrays(), case.ids()
+    first = (0,) if case.batch else ()
+    q, k = (np.asarray(arrays[name][first], np.float64)[:, 0] for name in ("q", "k"))
+    ids = np.zeros(case.num_keys, int) if ids is None else ids[first]
+    rows = np.unique(np.linspace(0, case.t - 1, 64).astype(int))
+    behind = (rows + case.num_keys - case.t)[:, None] - np.arange(case.num_keys)
+    seen = (behind >= 0) & (behind < max(case.window, 1)) & (ids == ids[rows + case.num_keys - case.t][:, None])
+    logits = case.scale * q[rows] @ k.T
+    weights = np.exp(
+        logits - logits.max(axis=1, keepdims=True, where=seen, initial=-np.inf), where=seen, out=0 * logits
+    )
+    return float(np.mean(np.square(weights).sum(axis=1) / np.square(weights.sum(axis=1))))
+
+
+def bounds(dtype: str, implementation: str | None, of_chunked: dict[str, float]) -> collections.defaultdict:
+    """The largest error of each tensor: fixed for `chunked`, relative to `chunked`'s own for a kernel."""
+    if implementation in (None, "chunked"):
+        return collections.defaultdict(lambda: BOUND[dtype])
+    allowed = {name: 2 * error + FLOOR[dtype] for name, error in of_chunked.items()}
+    return collections.defaultdict(float, allowed)  # exact zeros are exact
+
+
+def allowed(case: Case, implementation: str, expected: dict, of_simpler: dict[str, float]) -> dict[str, float]:
+    """`bounds` for random calls: the largest error of each of their tensors. of_simpler: the errors of `chunked` beside
+    a kernel, of the definition in the case's own dtype beside `chunked`.
+
+    `chunked` may be off by twice what the definition is, in sums that all but cancel; and a weight of the window's
+    softmax is no more exact than its logit, which in float32 is rounded by 2^-24 of it.
+
+    Of kernels, parameters of a map get sums of what its queries and keys get, and are held to the same. And where a
+    tensor is made of few tokens, its own or, of keys, those of the queries that it sums over, its error is of few
+    roundings: with one token the bound is three times as wide, with ten a fifth wider, with a thousand nothing to speak
+    of.
+    """
+    if implementation == "chunked":
+        rounded = 0.0 if case.op == RLA or case.dtype == "float64" else 2**-24 * _size_of_logits(case)
+        return {name: max(BOUND[case.dtype], 2 * of_simpler.get(name, 0.0)) + rounded for name in expected}
+    base = bounds(case.dtype, implementation, of_simpler)
+    found = {name: base[name] for name in expected}
+    for name in PER_TOKEN:
+        if name in found:
+            energy = np.square(np.asarray(expected[name], np.float64)).sum(axis=-1)
+            few = float(np.square(energy).sum() / max(np.square(energy.sum()), 1e-300))
+            if name in OF_KEYS:
+                few = max(few, 1 / (case.t * max(case.batch, 1)))
+            found[name] *= 1 + 2 * few
+    for name, tokens in _tokens_of_parameters(case).items():
+        if name in found:
+            found[name] *= 1 + 2 / max(tokens, 1)
+    of_map = max((base[name] for name in ("d q", "d k", "d q_rla", "d k_rla") if name in expected), default=0.0)
+    return found | {name: max(base[name], of_map) for name in expected if name.startswith("d weight")}
+
+
+def _tokens_of_parameters(case: Case) -> dict[str, int]:
+    """How many tokens the gradient of each parameter of the op sums over, at least."""
+    rows = case.segments if case.batch and case.segments else (case.segments or (case.num_keys,),)
+    in_first = [max(row[0] - (case.num_keys - case.t), 0) for row in rows]
+    tokens = {"d initial_state": min(in_first), "d segment_state": min(case.t - count for count in in_first)}
+    return tokens | dict.fromkeys(("d swa_gain", "d rla_gain"), case.t)
+
+
+def to_line(case: Case) -> str:
+    """One line of words, `parse` of which is the case; what has its default is left out."""
+    words = []
+    for field in dataclasses.fields(Case):
+        value = getattr(case, field.name)
+        if value == field.default:
+            continue
+        if field.name == "static":
+            words += [f"{name}={_word(x)}" for name, x in value]
+        else:
+            words.append(f"{field.name}={_word(value)}")
+    return " ".join(words)
+
+
+def _word(value) -> str:
+    if isinstance(value, BlockSizes):
+        return f"{value.kernel_chunk}x{value.chunks_per_state}"
+    if isinstance(value, tuple):
+        if value and isinstance(value[0], tuple):
+            return "/".join(map(_word, value))
+        repeated = [(str(x), len(list(same))) for x, same in itertools.groupby(value)]
+        return ",".join(f"{x}x{n}" if n > 4 else ",".join([x] * n) for x, n in repeated) or "none"
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def parse(line: str) -> Case:
+    """The case of a line that `to_line` made.
+
+    Raises:
+      ValueError: for a line of another kind, which is named.
+    """
+    kinds = {field.name: field.type for field in dataclasses.fields(Case)}
+    found: dict[str, Any] = {}
+    static = []
+    for word in line.split():
+        name, _, text = word.partition("=")
+        try:
+            if name == "block_sizes":
+                chunk, per_state = map(int, text.split("x"))
+                static.append((name, BlockSizes(kernel_chunk=chunk, chunks_per_state=per_state)))
+            elif name in ("scale", "eps"):
+                static.append((name, float(text)))
+            elif name == "states":
+                found[name] = () if text == "none" else tuple(text.split(","))
+            elif name in ("sizes", "segments"):
+                rows = [tuple(_numbers(row)) for row in text.split("/")]
+                found[name] = tuple(rows) if "/" in text else rows[0]
+            elif name in kinds:
+                kind = {"bool": lambda x: bool(int(x)), "float": float, "str": str}.get(str(_name(kinds[name])), int)
+                found[name] = kind(text)
+            else:
+                raise ValueError("no field of a case")
+        except ValueError as error:
+            raise ValueError(f"check: {word!r} is no word of a case: {error}; {REMEDY}") from error
+    try:
+        case = Case(**found, static=tuple(static))
+    except TypeError as error:
+        raise ValueError(f"check: {line!r} is no case: {error}; {REMEDY}") from error
+    if case.batch == 1 and case.segments and not isinstance(case.segments[0], tuple):
+        case = dataclasses.replace(case, segments=(case.segments,))
+    return case
+
+
+def _numbers(text: str):
+    """Of "3,1x4": 3, 1, 1, 1, 1."""
+    for word in text.split(","):
+        number, _, count = word.partition("x")
+        yield from [int(number)] * int(count or 1)
+
+
+def _name(kind) -> str:
+    return getattr(kind, "__name__", str(kind))

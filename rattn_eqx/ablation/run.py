@@ -1,0 +1,368 @@
+"""Ablations: a grid of trials, each trained and tested for several seeds; `rattn ablate`.
+
+A trial's seeds train together as one vmapped program on one device, for as long as a figure needs and no longer: there
+are no checkpoints. What is kept is a line of JSON for each seed when its trial is done. A grid that is started again
+runs the trials whose lines are missing.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from tqdm import tqdm
+
+from pallas.tools.bench import facts
+from rattn_eqx.ablation.trial import Trial
+from rattn_eqx.data.batches import long_documents
+from rattn_eqx.data.corpus import build_corpus
+from rattn_eqx.data.tokenizers import ByteTokenizer, tokenize
+from rattn_eqx.evaluation.attribution import attribute_task
+from rattn_eqx.evaluation.recall import evaluate_task, make_task
+from rattn_eqx.evaluation.text import loss_by_position, switch_off, without_residual
+from rattn_eqx.inference.cost import count_parameters
+from rattn_eqx.model.language_model import LanguageModel, batch_logits
+from rattn_eqx.model.loss import cross_entropy
+from rattn_eqx.training.loop import validation_loss
+from rattn_eqx.training.step import make_optimizer
+
+POOL = 2**24  # tokens of the task's samples that training draws from, over and over
+TEST_SEED = 2**31  # no trial's samples
+DISPATCH = 25  # steps in one call of the device
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What trials read: training tokens, the path of the validation tokens, the training text, and their hash."""
+
+    train: np.ndarray
+    validation: Path
+    text: bytes
+    sha256: str
+
+
+def load_data(source: str, cache: Path) -> Data:
+    """The corpus of `rattn pretrain` in bytes, of `corpus.build_corpus`, gathered or found under `cache`."""
+    corpus = build_corpus(source, cache)
+    train, validation = tokenize(corpus, ByteTokenizer(), cache)
+    text = b"\n".join(corpus.documents("train"))
+    return Data(np.load(train, mmap_mode="r"), validation, text, corpus.manifest["sha256"])
+
+
+def run_grid(
+    trials: list[Trial],
+    seeds: list[int],
+    data: Data | None,
+    out: Path,
+    *,
+    part: tuple[int, int] = (1, 1),
+    attribution: bool = False,
+    commit: str | None = None,
+    report: Callable[[str], object] = tqdm.write,
+    show_progress: bool = True,
+) -> None:
+    """Run every trial whose lines are not in `out` yet, and append them: one for each seed.
+
+    Args:
+      part: (i, n) runs the i-th of n equal shares, counted from 1, so that n processes can share a grid and a file.
+      attribution: as of `run_trial`; lines that are there already count as done without it too.
+      commit: of this code, to be written in the lines; None asks git.
+      report: told each trial's result in a line.
+
+    Raises:
+      ValueError: two trials of one name, a part out of range, a line of `out` that is not JSON; what a trial raises.
+    """
+    names = [trial.name for trial in trials]
+    if len(set(names)) < len(names):
+        raise ValueError(f"run_grid: names must differ; got {', '.join(n for n in names if names.count(n) > 1)}")
+    index, parts = part
+    if not 1 <= index <= parts:
+        raise ValueError(f"run_grid: part must be i/n with 1 <= i <= n; got {index}/{parts}")
+    corpus = None if data is None else data.sha256
+    done = {(_key(row["trial"], row["corpus"]), row["seed"]) for row in read_rows(out)}
+    for number, trial in enumerate(trials[index - 1 :: parts]):
+        left = [seed for seed in seeds if (_key(trial.to_json(), corpus), seed) not in done]
+        if not left:
+            report(f"{trial.name}: already in {out}")
+            continue
+        title = f"{number * parts + index}/{len(trials)} {trial.name}"
+        rows = run_trial(
+            trial, left, data, attribution=attribution, commit=commit, title=title, show_progress=show_progress
+        )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        report(f"{title}: {summary(rows)}")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a result file; none if there is no file.
+
+    Raises:
+      ValueError: for a line that is no JSON, with its number.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"ablate: line {number} of {path} is no JSON ({error}); remove it") from error
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """One line: bits per byte, and whole answers right at each length, mean over seeds and each seed's."""
+    parts = []
+    if rows[0]["bits_per_byte"] is not None:
+        parts.append(f"{np.mean([row['bits_per_byte'] for row in rows]):.3f} bits/byte")
+    for i, tested in enumerate(rows[0]["tests"]):
+        exact = [row["tests"][i]["exact"] for row in rows]
+        shown = ", ".join(f"{share:.3f}" for share in exact)
+        parts.append(f"{tested['task']} {tested['length']}: {np.mean(exact):.3f} ({shown})")
+    return f"{'; '.join(parts)}; {rows[0]['seconds']:.0f} s"
+
+
+def run_trial(
+    trial: Trial,
+    seeds: list[int],
+    data: Data | None,
+    *,
+    implementation: str | None = None,
+    attribution: bool = False,
+    commit: str | None = None,
+    title: str = "",
+    show_progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Train a trial for each seed, all at once, and test each: its lines.
+
+    A seed fixes the initial parameters and the order of texts and samples, which are the same for trials of one context
+    and batch: differences between trials can be paired by seed.
+
+    Args:
+      data: what text is read; may be None where `task_share` is 1.
+      implementation: of the ops.
+      attribution: whether to ask, of a model with a residual branch, what each branch contributes:
+        `attribution.attribute_task`, and bits per byte with each branch switched off.
+      commit: of this code; None asks git.
+    """
+    started = time.monotonic()
+    title = title or trial.name
+    models, losses, skipped = train_trial(
+        trial, seeds, data, implementation=implementation, title=title, show_progress=show_progress
+    )
+    trained = time.monotonic() - started
+    context = trial.training.context
+    lengths = list(trial.test_lengths or (context,))
+    options = task_options(trial, data)
+    tokenizer = ByteTokenizer()
+    about = facts(commit)
+    validation = data.validation if data is not None and trial.task_share < 1 else None
+    documents = None if validation is None else long_documents(validation, max(lengths) + 1)
+    batch = None
+    if attribution and trial.model.residual:
+        batch = make_task(trial.task, models, tokenizer, TEST_SEED, trial.test_samples, context, options)
+
+    def bits(model: LanguageModel) -> float | None:
+        return None if validation is None else validation_loss(model, trial.training, validation, tokenizer)
+
+    def test(model: LanguageModel, lengths: list[int]) -> dict[str, Any]:
+        tests = evaluate_task(
+            model, tokenizer, trial.task, lengths, samples=trial.test_samples, seed=TEST_SEED, options=options
+        )
+        return {"bits_per_byte": bits(model), "tests": [row for _, row in tests]}
+
+    rows = []
+    for index, seed in enumerate(seeds):
+        model = jax.tree.map(lambda x, i=index: x[i] if eqx.is_array(x) else x, models)
+        row = {"name": trial.name, "trial": trial.to_json(), "seed": seed} | test(model, lengths)
+        if trial.model.residual:
+            row["without_residual"] = test(without_residual(model), [context])
+        if documents is not None:
+            by_position = loss_by_position(model, documents, tokenizer)
+            row["text"] = {"documents": len(documents), "by_position": by_position}
+        if batch is not None:
+            row["attribution"] = attribute_task(model, batch)
+            row["attribution"]["bits_per_byte"] = {
+                "whole": row["bits_per_byte"],
+                "window off": bits(switch_off(model, "window")),
+                "residual off": row["without_residual"]["bits_per_byte"],
+            }
+        every = max(1, len(losses) // 50)
+        row["losses"] = [[step + 1, round(float(losses[step, index]), 4)] for step in range(0, len(losses), every)]
+        row |= {
+            "parameters": count_parameters(trial.model),
+            "tokens": trial.training.steps * trial.training.batch_size * context,
+            "skipped": int(skipped[index]),
+            "corpus": data.sha256 if data is not None else None,
+            "seconds": round(time.monotonic() - started, 1),
+            "training_seconds": round(trained, 1),
+        }
+        rows.append(row | about)
+    return rows
+
+
+def train_trial(
+    trial: Trial,
+    seeds: list[int],
+    data: Data | None,
+    *,
+    implementation: str | None = None,
+    title: str = "",
+    show_progress: bool = True,
+) -> tuple[LanguageModel, np.ndarray, np.ndarray]:
+    """Train one model for each seed.
+
+    Returns:
+      A `LanguageModel` whose arrays have an axis of seeds in front, the loss of each step and seed, and the number of
+      steps that each seed skipped because its gradients were not finite.
+    """
+    # The update is linear in the learning rate, which stays outside: a sweep compiles once, where there is a cache.
+    config = dataclasses.replace(trial.training, learning_rate=1.0)
+    rate = jnp.float32(trial.training.learning_rate)
+    make = functools.partial(_make_model, trial, implementation)
+    models = eqx.filter_vmap(make)(jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)))
+    parameters, _ = eqx.partition(models, eqx.is_array)
+    optimizer = make_optimizer(config)
+    state: Any = jax.vmap(optimizer.init)(parameters)
+    sources = _sources(trial, data)
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 7))(jnp.asarray(seeds, jnp.uint32))
+
+    def one_seed(window, number, kept, sources, rate, parameters, state, key):
+        batch = _batch(jax.random.fold_in(key, number), sources, trial)
+        of_parameters = lambda p: _loss(_with_window(trial, implementation, window, p), trial, batch, kept)
+        loss, gradients = jax.value_and_grad(of_parameters)(parameters)
+        updates, state = optimizer.update(gradients, state, parameters)
+        parameters = optax.apply_updates(parameters, jax.tree.map(lambda x: x * rate, updates))
+        return parameters, state, loss
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def steps(window, carry, numbers, sources, rate, keys):
+        def step(carry, number):
+            kept = jax.random.uniform(jax.random.fold_in(jax.random.key(0), number), (trial.model.num_layers,))
+            one = functools.partial(one_seed, window, number, kept >= trial.window_dropout, sources, rate)
+            parameters, state, loss = jax.vmap(one)(carry[0], carry[1], keys)
+            return (parameters, state), loss
+
+        return jax.lax.scan(step, carry, numbers)
+
+    windows = trial.windows or (trial.model.window,)
+    together = 1 if len(windows) > 1 else DISPATCH
+    drawn = np.random.default_rng(0).choice(windows, config.steps)
+    carry: Any = (parameters, state)
+    losses = []
+    bar = tqdm(total=config.steps, unit="step", disable=not show_progress, dynamic_ncols=True, desc=title, leave=False)
+    with bar:
+        for start in range(0, config.steps, together):
+            numbers = jnp.arange(start, min(start + together, config.steps))
+            carry, loss = steps(int(drawn[start]), carry, numbers, sources, rate, keys)
+            losses.append(np.asarray(loss))
+            bar.set_postfix_str(f"loss {losses[-1][-1].mean():.3f}", refresh=False)
+            bar.update(len(numbers))
+    parameters, state = carry
+    model = _with_window(trial, implementation, trial.model.window, parameters)
+    return model, np.concatenate(losses), np.asarray(state.total_notfinite)
+
+
+def task_options(trial: Trial, data: Data | None) -> dict[str, Any]:
+    """The trial's task options, with the training text where its haystack is the corpus."""
+    options: dict[str, Any] = dict(trial.task_options)
+    if options.get("haystack") == "corpus" and data is not None:
+        options["text"] = data.text
+    return options
+
+
+def _make_model(trial: Trial, implementation: str | None, key: PRNGKeyArray) -> LanguageModel:
+    settings = trial.training
+    return LanguageModel(
+        trial.model,
+        compute_dtype=settings.compute_dtype,
+        rematerialise=settings.rematerialise,
+        implementation=implementation,
+        key=key,
+    )
+
+
+def _with_window(trial: Trial, implementation: str | None, window: int, parameters: Any) -> LanguageModel:
+    """The model with these parameters and this window, which is part of a model's structure."""
+    trial = dataclasses.replace(trial, model=dataclasses.replace(trial.model, window=window))
+    shapes = eqx.filter_eval_shape(functools.partial(_make_model, trial, implementation), jax.random.key(0))
+    arrays, static = eqx.partition(shapes, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+    return eqx.combine(jax.tree.unflatten(jax.tree.structure(arrays), jax.tree.leaves(parameters)), static)
+
+
+def _sources(trial: Trial, data: Data | None) -> tuple[Array, Array, Array]:
+    """On the device: training text, the pool's sequences, and where their answers stand."""
+    if trial.needs_text and data is None:
+        raise ValueError(
+            f"Trial {trial.name}: task_share={trial.task_share} with task_options={trial.task_options} needs a text; "
+            "got none; give data"
+        )
+    context = trial.training.context
+    text = np.zeros(context + 1, np.uint16) if data is None else data.train
+    sequences, answers = np.zeros((1, context + 1), np.uint16), np.zeros((1, context), bool)
+    if trial.task_sequences:
+        shapes = eqx.filter_eval_shape(functools.partial(_make_model, trial, None), jax.random.key(0))
+        needed = trial.task_sequences * trial.training.steps
+        count = min(max(1, POOL // context), needed)
+        drawn = make_task(trial.task, shapes, ByteTokenizer(), 0, count, context, task_options(trial, data))
+        sequences = np.concatenate([drawn.tokens, drawn.targets[:, -1:]], axis=1).astype(np.uint16)
+        answers = drawn.scored
+    return jnp.asarray(text), jnp.asarray(sequences), jnp.asarray(answers)
+
+
+def _batch(
+    key: PRNGKeyArray, sources: tuple[Array, Array, Array], trial: Trial
+) -> tuple[Int[Array, "batch length"], Bool[Array, "batch t"]]:
+    """Sequences of context + 1 tokens, samples of the task first, and where the samples' answers stand."""
+    text, pool, answers = sources
+    text_key, pool_key = jax.random.split(key)
+    context, num_tasks = trial.training.context, trial.task_sequences
+    num_texts = trial.training.batch_size - num_tasks
+    chosen = jax.random.randint(pool_key, (num_tasks,), 0, pool.shape[0])
+    starts = jax.random.randint(text_key, (num_texts,), 0, text.shape[0] - context)
+    cut = jax.vmap(lambda start: jax.lax.dynamic_slice(text, (start,), (context + 1,)))
+    sequences = jnp.concatenate([pool[chosen], cut(starts)]).astype(jnp.int32)
+    return sequences, jnp.concatenate([answers[chosen], jnp.zeros((num_texts, context), bool)])
+
+
+def _loss(model: LanguageModel, trial: Trial, batch, kept: Bool[Array, "layers"]) -> Float[Array, ""]:
+    if trial.window_dropout:
+        local = [i for i, kind in enumerate(trial.model.layer_kinds) if kind == "local"]
+        where = lambda model: [model.blocks[i].attention.swa_gain for i in local]
+        gains = [gain * kept[i] for i, gain in zip(local, where(model), strict=True)]
+        model = eqx.tree_at(where, model, gains)
+    sequences, answers = batch
+    tokens, targets = sequences[:, :-1], sequences[:, 1:]
+    segment_ids = jnp.cumsum(tokens == ByteTokenizer().document, axis=-1)
+    logits = batch_logits(model, tokens, segment_ids)
+    if trial.task_loss == "all":
+        return cross_entropy(logits, targets, jnp.ones(targets.shape, bool)) / targets.size
+    is_text = jnp.broadcast_to(jnp.arange(len(tokens))[:, None] >= trial.task_sequences, targets.shape)
+    mean = lambda where: cross_entropy(logits, targets, where) / jnp.maximum(1, jnp.sum(where))
+    return mean(is_text) + mean(answers)
+
+
+def _key(trial: dict[str, Any], corpus: str | None) -> str:
+    return json.dumps([trial, corpus], sort_keys=True)
+
+
+def replayed(place: str) -> dict[str, Any]:
+    """The line of results at "FILE:LINE", counted from 1.
+
+    Raises:
+      ValueError: no such file or line.
+    """
+    file, _, number = place.rpartition(":")
+    rows = read_rows(Path(file)) if file else []
+    if not number.isdigit() or not 1 <= int(number) <= len(rows):
+        raise ValueError(f"ablate: replay needs FILE:LINE with a line from 1 to {len(rows)}; got {place!r}")
+    return rows[int(number) - 1]

@@ -1,0 +1,74 @@
+"""One cell of a grid of ablations."""
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+from rattn_eqx.model.config import ModelConfig
+from rattn_eqx.training.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One cell of a grid: a model, how it is trained, and what it is tested on.
+
+    `training.seed` counts for nothing: a trial is run for seeds. A step reads `training.batch_size` sequences, of which
+    `task_share` (rounded to whole sequences) are samples of the recall task and the rest is text. `task_loss="all"` is
+    the mean over all tokens; "answers" adds the mean over the text's tokens and the mean over the answers'.
+
+    `windows`: each step trains with one of these, drawn at random, and tests run with the model's own (SWAX, arXiv
+    2509.24552). `window_dropout`: the chance, at each step and local layer, that the window's branch is left out in
+    training (arXiv 2510.05901).
+
+    Raises:
+      ValueError: a share outside [0, 1], or departures that need both branches where there are not two.
+    """
+
+    name: str
+    model: ModelConfig
+    training: TrainConfig
+    task: str = "needle"
+    task_options: dict[str, int | str] = dataclasses.field(default_factory=dict)
+    task_share: float | int = 0.5
+    task_loss: Literal["all", "answers"] = "answers"
+    windows: tuple[int, ...] = ()
+    window_dropout: float | int = 0.0
+    test_lengths: tuple[int, ...] = ()
+    test_samples: int = 128
+
+    def __post_init__(self):
+        for name in ("task_share", "window_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Trial {self.name}: {name} must lie between 0 and 1; got {getattr(self, name)}")
+        if self.task_loss not in ("all", "answers"):
+            raise ValueError(f"Trial {self.name}: task_loss must be 'all' or 'answers'; got {self.task_loss!r}")
+        if self.window_dropout and not self.model.residual:
+            raise ValueError(
+                f"Trial {self.name}: window_dropout needs the residual branch; got residual=False; use window_dropout=0"
+            )
+
+    @property
+    def task_sequences(self) -> int:
+        """Samples of the task in a batch."""
+        return round(self.task_share * self.training.batch_size)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the trial reads a corpus."""
+        in_text = self.task_options.get("haystack") == "corpus"
+        return in_text or self.task_sequences < self.training.batch_size
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the name, as JSON holds it: two trials are the same if this is."""
+        values = dataclasses.asdict(self)
+        del values["name"], values["training"]["seed"]
+        return json.loads(json.dumps(values))
+
+    @classmethod
+    def from_json(cls, name: str, values: dict[str, Any]) -> "Trial":
+        """The trial whose `to_json` is `values`."""
+        rest: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        rest |= {"model": ModelConfig.from_json(values["model"]), "training": TrainConfig(**values["training"])}
+        return cls(name, **rest)

@@ -1,0 +1,197 @@
+"""From token files to batches, for training and validation."""
+
+import operator
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, SupportsIndex, final
+
+import grain
+import numpy as np
+from beartype import beartype
+from jaxtyping import Int32, UInt16, jaxtyped
+
+from rattn_eqx.data.tokenizers import DOCUMENT
+
+Batch = dict[str, Int32[np.ndarray, "batch context"]]
+Window = dict[str, Int32[np.ndarray, "context"]]
+
+
+@final
+class TokenWindows:
+    """The windows of one token file, as a grain data source: window i reads tokens i * context to (i + 1) * context.
+
+    Documents are packed end to end and cut every `context` tokens: no position is padding, and any window can be read
+    alone. An item holds `tokens`, `targets` (the tokens one place on) and `segment_ids`, the number of document
+    markers up to and with each position, each Int32["context"].
+
+    Args:
+      path: a token file that `tokenize` wrote.
+      context: tokens in a window.
+      document: the tokenizer's document marker.
+
+    Raises:
+      ValueError: a file shorter than one window and its last target, or one that is no token file.
+    """
+
+    def __init__(self, path: Path, context: int, document: int = DOCUMENT):
+        if context < 1:
+            raise ValueError(f"TokenWindows: context must be at least 1; got {context}")
+        self._path = Path(path)
+        self._context = context
+        self._document = document
+        num_tokens = len(_open_tokens(self._path, document))
+        if num_tokens < context + 1:
+            raise ValueError(
+                f"TokenWindows: the split is shorter than one window; got {num_tokens} tokens in {path}, and"
+                f" context={context} needs {context + 1}; give more text or a smaller context"
+            )
+        self._num_windows = (num_tokens - 1) // context
+        self._tokens: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self._num_windows
+
+    @jaxtyped(typechecker=beartype)
+    def __getitem__(self, index: SupportsIndex) -> Window:
+        index = operator.index(index)
+        if not 0 <= index < self._num_windows:
+            raise IndexError(f"TokenWindows: no window {index} among {self._num_windows}")
+        if self._tokens is None:  # threads that come here together open it twice, which does no harm
+            self._tokens = _open_tokens(self._path, self._document)
+        start = index * self._context
+        window = self._tokens[start : start + self._context + 1].astype(np.int32)
+        return _window_items(window[:-1], window[1:], self._document)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tokens": None}  # a copy of the memory map would carry the whole file
+
+    def __repr__(self) -> str:
+        return f"TokenWindows({str(self._path)!r}, context={self._context}, document={self._document})"
+
+
+def training_batches(
+    path: Path,
+    *,
+    context: int,
+    batch_size: int,
+    seed: int,
+    document: int = DOCUMENT,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+    """Return an endless grain iterator over shuffled batches of windows, read ahead by threads.
+
+    Every epoch is a new shuffle of all windows. Processes get disjoint shares of it, equally many each, so they pass
+    from epoch to epoch together; up to `process_count - 1` windows are left out of an epoch, others in each.
+
+    `get_state()` gives a small dictionary that JSON can hold; `set_state` with it continues exactly there, in this
+    epoch or a later one. It counts batches, so restore it only under the same arguments. Call `close()` when done.
+
+    Args:
+      path: a token file that `tokenize` wrote.
+      context: tokens in a window.
+      batch_size: windows in a batch of this process.
+      seed: of the shuffle, 0 to 2**32 - 1.
+      document: the tokenizer's document marker.
+      process_index: which share this process reads, 0 to `process_count - 1`.
+      process_count: the number of shares.
+
+    Raises:
+      ValueError: fewer windows than processes, sizes below 1, or a process index out of range.
+    """
+    if batch_size < 1:
+        raise ValueError(f"training_batches: batch_size must be at least 1; got {batch_size}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            "training_batches: process_index must lie between 0 and process_count - 1;"
+            f" got process_index={process_index}, process_count={process_count}"
+        )
+    windows = TokenWindows(path, context, document)
+    if len(windows) < process_count:
+        raise ValueError(
+            f"training_batches: every process needs a window; got {len(windows)} windows and"
+            f" process_count={process_count}; give more text or a smaller context"
+        )
+    shared = len(windows) // process_count * process_count
+    share = grain.MapDataset.source(windows).seed(seed).shuffle().slice(slice(process_index, shared, process_count))
+    batches = share.repeat().batch(batch_size, drop_remainder=True)
+    # Threads, as reading a memory map lets go of the interpreter lock and worker processes only add copies.
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)))
+
+
+def long_documents(path: Path, length: int, *, document: int = DOCUMENT) -> Int32[np.ndarray, "n length"]:
+    """The first `length` tokens, markers included, of every document of a token file that has as many; maybe none.
+
+    Args:
+      path: a token file that `tokenize` wrote.
+      document: the tokenizer's document marker, which begins each document.
+    """
+    stream = _open_tokens(path, document)
+    starts = np.flatnonzero(stream == document)
+    ends = np.append(starts[1:], len(stream))
+    found = [stream[start : start + length] for start in starts[ends - starts >= length]]
+    return np.asarray(found, np.int32).reshape(-1, length)
+
+
+def validation_batches(
+    path: Path, *, context: int, batch_size: int, document: int = DOCUMENT, max_tokens: int | None = None
+) -> Iterator[Batch]:
+    """Return batches that hold every target of a token file, or its first `max_tokens` targets, once and in order.
+
+    Windows follow one another as in `TokenWindows`. What the last window and the last batch lack is filled with the
+    padding token, in `tokens` and in `targets`: mask the targets that equal it.
+
+    Args:
+      path: a token file that `tokenize` wrote.
+      context: tokens in a window.
+      batch_size: windows in a batch.
+      document: the tokenizer's document marker; its padding is the token after it.
+      max_tokens: the most targets to read; None reads all.
+
+    Raises:
+      ValueError: a file of fewer than two tokens, or sizes below 1.
+    """
+    for name, value in (("context", context), ("batch_size", batch_size), ("max_tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"validation_batches: {name} must be at least 1; got {value}")
+    stream = _open_tokens(path, document)
+    num_targets = len(stream) - 1 if max_tokens is None else min(len(stream) - 1, max_tokens)
+    if num_targets < 1:
+        raise ValueError(f"validation_batches: {path} has no token after its document marker; give more text")
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, num_targets, batch_size * context):
+            tokens, targets = np.full((2, batch_size * context), document + 1, np.int32)
+            part = stream[start : min(start + batch_size * context, num_targets) + 1]
+            tokens[: len(part) - 1], targets[: len(part) - 1] = part[:-1], part[1:]
+            yield _window_items(tokens.reshape(-1, context), targets.reshape(-1, context), document)
+
+    return batches()
+
+
+def _window_items(
+    tokens: Int32[np.ndarray, "*batch context"], targets: Int32[np.ndarray, "*batch context"], document: int
+) -> dict[str, Int32[np.ndarray, "*batch context"]]:
+    segment_ids = np.cumsum(tokens == document, axis=-1, dtype=np.int32)
+    return {"tokens": tokens, "targets": targets, "segment_ids": segment_ids}
+
+
+_ONE_PARSER = threading.Lock()  # NumPy parses a file's header with `ast`, which fails in two threads of Python 3.11
+
+
+def _open_tokens(path: Path, document: int) -> UInt16[np.ndarray, "tokens"]:
+    """Map a token file into memory; its first token shows whether the caller knows its document marker."""
+    with _ONE_PARSER:
+        tokens = np.load(path, mmap_mode="r")
+    if tokens.ndim != 1 or tokens.dtype != np.uint16 or tokens.size == 0:
+        raise ValueError(
+            f"token file: {path} must hold one dimension of uint16; got {tokens.dtype} of shape {tokens.shape};"
+            " write it with tokenize"
+        )
+    if tokens[0] != document:
+        raise ValueError(
+            f"token file: {path} must begin with the document marker; got {tokens[0]} for document={document};"
+            " pass document=tokenizer.document"
+        )
+    return tokens

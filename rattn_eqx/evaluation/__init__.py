@@ -1,0 +1,1 @@
+"""How good a model is: text, recall, and what each branch contributes."""

@@ -1,0 +1,109 @@
+"""How well a model predicts held-out text."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from beartype import beartype
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Int32, jaxtyped
+
+from rattn_eqx.data.batches import Batch
+from rattn_eqx.data.tokenizers import Tokenizer
+from rattn_eqx.model.language_model import LanguageModel, batch_logits
+from rattn_eqx.model.loss import bits_per_byte, cross_entropy
+from rattn_eqx.model.sharding import BATCH, batch_mesh, over_batch, replicate
+
+GAINS = {"window": "swa_gain", "residual": "rla_gain"}  # what scales a branch in a local layer, if it has two
+
+
+@jaxtyped(typechecker=beartype)
+def evaluate(model: LanguageModel, batches: Iterable[Batch], tokenizer: Tokenizer) -> float:
+    """Bits per byte over batches of windows, such as `batches.validation_batches` gives; batches are cut over devices.
+
+    The bits of every target that is not padding, document markers included, over the bytes that the targets stand for.
+    A window starts with no memory of the one before it.
+    """
+    parameters, static = eqx.partition(model, eqx.is_array)
+    sum_nats, nats, num_bytes = None, 0.0, 0
+    for batch in batches:
+        if sum_nats is None:
+            mesh = batch_mesh(len(batch["tokens"]))
+            parameters = replicate(parameters, mesh)
+            sum_nats = _compile(static, mesh, tokenizer.padding)
+        nats += float(sum_nats(parameters, batch))
+        num_bytes += int(tokenizer.byte_lengths[batch["targets"]].sum())
+    return bits_per_byte(nats, num_bytes)
+
+
+@functools.lru_cache(maxsize=8)  # `train` evaluates again and again: compile once
+def _compile(static: LanguageModel, mesh: Mesh, padding: int) -> Callable:
+    def local(parameters, batch):
+        logits = batch_logits(eqx.combine(parameters, static), batch["tokens"], batch["segment_ids"])
+        nats = cross_entropy(logits, batch["targets"], batch["targets"] != padding)
+        return jax.lax.psum(nats, BATCH)
+
+    return jax.jit(over_batch(local, mesh, 1))
+
+
+@jaxtyped(typechecker=beartype)
+def loss_by_position(
+    model: LanguageModel, documents: Int32[np.ndarray, "n length"], tokenizer: Tokenizer
+) -> list[tuple[int, int, float]]:
+    """Rows (low, high, bits per byte) over the targets at positions low <= i < high, of documents that begin at 0.
+
+    What a position predicts depends on nothing after it: one reading of a long document has the loss at each shorter
+    length too. The first bin ends at 128, and each is as long as all before it.
+
+    Args:
+      documents: the first tokens of each, such as `batches.long_documents` gives; all but the last are read. None at
+        all give no rows.
+    """
+    if not len(documents):
+        return []
+    nats = np.sum([np.asarray(_nats(model, jnp.asarray(x)), np.float64) for x in documents], axis=0)
+    num_bytes = tokenizer.byte_lengths[documents[:, 1:]].sum(axis=0)
+    rows, low = [], 0
+    while low < len(num_bytes):
+        high = min(max(128, 2 * low), len(num_bytes))
+        rows.append((low, high, bits_per_byte(float(nats[low:high].sum()), int(num_bytes[low:high].sum()))))
+        low = high
+    return rows
+
+
+@eqx.filter_jit
+def _nats(model: LanguageModel, document: Int[Array, "length"]) -> Float[Array, "length-1"]:
+    one = lambda logits, target: cross_entropy(logits, target, jnp.bool_(True))
+    return jax.vmap(one)(model(document[:-1]), document[1:])
+
+
+def switch_off(model: LanguageModel, branch: Literal["window", "residual"]) -> LanguageModel:
+    """The same model with one branch of every local layer silent: its gain is 0, all else is as it was.
+
+    Raises:
+      ValueError: for another branch, and for the window of a model without a residual branch, which has no gains.
+    """
+    if branch not in GAINS:
+        raise ValueError(f"switch_off: branch must be 'window' or 'residual'; got {branch!r}")
+
+    def gains(model):
+        found = (getattr(block.attention, GAINS[branch], None) for block in model.blocks)
+        return [gain for gain in found if gain is not None]
+
+    if gains(model):
+        return eqx.tree_at(gains, model, replace_fn=jnp.zeros_like)
+    if branch == "window":
+        raise ValueError(
+            "switch_off: the window can be switched off beside a residual branch only; got a model without one; "
+            "train one with residual=True and a local layer"
+        )
+    return model
+
+
+def without_residual(model: LanguageModel) -> LanguageModel:
+    """`switch_off(model, "residual")`."""
+    return switch_off(model, "residual")

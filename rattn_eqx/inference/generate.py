@@ -1,0 +1,169 @@
+"""Sampling text from a model, one token at a time."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from beartype import beartype
+from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray, jaxtyped
+
+from rattn_eqx.data.tokenizers import Tokenizer
+from rattn_eqx.model.language_model import LanguageModel
+
+
+@jaxtyped(typechecker=beartype)
+def filter_logits(
+    logits: Float[Array, "vocabulary"],
+    *,
+    temperature: float | int,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Float[Array, "vocabulary"]:
+    """Divide by the temperature, then put -inf in place of every token that top-k or top-p excludes.
+
+    Args:
+      temperature: above 0; below 1 sharpens the distribution, above 1 flattens it.
+      top_k: keep the k likeliest tokens; of equal ones, those of lower id. None keeps all.
+      top_p: then keep the fewest likeliest tokens whose probabilities, renormalised after top_k, sum to at least p
+        (nucleus sampling, Holtzman et al., arXiv 1904.09751). The likeliest token always stays. None keeps all.
+
+    Raises:
+      ValueError: if temperature is not above 0, top_k below 1, or top_p outside (0, 1].
+    """
+    _check_sampling("filter_logits", temperature, top_k, top_p)
+    if temperature == 0:
+        raise ValueError("filter_logits: temperature must be above 0; got 0; sample_token takes 0, the likeliest token")
+    logits = logits / temperature
+    order = jnp.argsort(logits, descending=True)  # stable: equal logits stay in order of id
+    ranked = logits[order]
+    kept = jnp.ones(ranked.shape, bool)
+    if top_k is not None:
+        kept = jnp.arange(ranked.size) < top_k
+    if top_p is not None and top_p < 1:  # a rounded sum may reach 1 before the last token does
+        probabilities = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf))
+        kept = kept & (jnp.cumsum(probabilities) - probabilities < top_p).at[0].set(True)
+    return jnp.where(jnp.zeros_like(kept).at[order].set(kept), logits, -jnp.inf)
+
+
+@jaxtyped(typechecker=beartype)
+def sample_token(
+    logits: Float[Array, "vocabulary"],
+    *,
+    temperature: float | int,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: PRNGKeyArray,
+) -> Int[Array, ""]:
+    """Draw one token from the distribution that `filter_logits` leaves; at temperature 0 take the likeliest.
+
+    Raises:
+      ValueError: if temperature is below 0, top_k below 1, or top_p outside (0, 1].
+    """
+    _check_sampling("sample_token", temperature, top_k, top_p)
+    if temperature == 0:
+        return jnp.argmax(logits)
+    return jax.random.categorical(key, filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p))
+
+
+@jaxtyped(typechecker=beartype)
+def generate(
+    model: LanguageModel,
+    prompt: Integer[np.ndarray, "tokens"],
+    *,
+    num_tokens: int,
+    context: int,
+    temperature: float | int = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: PRNGKeyArray,
+    forbid: tuple[int, ...] = (),
+) -> Iterator[int]:
+    """Sample the tokens that follow a prompt, yielding each as soon as it is drawn.
+
+    Every token costs one pass over `context` positions, whatever the text's length: the whole prefix is computed again,
+    in a buffer of one size, so that the model is compiled once. Text longer than `context` is seen by its last
+    `context` tokens. The text counts as one document.
+
+    Args:
+      prompt: token ids, at least one; a document marker alone begins a new document.
+      num_tokens: how many to sample; 0 gives none.
+      temperature, top_k, top_p: as in `sample_token`; temperature 0 is greedy.
+      key: fixes the result. Asking for more tokens with the same key continues the same text.
+      forbid: tokens that are never sampled, such as padding.
+
+    Raises:
+      ValueError: at the call, before anything is computed: an empty prompt, token ids outside the vocabulary, nothing
+        left to sample, or a size or sampling option out of range.
+    """
+    vocabulary_size = model.config.vocabulary_size
+    _check_sampling("generate", temperature, top_k, top_p)
+    if num_tokens < 0:
+        raise ValueError(f"generate: num_tokens must be at least 0; got {num_tokens}")
+    if context < 1:
+        raise ValueError(f"generate: context must be at least 1; got {context}")
+    if len(prompt) == 0:
+        raise ValueError("generate: the prompt is empty; give at least one token, such as the document marker")
+    for name, ids in (("prompt", prompt), ("forbid", np.array(forbid, np.int64))):
+        outside = ids[(ids < 0) | (ids >= vocabulary_size)]
+        if outside.size:
+            raise ValueError(
+                f"generate: {name} must hold token ids below vocabulary_size={vocabulary_size}; got {outside[0]}; "
+                "encode the text with the tokenizer that the model was trained with"
+            )
+    if set(forbid) == set(range(vocabulary_size)):
+        raise ValueError(f"generate: forbid must leave a token to sample; got all {vocabulary_size}")
+    allowed = jnp.asarray(~np.isin(np.arange(vocabulary_size), forbid))
+
+    def sampled() -> Iterator[int]:
+        text = prompt[-context:].astype(np.int32)
+        for index in range(num_tokens):
+            # What stands after the last token cannot matter: the model is causal.
+            buffer = jnp.asarray(np.pad(text, (0, context - len(text))))
+            last, step_key = jnp.asarray(len(text) - 1), jax.random.fold_in(key, index)
+            drawn = int(_next_token(model, buffer, last, allowed, step_key, float(temperature), top_k, top_p))
+            yield drawn
+            text = np.append(text, np.int32(drawn))[-context:]
+
+    return sampled()
+
+
+def generate_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, **options: Any) -> Iterator[bytes]:
+    """What follows a prompt at the head of a document, as bytes, a token at a time; no token that stands for no text.
+
+    Args:
+      options: of `generate`: num_tokens, context, key, temperature, top_k, top_p.
+
+    Raises:
+      ValueError: as `generate`.
+    """
+    begun = np.concatenate([[tokenizer.document], tokenizer.encode(prompt.encode())]).astype(np.int32)
+    drawn = generate(model, begun, forbid=(tokenizer.document, tokenizer.padding), **options)
+    return (tokenizer.decode(np.array([token])) for token in drawn)
+
+
+@eqx.filter_jit
+def _next_token(
+    model: LanguageModel,
+    buffer: Int[Array, "context"],
+    last: Int[Array, ""],
+    allowed: Bool[Array, "vocabulary"],
+    key: PRNGKeyArray,
+    temperature: float | int,
+    top_k: int | None,
+    top_p: float | None,
+) -> Int[Array, ""]:
+    """The token drawn after position `last`; the three options are static."""
+    logits = jnp.where(allowed, model(buffer)[last], -jnp.inf)
+    return sample_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, key=key)
+
+
+def _check_sampling(function: str, temperature: float | int, top_k: int | None, top_p: float | None) -> None:
+    if not temperature >= 0:
+        raise ValueError(f"{function}: temperature must be at least 0; got {temperature}; 0 takes the likeliest token")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"{function}: top_k must be at least 1; got {top_k}; None keeps every token")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"{function}: top_p must lie in (0, 1]; got {top_p}; None keeps every token")

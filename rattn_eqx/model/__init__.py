@@ -1,0 +1,1 @@
+"""The layers, and the language model that they make: shapes and mathematics, no training."""

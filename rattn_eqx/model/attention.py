@@ -1,0 +1,282 @@
+"""The two attention layers of a local-global model. Unbatched: `jax.vmap` batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from beartype import beartype
+from jaxtyping import Array, Float, Int, PRNGKeyArray, jaxtyped
+
+import pallas
+from pallas.checks import check_feature_map
+from pallas.feature_map import FeatureMap, as_pair
+from rattn_eqx.model.initialise import truncated_normal
+from rattn_eqx.model.norm import RMSNorm
+from rattn_eqx.model.rotary import rotary
+
+
+@jaxtyped(typechecker=beartype)
+class Projections(eqx.Module):
+    """Queries, keys and values of a sequence, and the way back from heads to the model width. No biases.
+
+    Raises:
+      ValueError: if num_heads is not a multiple of num_kv_heads.
+    """
+
+    query_weight: Float[Array, "m h d"]
+    key_weight: Float[Array, "m kv d"]
+    value_weight: Float[Array, "m kv d"]
+    out_weight: Float[Array, "h d m"]
+    query_norm: RMSNorm | None
+    key_norm: RMSNorm | None
+
+    def __init__(
+        self, model_width: int, num_heads: int, num_kv_heads: int, head_size: int, qk_norm: bool, *, key: PRNGKeyArray
+    ):
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"attention: num_heads must be a multiple of num_kv_heads; got {num_heads} and {num_kv_heads}"
+            )
+        keys = jax.random.split(key, 4)
+        self.query_weight = truncated_normal(keys[0], (model_width, num_heads, head_size), model_width)
+        self.key_weight = truncated_normal(keys[1], (model_width, num_kv_heads, head_size), model_width)
+        self.value_weight = truncated_normal(keys[2], (model_width, num_kv_heads, head_size), model_width)
+        self.out_weight = truncated_normal(keys[3], (num_heads, head_size, model_width), num_heads * head_size)
+        self.query_norm = RMSNorm(head_size) if qk_norm else None
+        self.key_norm = RMSNorm(head_size) if qk_norm else None
+
+    @property
+    def model_width(self) -> int:
+        return self.query_weight.shape[0]
+
+    @jaxtyped(typechecker=beartype)
+    def project(
+        self, x: Float[Array, "t {self.model_width}"]
+    ) -> tuple[Float[Array, "t h d"], Float[Array, "t kv d"], Float[Array, "t kv d"]]:
+        """Queries, keys and values, in x's dtype, without norm or position."""
+        weights = (self.query_weight, self.key_weight, self.value_weight)
+        q, k, v = (jnp.einsum("tm,mhd->thd", x, w.astype(x.dtype)) for w in weights)
+        return q, k, v
+
+    @jaxtyped(typechecker=beartype)
+    def norm(
+        self, q: Float[Array, "t h {self.query_weight.shape[2]}"], k: Float[Array, "t kv {self.key_weight.shape[2]}"]
+    ) -> tuple[Float[Array, "t h d"], Float[Array, "t kv d"]]:
+        """An RMS norm of each head of q and k (qk-norm); nothing without it."""
+        if self.query_norm is None or self.key_norm is None:
+            return q, k
+        return self.query_norm(q), self.key_norm(k)
+
+    @jaxtyped(typechecker=beartype)
+    def merge(
+        self, heads: Float[Array, "t {self.out_weight.shape[0]} {self.out_weight.shape[1]}"]
+    ) -> Float[Array, "t {self.model_width}"]:
+        """The sum over heads of each head's output projection."""
+        return jnp.einsum("thd,hdm->tm", heads, self.out_weight.astype(heads.dtype))
+
+
+@jaxtyped(typechecker=beartype)
+class MetaTokens(eqx.Module):
+    """Learned keys and values whose sum of phi(k)^T v is the state that every document starts from."""
+
+    keys: Float[Array, "tokens kv d"]
+    values: Float[Array, "tokens kv dv"]
+
+    def __init__(self, num_tokens: int, num_kv_heads: int, head_size: int, *, key: PRNGKeyArray):
+        keys = jax.random.split(key)
+        self.keys = jax.random.normal(keys[0], (num_tokens, num_kv_heads, head_size))
+        self.values = jax.random.normal(keys[1], (num_tokens, num_kv_heads, head_size)) / num_tokens**0.5
+
+    @jaxtyped(typechecker=beartype)
+    def state(self, phi_k: Callable) -> Float[Array, "kv f dv"]:
+        """sum over tokens of phi_k(key)^T value."""
+        return jnp.einsum("nkf,nkv->kfv", phi_k(self.keys).astype(self.values.dtype), self.values)
+
+
+@jaxtyped(typechecker=beartype)
+class FeatureScale(eqx.Module):
+    """A learned scale of each channel of the residual branch's q and k; starts at 1."""
+
+    query: Float[Array, "h d"]
+    key: Float[Array, "kv d"]
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_size: int):
+        self.query = jnp.ones((num_heads, head_size))
+        self.key = jnp.ones((num_kv_heads, head_size))
+
+
+@jaxtyped(typechecker=beartype)
+class RAttention(eqx.Module):
+    """A local layer: sliding-window attention plus residual linear attention over what the window left behind.
+
+    o = swa_gain rms(o_swa) + rla_gain rms(o_rla), then the output projection (arXiv 2506.15545, section 3). Queries and
+    keys get qk-norm and rotary embedding for the window and neither for the residual branch.
+
+    `residual=False` is plain sliding-window attention: no residual branch, norms or gains. `window=0` is linear
+    attention alone. A window of the sequence's length or more is full attention.
+
+    Args of the constructor:
+      model_width, num_heads, num_kv_heads, head_size: sizes m, h, kv and d; values have d channels too.
+      window: keys that a query sees, itself included.
+      feature_map: any callable (..., d) -> (..., f), or a pair of them for q and k; an Equinox module in its place is
+        trained with the rest.
+      learned_scale: a learned scale of each channel of the residual branch's q and k.
+      num_meta_tokens: learned key/value pairs whose state every document starts from; 0 for none.
+      swa_gain, rla_gain: what the learned gains begin at. A small rla_gain lets the window's branch learn first.
+      qk_norm: norm the window's q and k over each head's channels.
+      rope_theta: base of the rotary embedding's wavelengths.
+      implementation: passed to the op.
+
+    Raises:
+      ValueError: for a negative window, num_heads that is no multiple of num_kv_heads, a feature map of another form,
+        or options that do not fit together. Of a call: an odd head_size; what `pallas.rattention` raises.
+    """
+
+    projections: Projections
+    swa_gain: Float[Array, "h dv"] | None
+    rla_gain: Float[Array, "h dv"] | None
+    feature_scale: FeatureScale | None
+    meta_tokens: MetaTokens | None
+    feature_map: FeatureMap
+    window: int = eqx.field(static=True)
+    rope_theta: float | int = eqx.field(static=True)
+    implementation: str | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        model_width: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        window: int,
+        residual: bool = True,
+        feature_map: FeatureMap = pallas.feature_map.softmax,
+        learned_scale: bool = False,
+        num_meta_tokens: int = 0,
+        swa_gain: float | int = 1.0,
+        rla_gain: float | int = 1.0,
+        qk_norm: bool = True,
+        rope_theta: float | int = 5e5,
+        implementation: str | None = None,
+        key: PRNGKeyArray,
+    ):
+        if window < 0 or (window == 0 and not residual):
+            raise ValueError(
+                "RAttention: window must be at least 0, and at least 1 without the residual branch; "
+                f"got window={window}, residual={residual}"
+            )
+        if not residual and (learned_scale or num_meta_tokens):
+            raise ValueError(
+                "RAttention: learned_scale and num_meta_tokens belong to the residual branch; got residual=False, "
+                f"learned_scale={learned_scale}, num_meta_tokens={num_meta_tokens}"
+            )
+        if residual:
+            check_feature_map("RAttention", feature_map, head_size)
+        projections_key, meta_key = jax.random.split(key)
+        self.projections = Projections(model_width, num_heads, num_kv_heads, head_size, qk_norm, key=projections_key)
+        gains = (num_heads, head_size)
+        self.swa_gain = jnp.full(gains, swa_gain, jnp.float32) if residual else None
+        self.rla_gain = jnp.full(gains, rla_gain, jnp.float32) if residual else None
+        self.feature_scale = FeatureScale(num_heads, num_kv_heads, head_size) if learned_scale else None
+        self.meta_tokens = (
+            MetaTokens(num_meta_tokens, num_kv_heads, head_size, key=meta_key) if num_meta_tokens else None
+        )
+        self.feature_map = feature_map
+        self.window = window
+        self.rope_theta = rope_theta
+        self.implementation = implementation
+
+    @jaxtyped(typechecker=beartype)
+    def __call__(
+        self, x: Float[Array, "t {self.projections.model_width}"], segment_ids: Int[Array, "t"] | None = None
+    ) -> Float[Array, "t {self.projections.model_width}"]:
+        """What each token gathers, in x's dtype.
+
+        Args:
+          x: normed stream of one sequence.
+          segment_ids: one id for each token; a token reads its own run of equal ids only.
+        """
+        return self.projections.merge(self.attend(*self.inputs(x), segment_ids))
+
+    def inputs(self, x: Array, feature_input: str = "raw") -> tuple[Array, Array, Array, Array, Array]:
+        """(q, k) of the window, with qk-norm and rotary embedding; (q, k) of the residual branch; and v, of heads.
+
+        `feature_input="normed"` gives the residual branch q and k after qk-norm; its learned scale comes after that.
+        """
+        q, k, v = self.projections.project(x)
+        positions = jnp.arange(x.shape[0])
+        q_normed, k_normed = self.projections.norm(q, k)
+        q_local, k_local = (rotary(y, positions, theta=self.rope_theta) for y in (q_normed, k_normed))
+        if feature_input == "normed":
+            q, k = q_normed, k_normed
+        if self.feature_scale is not None:
+            q = q * self.feature_scale.query.astype(q.dtype)[None]
+            k = k * self.feature_scale.key.astype(k.dtype)[None]
+        return q_local, k_local, q, k, v
+
+    def initial_state(self) -> Array | None:
+        """What every document starts from, [kv, f, dv]; None is zero."""
+        return None if self.meta_tokens is None else self.meta_tokens.state(as_pair(self.feature_map)[1])
+
+    def attend(self, q_local: Array, k_local: Array, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+        """The heads: `pallas.rattention` of what `inputs` gives, or without the residual branch the window's alone."""
+        options: dict[str, Any] = dict(window=self.window, segment_ids=segment_ids, implementation=self.implementation)
+        if self.swa_gain is None or self.rla_gain is None:
+            return pallas.sliding_window_attention(q_local, k_local, v, **options)
+        state = self.initial_state()
+        heads: Any = pallas.rattention(  # one array: no final state is asked for
+            q_local,
+            k_local,
+            v,
+            q_rla=q,
+            k_rla=k,
+            swa_gain=self.swa_gain,
+            rla_gain=self.rla_gain,
+            feature_map=self.feature_map,
+            initial_state=state,
+            segment_state=state,
+            **options,
+        )
+        return heads
+
+
+@jaxtyped(typechecker=beartype)
+class GlobalAttention(eqx.Module):
+    """A global layer: full causal attention without positions (NoPE, arXiv 2305.19466)."""
+
+    projections: Projections
+    implementation: str | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        model_width: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        qk_norm: bool = True,
+        implementation: str | None = None,
+        key: PRNGKeyArray,
+    ):
+        self.projections = Projections(model_width, num_heads, num_kv_heads, head_size, qk_norm, key=key)
+        self.implementation = implementation
+
+    @jaxtyped(typechecker=beartype)
+    def __call__(
+        self, x: Float[Array, "t {self.projections.model_width}"], segment_ids: Int[Array, "t"] | None = None
+    ) -> Float[Array, "t {self.projections.model_width}"]:
+        """What each token gathers, in x's dtype.
+
+        Args:
+          x: normed stream of one sequence.
+          segment_ids: one id for each token; a token reads its own run of equal ids only.
+        """
+        q, k, v = self.projections.project(x)
+        q, k = self.projections.norm(q, k)
+        heads = pallas.sliding_window_attention(
+            q, k, v, window=x.shape[0], segment_ids=segment_ids, implementation=self.implementation
+        )
+        return self.projections.merge(heads)

@@ -1,0 +1,75 @@
+"""One layer of a language model: attention and feed-forward, each behind a norm and added to the stream."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+from beartype import beartype
+from jaxtyping import Array, Float, Int, PRNGKeyArray, jaxtyped
+
+from pallas.feature_map import FeatureMap, Hedgehog, named
+from rattn_eqx.ablation.layer import AblatedAttention
+from rattn_eqx.model.attention import GlobalAttention, RAttention
+from rattn_eqx.model.config import LayerKind, ModelConfig
+from rattn_eqx.model.feed_forward import FeedForward
+from rattn_eqx.model.norm import RMSNorm
+
+
+@jaxtyped(typechecker=beartype)
+class Block(eqx.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm, in x's dtype."""
+
+    attention_norm: RMSNorm
+    attention: RAttention | AblatedAttention | GlobalAttention
+    feed_forward_norm: RMSNorm
+    feed_forward: FeedForward
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        kind: LayerKind,
+        *,
+        feature_map: FeatureMap | None = None,
+        implementation: str | None = None,
+        key: PRNGKeyArray,
+    ):
+        attention_key, feed_forward_key = jax.random.split(key)
+        heads: dict[str, Any] = dict(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_size=config.head_size,
+            qk_norm=config.qk_norm,
+            implementation=implementation,
+            key=attention_key,
+        )
+        self.attention_norm = RMSNorm(config.model_width)
+        self.feed_forward_norm = RMSNorm(config.model_width)
+        self.feed_forward = FeedForward(
+            config.model_width, config.feed_forward_width, config.gate, key=feed_forward_key
+        )
+        if kind == "global":
+            self.attention = GlobalAttention(config.model_width, **heads)
+            return
+        if feature_map is None and config.feature_map == "learned":
+            feature_map = Hedgehog(config.head_size, key=jax.random.fold_in(key, 2))  # 0 and 1 give the keys split off
+        attention = RAttention(
+            config.model_width,
+            window=config.window,
+            residual=config.residual,
+            feature_map=named[config.feature_map] if feature_map is None else feature_map,
+            learned_scale=config.learned_feature_scale,
+            num_meta_tokens=config.num_meta_tokens,
+            swa_gain=config.swa_gain,
+            rla_gain=config.rla_gain,
+            rope_theta=config.rope_theta,
+            **heads,
+        )
+        self.attention = AblatedAttention(attention, config) if config.is_ablated else attention
+
+    @jaxtyped(typechecker=beartype)
+    def __call__(
+        self, x: Float[Array, "t {self.attention_norm.weight.shape[0]}"], segment_ids: Int[Array, "t"] | None = None
+    ) -> Float[Array, "t {self.attention_norm.weight.shape[0]}"]:
+        """The stream after this layer; segment_ids as in `RAttention`."""
+        x = x + self.attention(self.attention_norm(x), segment_ids)
+        return x + self.feed_forward(self.feed_forward_norm(x))

@@ -1,0 +1,101 @@
+"""What fixes a model's shapes and mathematics, as a frozen value that a run folder stores as JSON."""
+
+import dataclasses
+from typing import Any, Literal
+
+from pallas.feature_map import named
+
+LayerKind = Literal["local", "global"]
+DEPARTURES = ("branch_norm", "feature_input", "head_split", "decay_gate", "num_sinks", "conv_width")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes a `LanguageModel`'s shapes and mathematics.
+
+    `pattern` is repeated down the layers: a "local" layer is `RAttention`, a "global" one is `GlobalAttention`.
+    `window` counts the keys that a local layer's query sees, itself included; 0 leaves linear attention alone.
+    `residual=False` takes the residual branch away: a plain sliding-window layer.
+    `swa_gain` and `rla_gain` are what the learned gains of the two branches begin at. `feature_map` is a named one of
+    `pallas.feature_map`, or "learned": a `Hedgehog` of each local layer's own.
+
+    The fields named in `DEPARTURES` depart from the paper's layer, for ablations; `ablated.AblatedAttention` defines
+    them.
+    """
+
+    vocabulary_size: int
+    model_width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    feed_forward_width: int
+    window: int
+    pattern: tuple[LayerKind, ...] = ("local", "local", "local", "global")
+    residual: bool = True
+    feature_map: str = "softmax"
+    learned_feature_scale: bool = False
+    num_meta_tokens: int = 0
+    swa_gain: float | int = 1.0
+    rla_gain: float | int = 1.0
+    qk_norm: bool = True
+    rope_theta: float | int = 5e5
+    gate: Literal["gelu", "silu"] = "gelu"
+    tie_embeddings: bool = True
+    branch_norm: Literal["group", "sum", "none"] = "group"
+    feature_input: Literal["raw", "normed"] = "raw"
+    head_split: bool = False
+    decay_gate: bool = False
+    num_sinks: int = 0
+    conv_width: int = 0
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
+        """The config that `dataclasses.asdict` gave, as JSON holds it: with a list for the pattern."""
+        return cls(**{**values, "pattern": tuple(values["pattern"])})
+
+    @property
+    def is_ablated(self) -> bool:
+        """Whether a local layer departs from the paper's."""
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        return any(getattr(self, name) != fields[name] for name in DEPARTURES)
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer, from the first to the last: the pattern, repeated."""
+        return tuple(self.pattern[layer % len(self.pattern)] for layer in range(self.num_layers))
+
+    def __post_init__(self):
+        if not self.pattern or not set(self.pattern) <= {"local", "global"}:
+            raise ValueError(
+                f"ModelConfig: pattern must be a tuple of 'local' and 'global'; got {self.pattern}, "
+                "such as ('local', 'local', 'local', 'global')"
+            )
+        sizes = ("vocabulary_size", "model_width", "num_layers", "num_heads", "num_kv_heads", "head_size")
+        for name in (*sizes, "feed_forward_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ModelConfig: {name} must be at least 1; got {getattr(self, name)}")
+        if self.window < 0:
+            raise ValueError(
+                f"ModelConfig: window must be at least 0; got window={self.window}; "
+                "it counts keys, the query's own included"
+            )
+        if self.gate not in ("gelu", "silu"):
+            raise ValueError(f"ModelConfig: gate must be 'gelu' or 'silu'; got {self.gate!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                "ModelConfig: num_heads must be a multiple of num_kv_heads; "
+                f"got num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}; "
+                "each key/value head serves an equal group of query heads"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"ModelConfig: head_size must be even, for rotary embedding; got {self.head_size}")
+        maps = (*named, "learned")
+        if self.feature_map not in maps:
+            raise ValueError(f"ModelConfig: feature_map must be one of {', '.join(maps)}; got {self.feature_map!r}")
+        for name, known in (("branch_norm", ("group", "sum", "none")), ("feature_input", ("raw", "normed"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"ModelConfig: {name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        for name in ("num_sinks", "conv_width"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"ModelConfig: {name} must be at least 0; got {getattr(self, name)}")

@@ -1,0 +1,1 @@
+"""Recall tasks, whose answers lie a known distance back."""

@@ -1,0 +1,78 @@
+"""How a model is trained, as frozen values that a run folder stores as JSON."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from rattn_eqx.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. Lengths are in tokens, intervals in optimiser steps.
+
+    `microbatches` splits a batch into pieces whose gradients are summed: less memory, the same step.
+    The learning rate rises over `warmup_steps` and falls to 0 along a cosine.
+    """
+
+    steps: int
+    batch_size: int
+    context: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    microbatches: int = 1
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    rematerialise: bool = False
+    checkpoint_every: int = 200
+    evaluate_every: int = 650
+    evaluation_tokens: int = 131072
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in (
+            "steps",
+            "batch_size",
+            "context",
+            "microbatches",
+            "checkpoint_every",
+            "evaluate_every",
+            "evaluation_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig: {name} must be at least 1; got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"TrainConfig: {name} must be above 0 and finite; got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"TrainConfig: weight_decay must be at least 0 and finite; got {self.weight_decay}")
+        for name, known in (("optimizer", ("adamw", "rmsprop")), ("compute_dtype", ("float32", "bfloat16"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"TrainConfig: {name} must be {' or '.join(known)}; got {getattr(self, name)!r}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"TrainConfig: seed must be at least 0 and below 2**32; got {self.seed}")
+        if self.batch_size % self.microbatches:
+            raise ValueError(
+                "TrainConfig: batch_size must be a multiple of microbatches; "
+                f"got batch_size={self.batch_size}, microbatches={self.microbatches}"
+            )
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                "TrainConfig: warmup_steps must be at least 0 and less than steps; "
+                f"got warmup_steps={self.warmup_steps}, steps={self.steps}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The model, how it is trained, and on what: `corpus` is the sha256 of the corpus's text, as it is split.
+
+    A run's result depends on two things more: on its tokenizer, which is in tokenizer.json, and by rounding on the
+    number of devices, which is in each checkpoint's metadata.
+    """
+
+    model: ModelConfig
+    training: TrainConfig
+    corpus: str

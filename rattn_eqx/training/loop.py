@@ -1,0 +1,176 @@
+"""The training loop."""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from rattn_eqx.data.batches import training_batches, validation_batches
+from rattn_eqx.data.tokenizers import Tokenizer, load_tokenizer
+from rattn_eqx.evaluation.text import evaluate
+from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.model.sharding import batch_mesh, replicate
+from rattn_eqx.training.checkpoint import explained, restore_latest, save_checkpoint
+from rattn_eqx.training.config import RunConfig, TrainConfig
+from rattn_eqx.training.run_folder import cut_metrics, load_config, open_run
+from rattn_eqx.training.step import learning_rate_schedule, make_optimizer, make_step
+
+MAX_SKIPPED = 10  # steps in a row whose gradients are not finite, before the run stops
+
+
+def initial_state(config: RunConfig) -> dict[str, Any]:
+    """The model and the optimiser state that a run begins with; what a checkpoint holds."""
+    model = LanguageModel(
+        config.model,
+        compute_dtype=config.training.compute_dtype,
+        rematerialise=config.training.rematerialise,
+        key=jax.random.key(config.training.seed),
+    )
+    return {"model": model, "optimizer": make_optimizer(config.training).init(eqx.filter(model, eqx.is_array))}
+
+
+def load_model(folder: Path, *, report: Callable[[str], object] = print) -> tuple[LanguageModel, Tokenizer, RunConfig]:
+    """The model of a run's newest checkpoint, its tokenizer and its config.
+
+    Args:
+      report: called with one sentence for every damaged checkpoint that is passed over.
+
+    Raises:
+      ValueError: if the folder is no run, has no checkpoint yet, or no sound one.
+    """
+    config = load_config(folder)
+    restored = restore_latest(folder / "checkpoints", eqx.filter_eval_shape(initial_state, config), report=report)
+    if restored is None:
+        raise ValueError(f"load_model: {folder} has no checkpoint yet; let `rattn pretrain` reach its first one")
+    return restored[0]["model"], load_tokenizer(folder / "tokenizer.json"), config
+
+
+def validation_loss(model: LanguageModel, config: TrainConfig, validation_tokens: Path, tokenizer: Tokenizer) -> float:
+    """Bits per byte on the first `config.evaluation_tokens` validation tokens."""
+    batches = validation_batches(
+        validation_tokens,
+        context=config.context,
+        batch_size=config.batch_size,
+        document=tokenizer.document,
+        max_tokens=config.evaluation_tokens,
+    )
+    return evaluate(model, batches, tokenizer)
+
+
+def train(
+    folder: Path,
+    config: RunConfig,
+    train_tokens: Path,
+    validation_tokens: Path,
+    tokenizer: Tokenizer,
+    *,
+    report: Callable[[str], object] = tqdm.write,
+    show_progress: bool = True,
+) -> LanguageModel:
+    """Train until `config.training.steps`, from the folder's newest checkpoint if it has one.
+
+    A run that was stopped at any moment and is started again with the same config goes on exactly: on one machine and
+    number of threads and devices, its metrics (`seconds` aside) and parameters are those of an uninterrupted run, bit
+    for bit. On another number of devices it goes on with results that differ by rounding, and says so.
+
+    Args:
+      folder: the run folder, made if missing.
+      config: the model, how it is trained, and on which corpus.
+      train_tokens, validation_tokens: token files that `tokenizers.tokenize` wrote.
+      tokenizer: the one they were written with.
+      report: told what happens, a line at a time.
+      show_progress: draw a bar with the loss, tokens per second since the first step, and the time left.
+
+    Raises:
+      ValueError: if the folder holds a run of another config.
+      NotImplementedError: in a launch of several processes.
+      FloatingPointError: if loss or gradients stay non-finite for MAX_SKIPPED steps in a row.
+      OSError: if the disk is full; the last checkpoint stays usable.
+    """
+    if jax.process_count() > 1:
+        raise NotImplementedError(f"train: one process at a time; got {jax.process_count()}; launch it without others")
+    settings = config.training
+    state = initial_state(config)
+    batches = training_batches(
+        train_tokens,
+        context=settings.context,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        document=tokenizer.document,
+    )
+    open_run(folder, config, tokenizer)
+
+    first = 0
+    mesh = batch_mesh(settings.batch_size // settings.microbatches)
+    restored = restore_latest(folder / "checkpoints", state, report=report)
+    if restored is not None:
+        state, metadata, path = restored
+        first = metadata["step"]
+        batches.set_state(metadata["batches"])
+        report(f"resuming after step {first} from {path}")
+        if metadata["devices"] != mesh.size:
+            report(f"on {mesh.size} device(s), not the {metadata['devices']} of before: results differ by rounding")
+    cut_metrics(folder / "metrics.jsonl", first)
+
+    parameters, static = eqx.partition(state["model"], eqx.is_array)
+    parameters, optimizer_state = replicate((parameters, state["optimizer"]), mesh)
+    step = make_step(static, settings, mesh)
+    learning_rate = learning_rate_schedule(settings)
+    started = compiled = time.monotonic()
+    skipped_before = int(optimizer_state.total_notfinite)
+    bar = tqdm(total=settings.steps, initial=first, unit="step", disable=not show_progress, dynamic_ncols=True)
+    with contextlib.closing(batches), open(folder / "metrics.jsonl", "a") as metrics, bar:
+
+        def record(row: dict[str, Any]) -> None:
+            row = {name: None if value != value or abs(value) == math.inf else value for name, value in row.items()}
+            row["seconds"] = round(time.monotonic() - started, 3)
+            with explained(f"train: the metrics of step {row['step']}", folder):
+                metrics.write(json.dumps(row, allow_nan=False) + "\n")
+                metrics.flush()
+
+        for number in range(first + 1, settings.steps + 1):
+            batch = next(batches)
+            parameters, optimizer_state, loss, norm = step(parameters, optimizer_state, batch)
+            skipped = int(optimizer_state.total_notfinite)
+            bytes_per_token = tokenizer.byte_lengths[batch["targets"]].mean()
+            bits = float(loss) / math.log(2) / bytes_per_token
+            rate = float(jnp.asarray(learning_rate(number - 1 - skipped)))
+            record(
+                dict(step=number, bits_per_byte=bits, gradient_norm=float(norm), learning_rate=rate, skipped=skipped)
+            )
+            if number == first + 1:
+                compiled = time.monotonic()
+            seen = (number - first - 1) * settings.batch_size * settings.context
+            speed = seen / max(time.monotonic() - compiled, 1e-9)
+            bar.set_postfix_str(f"{bits:.3f} bits/byte, {speed:,.0f} tokens/s", refresh=False)
+            bar.update()
+
+            if skipped > skipped_before:
+                report(f"step {number}: loss or gradients were not finite; step skipped ({skipped} so far)")
+                skipped_before = skipped
+            if int(optimizer_state.notfinite_count) >= MAX_SKIPPED:
+                raise FloatingPointError(
+                    f"train: loss or gradients were not finite for {MAX_SKIPPED} steps in a row, up to step {number}; "
+                    f"lower the learning rate (now at most {settings.learning_rate:g}) in a new folder; "
+                    f"checkpoints in {folder} are intact"
+                )
+            last = number == settings.steps
+            if last or number % settings.evaluate_every == 0:
+                bits = validation_loss(eqx.combine(parameters, static), settings, validation_tokens, tokenizer)
+                record(dict(step=number, validation_bits_per_byte=bits))
+            if last or number % settings.checkpoint_every == 0:
+                state = {"model": eqx.combine(parameters, static), "optimizer": optimizer_state}
+                metadata = {"step": number, "batches": batches.get_state(), "devices": mesh.size}
+                with explained(f"train: the metrics of step {number}", folder):
+                    os.fsync(metrics.fileno())  # a checkpoint never outlives the rows before it
+                save_checkpoint(folder / "checkpoints", number, state, metadata)
+    return eqx.combine(jax.device_put(parameters, jax.local_devices()[0]), static)

@@ -1,0 +1,187 @@
+"""A departure from the paper's layer computes what its definition says, and leaves causality and packing alone."""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas.feature_map import relu
+from pallas.numerics import relative_rms
+from rattn_eqx.ablation.layer import (
+    AblatedAttention,
+    DecayGate,
+    Sinks,
+    causal_convolution,
+    gated_residual,
+    window_with_sinks,
+)
+from rattn_eqx.model.attention import RAttention
+from rattn_eqx.model.block import Block
+from rattn_eqx.model.config import ModelConfig
+
+CONFIG = ModelConfig(
+    vocabulary_size=13,
+    model_width=16,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=6,
+    feed_forward_width=8,
+    window=5,
+    pattern=("local",),
+)
+IDS = np.repeat([3, 1, 3], 11)  # the first id comes back, as another segment
+RUNS = np.repeat([0, 1, 2], 11)
+T = len(IDS)
+DEPARTURES = {
+    "sum": {"branch_norm": "sum"},
+    "none": {"branch_norm": "none"},
+    "normed": {"feature_input": "normed"},
+    "split": {"head_split": True, "num_meta_tokens": 2},
+    "gate": {"decay_gate": True, "learned_feature_scale": True},
+    "sinks": {"num_sinks": 2},
+    "convolution": {"conv_width": 3},
+    "window alone": {"residual": False, "num_sinks": 1, "conv_width": 2},
+    "all": {"decay_gate": True, "num_sinks": 1, "conv_width": 2, "branch_norm": "none", "feature_input": "normed"},
+}
+
+
+def draw(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape), jnp.float32)
+
+
+def make(departures: dict) -> AblatedAttention:
+    """The layer with every parameter away from what it begins at."""
+    config = dataclasses.replace(CONFIG, **departures)
+    layer = Block(config, "local", implementation="reference", key=jax.random.key(0)).attention
+    assert isinstance(layer, AblatedAttention)
+    return jax.tree.map(lambda x: x + 0.3 * draw(*x.shape) if eqx.is_array(x) else x, layer)
+
+
+@pytest.mark.parametrize("departures", DEPARTURES.values(), ids=DEPARTURES.keys())
+def test_packed_equals_separate_and_the_future_is_unseen(departures):
+    layer, x = eqx.filter_jit(make(departures)), draw(T, 16)
+    out = layer(x, jnp.asarray(IDS))
+    pieces = [layer(x[a : a + 11], None) for a in (0, 11, 22)]
+    assert relative_rms(out, jnp.concatenate(pieces)) < 1e-5
+    changed = layer(x.at[20].add(1.0), jnp.asarray(IDS))
+    assert jnp.array_equal(changed[:20], out[:20])
+    assert not jnp.allclose(changed[20], out[20])
+
+
+def test_a_model_without_departures_has_the_papers_layer():
+    assert isinstance(Block(CONFIG, "local", key=jax.random.key(0)).attention, RAttention)
+    assert not CONFIG.is_ablated
+    assert all(dataclasses.replace(CONFIG, **each).is_ablated for each in DEPARTURES.values())
+
+
+@pytest.mark.parametrize("norm", ["group", "sum", "none"])
+@pytest.mark.parametrize("split", [False, True])
+def test_branches_are_normed_and_added_as_defined(norm, split):
+    layer = make({"branch_norm": norm, "head_split": split, "feature_map": "relu", "num_sinks": 1})
+    x, of_layer = draw(T, 16), layer.layer
+    q_local, k_local, q, k, v = of_layer.inputs(x)
+    options = dict(segment_ids=None, implementation="reference")
+    if split:
+        near = layer._window(q_local[:, :2], k_local[:, :1], v[:, :1], **options)
+        far = layer._residual(q[:, 2:], k[:, 1:], v[:, 1:], x, 0, **options)
+        near, far = (np.concatenate(pair, axis=1) for pair in ((near, 0 * near), (0 * far, far)))
+    else:
+        near = layer._window(q_local, k_local, v, **options)
+        far = layer._residual(q, k, v, x, 5, **options)
+    near, far = (np.asarray(x, np.float64) for x in (near, far))
+    rms = lambda y: y / np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + 1e-6)
+    g_near, g_far = (np.asarray(gain, np.float64)[None] for gain in (layer.swa_gain, layer.rla_gain))
+    if norm == "group":
+        expected = g_near * rms(near) + g_far * rms(far)
+    else:
+        expected = g_near * near + g_far * far
+        expected = rms(expected) if norm == "sum" else expected
+    expected = np.einsum("thd,hdm->tm", expected, np.asarray(of_layer.projections.out_weight, np.float64))
+    assert relative_rms(layer(x), jnp.asarray(expected)) < 1e-5
+
+
+def test_the_residual_branch_reads_normed_queries_and_keys_where_told():
+    layer = make({"feature_input": "normed", "learned_feature_scale": True}).layer
+    x = draw(T, 16)
+    raw, normed = layer.inputs(x), layer.inputs(x, "normed")
+    assert all(jnp.array_equal(raw[i], normed[i]) for i in (0, 1, 4))
+    q, k, _ = layer.projections.project(x)
+    q, k = layer.projections.norm(q, k)
+    scale: Any = layer.feature_scale
+    assert relative_rms(normed[2], q * scale.query[None]) < 1e-6
+    assert relative_rms(normed[3], k * scale.key[None]) < 1e-6
+
+
+@pytest.mark.parametrize("window", [1, 5, 8, 50])
+def test_window_with_sinks_is_softmax_over_both(window):
+    q, k, v = draw(T, 4, 6), draw(T, 2, 6, seed=1), draw(T, 2, 6, seed=2)
+    logits, values = draw(3, 4), draw(3, 2, 6)
+    got = window_with_sinks(q, k, v, logits, values, window=window, segment_ids=jnp.asarray(IDS))
+    expected = np.zeros((T, 4, 6))
+    for t in range(T):
+        for head in range(4):
+            seen = [s for s in range(T) if t - window < s <= t and RUNS[s] == RUNS[t]]
+            scores = np.asarray(k)[seen, head // 2] @ np.asarray(q)[t, head] / 6**0.5
+            weights = np.exp(np.concatenate([np.asarray(logits)[:, head], scores]))
+            rows = np.concatenate([np.asarray(values)[:, head // 2], np.asarray(v)[seen, head // 2]])
+            expected[t, head] = weights @ rows / weights.sum()
+    assert relative_rms(got, jnp.asarray(expected)) < 1e-5
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 8, 50])
+def test_the_gated_state_decays_as_defined(window):
+    q, k, v = draw(T, 4, 6), draw(T, 2, 6, seed=1), draw(T, 2, 5, seed=2)
+    log_gate = -jnp.abs(draw(T, 2)) * 0.3
+    options: dict[str, Any] = dict(window=window, feature_map=relu, segment_ids=jnp.asarray(IDS))
+    total = np.cumsum(np.asarray(log_gate, np.float64), axis=0)
+    phi_q, phi_k = np.asarray(relu(q)), np.asarray(relu(k))
+    expected = np.zeros((T, 4, 5))
+    for t in range(T):
+        for s in range(max(0, t - window + 1)):
+            if RUNS[s] == RUNS[t]:
+                for head in range(4):
+                    decay = np.exp(total[t - window, head // 2] - total[s, head // 2])
+                    expected[t, head] += decay * (phi_q[t, head] @ phi_k[s, head // 2]) * np.asarray(v)[s, head // 2]
+    for chunk in (8, 64):
+        assert relative_rms(gated_residual(q, k, v, log_gate, chunk=chunk, **options), jnp.asarray(expected)) < 1e-5
+
+
+def test_convolution_reads_tokens_before_of_its_own_segment():
+    x, taps = draw(T, 3), draw(4, 3)
+    got = causal_convolution(x, taps, jnp.asarray(IDS))
+    expected = np.zeros((T, 3))
+    for t in range(T):
+        for i in range(4):
+            if t >= i and RUNS[t - i] == RUNS[t]:
+                expected[t] += np.asarray(taps)[i] * np.asarray(x)[t - i]
+    assert relative_rms(got, jnp.asarray(expected)) < 1e-6
+
+
+def test_a_gate_begins_at_its_timescales_and_sinks_at_nothing():
+    gate = DecayGate(16, 3)
+    forgets = -1 / gate(draw(2, 16))
+    assert np.allclose(forgets[0], [128.5, 724.6, 4096.5], rtol=1e-3)  # 1 / log(1 + 1/n) is n + 1/2
+    sinks = Sinks(2, 4, 2, 6)
+    assert not jnp.any(sinks.logits) and not jnp.any(sinks.values)  # noqa: PT018
+
+
+@pytest.mark.parametrize(
+    ("departures", "words"),
+    [
+        ({"residual": False, "decay_gate": True}, "need the residual branch"),
+        ({"residual": False, "branch_norm": "sum"}, "need the residual branch"),
+        ({"num_heads": 3, "num_kv_heads": 3, "head_split": True}, "an even num_kv_heads"),
+        ({"window": 0, "num_sinks": 1}, "a window of at least 1"),
+        ({"decay_gate": True, "num_meta_tokens": 1}, "starts from zero"),
+        ({"branch_norm": "layer"}, "branch_norm must be one of group, sum, none"),
+        ({"conv_width": -1}, "conv_width must be at least 0"),
+    ],
+)
+def test_departures_that_do_not_fit_are_refused(departures, words):
+    with pytest.raises(ValueError, match=words):
+        Block(dataclasses.replace(CONFIG, **departures), "local", key=jax.random.key(0))

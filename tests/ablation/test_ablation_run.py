@@ -1,0 +1,266 @@
+"""A grid of trials: what a line says, that a grid goes on where it stopped, what a table says."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rattn_eqx.__main__ import main
+from rattn_eqx.ablation import grids, run
+from rattn_eqx.ablation.grids import parse_settings, product
+from rattn_eqx.ablation.run import read_rows, run_grid, run_trial, train_trial
+from rattn_eqx.ablation.table import mean_and_half_width, paired_difference, table
+from rattn_eqx.ablation.trial import Trial
+from rattn_eqx.model.config import ModelConfig
+from rattn_eqx.training.config import TrainConfig
+
+pytestmark = pytest.mark.standard_dtype_promotion  # optax
+
+TINY = Trial(
+    "tiny",
+    ModelConfig(
+        vocabulary_size=258,
+        model_width=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_size=8,
+        feed_forward_width=8,
+        window=3,
+        pattern=("local",),
+    ),
+    TrainConfig(steps=3, batch_size=2, context=24, learning_rate=1e-2, warmup_steps=1),
+    task="mqar",
+    task_options={"num_pairs": 2, "num_queries": 2, "gap": 6},
+    task_share=1,
+    test_samples=4,
+)
+QUIET: dict[str, Any] = {"show_progress": False, "implementation": "reference"}  # which compiles soonest
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return run_trial(TINY, [0, 5], None, commit="c0ffee", **QUIET)
+
+
+def test_a_line_holds_the_trial_and_what_came_of_it(rows):
+    first, second = json.loads(json.dumps(rows))
+    assert (first["seed"], second["seed"]) == (0, 5)
+    assert first["commit"] == "c0ffee"
+    assert first["tokens"] == 3 * 2 * 24
+    assert [step for step, _ in first["losses"]] == [1, 2, 3]
+    assert first["losses"] != second["losses"]
+    [test] = first["tests"]
+    assert (test["length"], test["positions"], test["beyond_window"]) == (24, 8, 1.0)
+    assert first["without_residual"]["tests"][0]["accuracy"] is not None
+    assert first["bits_per_byte"] is None
+    assert Trial.from_json(first["name"], first["trial"]) == TINY
+    assert "tiny" not in json.dumps(first["trial"])
+
+
+def test_a_seed_trains_alone_as_it_trains_beside_others(rows):
+    _, losses, skipped = train_trial(TINY, [5], None, **QUIET)
+    assert np.allclose(losses[:, 0], [loss for _, loss in rows[1]["losses"]], atol=2e-4)
+    assert skipped.tolist() == [0]
+
+
+def test_a_grid_goes_on_where_it_stopped(tmp_path, monkeypatch, rows):
+    ran = []
+
+    def record(trial, seeds, data, **options):
+        ran.append((trial.name, seeds))
+        return [
+            row | {"name": trial.name, "trial": trial.to_json(), "seed": seed}
+            for row, seed in zip(rows, seeds, strict=False)
+        ]
+
+    monkeypatch.setattr(run, "run_trial", record)
+    trials, out = product([TINY], {"model.window": [2, 3, 4]}), tmp_path / "new" / "out.jsonl"
+    run_grid(trials, [0], None, out, part=(1, 2), report=lambda _: None)
+    assert ran == [("tiny window=2", [0]), ("tiny window=4", [0])]
+    run_grid(trials, [0, 1], None, out, report=lambda _: None)
+    assert ran[2:] == [("tiny window=2", [1]), ("tiny window=3", [0, 1]), ("tiny window=4", [1])]
+    run_grid(trials, [0, 1], None, out, report=lambda _: None)
+    assert len(ran) == 5
+    renamed = [dataclasses.replace(trial, name=trial.name + "!") for trial in trials]
+    run_grid(renamed, [0, 1], None, out, report=lambda _: None)
+    assert len(ran) == 5  # a name changes nothing
+    changed = product(trials, {"training.learning_rate": [1e-3]})
+    run_grid(changed, [0, 1], None, out, report=lambda _: None)
+    assert len(ran) == 8
+
+
+@pytest.mark.parametrize("kind", ["all", "answers"])
+def test_the_loss_is_the_mean_that_a_trial_names(kind):
+    trial = dataclasses.replace(TINY, task_share=0.5, task_loss=kind)
+    model = run._make_model(trial, "reference", jax.random.key(0))
+    rng = np.random.default_rng(0)
+    sequences, answers = rng.integers(0, 256, (2, 25)), np.zeros((2, 24), bool)
+    sequences[:, 0] = 256
+    answers[0, [3, 17, 20]] = True  # the first sequence is the task's
+    loss = jax.jit(lambda *batch: run._loss(model, trial, batch, jnp.ones(1, bool)))
+    got = loss(jnp.asarray(sequences), jnp.asarray(answers))
+    one = jax.jit(lambda tokens: model(tokens, jnp.zeros_like(tokens)))
+    logits = np.stack([one(jnp.asarray(x[:-1])) for x in sequences]).astype(np.float64)
+    nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, sequences[:, 1:, None], axis=-1)[..., 0]
+    expected = nats.mean() if kind == "all" else nats[1].mean() + nats[0, [3, 17, 20]].mean()
+    assert np.isclose(got, expected, rtol=1e-5)
+
+
+def test_random_windows_and_a_dropped_branch_change_training(rows):
+    plain = rows[0]["losses"][0][1]
+    without = train_trial(dataclasses.replace(TINY, window_dropout=1), [0], None, **QUIET)[1]
+    drawn = train_trial(dataclasses.replace(TINY, windows=(1, 24)), [0], None, **QUIET)
+    assert abs(plain - without[0, 0]) > 1e-3
+    assert abs(plain - drawn[1][0, 0]) > 1e-3
+    local: Any = drawn[0].blocks[0].attention
+    assert local.window == 3
+
+
+def test_the_pool_is_as_many_tokens_at_every_length(monkeypatch):
+    monkeypatch.setattr(run, "POOL", 100)
+    assert len(run._sources(TINY, None)[1]) == 4
+    monkeypatch.setattr(run, "POOL", 1000)
+    assert len(run._sources(TINY, None)[1]) == 6, "no more than three steps of two samples read"
+
+
+def test_text_and_samples_share_a_batch(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in range(3):
+        (tmp_path / f"{name}.txt").write_text(" ".join(map(str, rng.integers(0, 1000, 200))))
+    data = run.load_data(str(tmp_path), tmp_path / "cache")
+    training = dataclasses.replace(TINY.training, context=120, evaluation_tokens=240)
+    trial = dataclasses.replace(
+        TINY, task="needle", task_options={"haystack": "corpus", "num_keys": 1}, task_share=0.5, training=training
+    )
+    assert trial.needs_text
+    [row] = json.loads(json.dumps(run_trial(trial, [0], data, attribution=True, **QUIET)))
+    assert 6 < row["bits_per_byte"] < 14
+    assert row["text"]["documents"] >= 1
+    [[low, high, bits]] = row["text"]["by_position"]
+    assert (low, high) == (0, 120)
+    assert 6 < bits < 14
+    found = row["attribution"]
+    names = ["whole", "window off", "residual off"]
+    assert [*found["bits_per_byte"]] == [*found["exact"]] == [*found["memory"]] == names
+    assert len(set(found["bits_per_byte"].values())) == 3
+    assert found["bits_per_byte"]["whole"] == row["bits_per_byte"]
+    assert found["bits_per_byte"]["residual off"] == row["without_residual"]["bits_per_byte"]
+    assert found["exact"]["whole"] == row["tests"][0]["exact"]
+    assert row["corpus"] == data.sha256
+    assert '"text"' not in json.dumps(row["trial"])
+    with pytest.raises(ValueError, match="needs a text; got none"):
+        train_trial(trial, [0], None, **QUIET)
+
+
+def test_a_model_without_shares_is_attributed_all_the_same():
+    one_norm = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, branch_norm="sum", swa_gain=0.5))
+    [row] = run_trial(one_norm, [0], None, attribution=True, **QUIET)
+    assert row["attribution"]["residual_share"] is None
+    assert row["attribution"]["exact"]["whole"] == row["tests"][0]["exact"]
+
+
+def test_the_command_runs_lists_replays_and_tabulates(tmp_path, capsys, monkeypatch):
+    grid, out = tmp_path / "grid.py", tmp_path / "out.jsonl"
+    monkeypatch.setattr(grids, "quick", lambda: [TINY])
+    grid.write_text("from rattn_eqx.ablation.grids import quick\ntrials = quick()\n")
+    assert main(["ablate", "--grid", str(grid), "--set", "model.window=2,3", "--list"]) == 0
+    assert capsys.readouterr().out == "tiny window=2\ntiny window=3\n"
+    assert main(["ablate", "--grid", str(grid), "--seeds", "1", "--out", str(out), "--attribution"]) == 0
+    [row] = read_rows(out)
+    assert "memory" in row["attribution"]
+    assert main(["ablate", "--replay", f"{out}:1"]) == 0
+    then, now = capsys.readouterr().out.splitlines()[-2:]
+    assert then.split()[1:5] == now.split()[1:5]
+    assert main(["ablate", "--table", "--out", str(out)]) == 0
+    assert "tiny" in capsys.readouterr().out
+    for arguments, words in (
+        (["--replay", f"{out}:2"], "a line from 1 to 1"),
+        (["--grid", "nothing"], "no grid 'nothing'"),
+        (["--set", "model.width=3"], "no setting 'model.width'"),
+        (["--set", "model.window"], "NAME=VALUE,VALUE"),
+        (["--part", "3"], "must be i/n"),
+        (["--table", "--out", str(out), "--baseline", "x"], "no trial 'x'"),
+    ):
+        assert main(["ablate", *arguments]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_settings_are_read_and_combined():
+    texts = ["model.window=4,8", "training.warmup_steps=5", "training.steps=10", "model.pattern=local+global,local"]
+    trials = product([TINY], parse_settings([*texts, "task_options.gap=7", "windows=2+4"]))
+    assert len(trials) == 4
+    assert [trial.model.window for trial in trials] == [4, 4, 8, 8]
+    assert [trial.model.pattern for trial in trials] == [("local", "global"), ("local",)] * 2
+    last = trials[-1]
+    assert (last.training.steps, last.training.warmup_steps) == (10, 5)
+    assert last.task_options["gap"] == 7
+    assert last.windows == (2, 4)
+    assert last.name.endswith("gap=7 windows=(2, 4)")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"task_share": 1.5}, "task_share must lie between 0 and 1"),
+        ({"task_loss": "some"}, "must be 'all' or 'answers'"),
+        (
+            {"window_dropout": 0.5, "model": dataclasses.replace(TINY.model, residual=False)},
+            "needs the residual branch",
+        ),
+    ],
+)
+def test_trials_that_make_no_sense_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(TINY, **change)
+
+
+def test_names_of_a_grid_differ():
+    with pytest.raises(ValueError, match="names must differ; got tiny, tiny"):
+        run_grid([TINY, TINY], [0], None, grids.Path("nowhere"))
+
+
+def test_every_grid_of_the_module_can_be_made():
+    for name in grids.grids:
+        trials = grids.load_grid(name)
+        assert len({trial.name for trial in trials}) == len(trials)
+        assert all(Trial.from_json(trial.name, trial.to_json()) == trial for trial in trials)
+
+
+def line(name: str, seed: int, bits: float, accuracy: float) -> dict:
+    return {"name": name, "seed": seed, "bits_per_byte": bits, "tests": [{"length": 64, "exact": accuracy}]}
+
+
+def test_differences_are_paired_by_seed():
+    """The t quantile for 3 seeds is 4.303: 1, 2 and 3 spread by 1, so the half width is 4.303 / sqrt(3)."""
+    assert mean_and_half_width([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.30265 / 3**0.5), rel=1e-5)
+    rows = [line("a", seed, 10.0 * seed, 0.5) for seed in range(4)]
+    rows += [line("b", seed, 10.0 * seed + seed, 0.25) for seed in (1, 2, 3, 7)]
+    found = paired_difference(rows, "b", "a", "bits_per_byte")
+    assert found.by_seed == {1: 1.0, 2: 2.0, 3: 3.0}
+    assert found.mean == 2.0
+    assert not found.is_clear
+    assert paired_difference(rows, "b", "a", "exact 64").is_clear
+    text = table(rows)
+    assert "+2.000 ± 2.484" in text
+    assert "-0.250 ± 0.000" in text
+    with pytest.raises(ValueError, match="share no seed"):
+        paired_difference([rows[0], rows[-1]], "b", "a", "bits_per_byte")
+
+
+def test_one_seed_has_no_interval():
+    assert np.isnan(mean_and_half_width([1.0])[1])
+
+
+def test_committed_results_can_be_replayed():
+    """Every line gives its trial back."""
+    rows = read_rows(grids.Path(__file__).parents[2] / "data" / "runs" / "ablations.jsonl")
+    assert len(rows) > 40
+    for row in rows:
+        trial = Trial.from_json(row["name"], row["trial"])
+        assert trial.to_json() == row["trial"]
+        assert row["platform"] == ("cpu" if row["name"].startswith("quick") else "gpu")

@@ -1,0 +1,472 @@
+"""The Hopper kernels: what tests/ops/test_ops.py cannot ask of them. Interpreted where there is no GPU."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import types
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conformance import BOTH, RLA, SWA, Case, assert_conforms, bounds, compiled, errors, reference, values_and_gradients
+
+import pallas
+from pallas import feature_map, hopper
+from pallas.block_sizes import BlockSizes
+from pallas.hopper import ops, warpgroup
+from pallas.numerics import relative_rms
+from pallas.ops import choose
+from pallas.tools import cases
+from rattn_eqx import RAttention
+
+pytest.importorskip("jax", "0.11", reason="the kernels need jax 0.11 (Python 3.12)")
+
+
+def blocks(kernel_chunk: int, chunks_per_state: int) -> tuple[str, BlockSizes]:
+    return "block_sizes", BlockSizes(kernel_chunk=kernel_chunk, chunks_per_state=chunks_per_state)
+
+
+PAIR, ODD, WIDE = (2, 1, 64, 64), (3, 1, 64, 64), (2, 1, 128, 128)
+CASES = [  # head sizes 64 and 128 form phi in the kernel, others outside it
+    Case(SWA, 1, 64, s=9, sizes=PAIR),
+    Case(SWA, 65, 64, sizes=(3, 1, 64, 40), mean=1.0),
+    Case(SWA, 200, 100, s=263, sizes=WIDE, segments=(90, 1, 172)),
+    Case(SWA, 400, 350, sizes=PAIR, static=(("scale", -0.2), blocks(64, 1))),
+    Case(RLA, 63, 1, sizes=PAIR),
+    Case(RLA, 200, 0, sizes=(1, 1, 64, 64), segments=(70, 130)),
+    Case(RLA, 300, 64, sizes=(2, 1, 64, 48), mean=1.0, static=(blocks(64, 2),)),
+    Case(RLA, 101, 100, sizes=WIDE, states=("initial_state",)),
+    Case(
+        RLA, 255, 0, s=318, sizes=(1, 1, 64, 64), states=(), static=(blocks(64, 3),)
+    ),  # 192 keys a state, 128 queries a tile
+    Case(RLA, 300, 10, sizes=PAIR, states=("segment_state",), segments=(150, 30, 120), static=(blocks(64, 3),)),
+    Case(BOTH, 63, 64, sizes=WIDE, mean=1.0),
+    Case(BOTH, 64, 64, s=130, sizes=ODD),
+    Case(BOTH, 130, 1, sizes=(2, 1, 40, 72)),
+    Case(BOTH, 200, 64, sizes=ODD, mean=1.0, static=(blocks(128, 2),)),
+    Case(BOTH, 200, 30, s=263, sizes=PAIR, segments=(70, 1, 130, 62), static=(blocks(64, 3),)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_conforms(case):
+    assert_conforms(case, "bfloat16", "gpu")
+
+
+@pytest.mark.parametrize("name", ["relu", "identity", "elu_plus_one", "exp", "squared_relu"])
+def test_maps_formed_in_the_kernel(name):
+    feature_map = ("feature_map", getattr(pallas.feature_map, name))
+    assert_conforms(Case(RLA, 140, 20, sizes=PAIR, static=(feature_map, blocks(64, 1))), "bfloat16", "gpu")
+
+
+def test_features_in_several_slices():
+    feature_map = ("feature_map", pallas.feature_map.taylor)  # f = 153: three slices of 64, and one of zeros
+    assert_conforms(Case(RLA, 140, 20, sizes=(2, 1, 16, 16), static=(feature_map, blocks(64, 1))), "bfloat16", "gpu")
+
+
+@pytest.mark.parametrize("op", [SWA, RLA, BOTH])
+def test_vmap(op):
+    case = Case(op, 70, 16, sizes=PAIR)
+    several = [case.arrays("bfloat16", seed) for seed in range(3)]
+    arrays = {name: np.stack([one[name] for one in several]) for name in several[0]}
+    assert_conforms(case, "bfloat16", "gpu", arrays, wrap=lambda op, arrays: jax.vmap(op)(arrays))
+
+
+def planned(monkeypatch, case: Case):
+    """The plan of a call, and its padded arrays with a batch axis."""
+    found = []
+
+    def differentiable(plan, arrays, segments):
+        found.append((plan, {name: x[None] for name, x in arrays.items()}))
+        return jnp.zeros((plan.num_queries, plan.num_heads, plan.head_size), jnp.bfloat16)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "_differentiable", differentiable)
+        arrays = {name: jnp.asarray(x) for name, x in case.arrays("bfloat16").items()}
+        ids = None if not case.segments else jnp.asarray(case.ids())
+        keywords = dict(window=case.window, segment_ids=ids, implementation="gpu", **dict(case.static))
+        getattr(pallas, case.op)(**arrays, **keywords)
+    return found[0]
+
+
+@pytest.mark.parametrize(("segments", "reads"), [((), None), ((30, 40), [(1, 0), (0, 1), (1, 0), (0, 1)])])
+def test_start_states_are_kept_in_two_parts_where_features_are_given(monkeypatch, segments, reads):
+    plan, arrays = planned(monkeypatch, Case(RLA, 70, 16, sizes=(2, 1, 40, 40), segments=segments))
+    read = jax.jit(ops._as_kernels_read, static_argnums=0)(plan, arrays)
+    n, states = plan.num_start_states, arrays["start_states"]
+    tiles, means = (np.asarray(read[name], np.float32) for name in ("start_states", "start_means"))
+    assert (tiles.shape[1], means.shape[1]) == (2 * n, n)
+    assert np.any(tiles[:, n:])
+    whole = tiles[:, :n] + tiles[:, n:] + np.repeat(means.swapaxes(-1, -2), plan.head_size, axis=-1)
+    np.testing.assert_allclose(whole, states, atol=1e-4)
+    starts = jnp.array([0, 30])  # the first segment's queries, and later ones
+    found = [plan.reads_start(tile, starts) for tile in range(2 * n)]
+    assert found == [None] * 2 if reads is None else [tuple(x.astype(int).tolist()) for x in found] == reads
+
+
+def test_a_slice_is_centred_over_the_features_that_are_not_padding(monkeypatch):
+    plan, _ = planned(monkeypatch, Case(RLA, 70, 16, sizes=(2, 1, 40, 40)))
+    plan = dataclasses.replace(plan, feature_size=153, slices=4)
+    assert plan.features_of(jnp.arange(4)).tolist() == [64, 64, 25, 1]
+
+
+@pytest.mark.parametrize(
+    ("value_size", "eps", "size"), [(128, 1e-6, 1.0), (33, 1e-6, 1e-4), (1, 0.01, 1.0), (64, 0.0, 1e9)]
+)
+def test_what_is_normed_survives_integers(value_size, eps, size):
+    x = size * np.random.default_rng(0).standard_normal((64, value_size)).astype(np.float32)
+    x[0] = size * (np.arange(value_size) == 0)  # the largest entry there can be
+    x[1] = 0
+    r = (jnp.mean(x * x, axis=1) + eps) ** -0.5
+    r = jnp.where(jnp.isinf(r), 1.0, r).at[2].set(0.0)  # of an infinite row
+    y = (x * r[:, None]).at[2].set(jnp.nan)
+    step = warpgroup.step_of_normed(r, value_size, eps)
+    found = warpgroup.unpack_normed(warpgroup.pack_normed(y, step), step)
+    assert relative_rms(found[3:], y[3:]) < 1.2e-4
+    np.testing.assert_allclose(found[:2], y[:2], rtol=1e-4)
+    assert jnp.all(jnp.isnan(found[2]))
+
+
+def test_what_rounding_takes_from_a_cotangent_reaches_keys():
+    """Where few keys are large, values lie along the output, to which d_rla is orthogonal: without it 5.4e-3."""
+    case = Case(BOTH, 200, 64, sizes=PAIR, states=(), map="exp", dtype="bfloat16", final=False, seed=2)
+    case = dataclasses.replace(case, mean=-1.0, size_rla=3.0, size=0.01)
+    forms = (("bfloat16", "gpu", None), ("float64", "reference", "cpu"))
+    found, expected = (cases.compiled(case, *form)(case) for form in forms)
+    assert errors(case, found, expected)["d k_rla"] < 4e-3
+
+
+def test_blocks_are_the_measured_ones_unless_the_caller_says(monkeypatch):
+    monkeypatch.setattr(ops, "_device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    case = Case(SWA, 70, 16, sizes=PAIR)
+    assert planned(monkeypatch, case)[0].chunk == 64
+    assert planned(monkeypatch, dataclasses.replace(case, static=(blocks(128, 1),)))[0].chunk == 128
+
+
+def test_split_and_resumed_equals_whole():
+    case, first = Case(BOTH, 100, 30, sizes=PAIR, states=("initial_state",)), 40
+    arrays = case.arrays("bfloat16")
+
+    def resumed(_, arrays):
+        static: dict[str, Any] = dict(window=case.window, return_final_state=True, implementation="gpu")
+        per_token = [name for name in arrays if name in ("q", "k", "v", "q_rla", "k_rla")]
+        begin = {name: arrays[name][:first] for name in per_token}
+        end = {name: arrays[name][first - (0 if name.startswith("q") else case.window) :] for name in per_token}
+        before, state = pallas.rattention(**(arrays | begin), **static)
+        after, state = pallas.rattention(**(arrays | end | {"initial_state": state}), **static)
+        return {"output": jnp.concatenate([before, after]), "final_state": state}
+
+    expected = reference(case, arrays)
+    found = errors(case, values_and_gradients(case, arrays, "bfloat16", implementation="gpu", wrap=resumed), expected)
+    allowed = bounds(case, "bfloat16", "gpu", arrays, expected)
+    assert {name: error for name, error in found.items() if error > allowed[name]} == {}
+
+
+def test_nothing_of_a_document_depends_on_another():
+    lengths = (70, 30, 100)
+    inside = slice(70, 100)
+    case = Case(BOTH, 200, 40, sizes=PAIR, segments=lengths, static=(blocks(64, 1),))
+    before = case.arrays("bfloat16")
+    after = dict(before)
+    for name in ("q", "k", "v", "q_rla", "k_rla"):
+        after[name] = before[name][::-1] * np.asarray(3, before[name].dtype)
+        after[name][inside] = before[name][inside]
+    run = compiled(case, "bfloat16", implementation="gpu")
+    first, second = run(before), run(after)
+    for name in ("output", "d q", "d k", "d v", "d q_rla", "d k_rla"):
+        np.testing.assert_array_equal(first[name][inside], second[name][inside], err_msg=name)
+    assert not np.array_equal(first["output"], second["output"])
+
+
+@pytest.mark.parametrize("op", [SWA, RLA, BOTH])
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "reason"),
+    [("float32", 64, "bfloat16"), ("float16", 64, "float16"), ("bfloat16", 192, "head sizes up to 128; got 192")],
+)
+def test_what_the_kernels_do_not_serve(op, dtype, head_size, reason, monkeypatch):
+    case = Case(op, 9, 3, sizes=(2, 1, head_size, head_size))
+    with pytest.raises(NotImplementedError, match=f"^{op}: implementation='gpu'.*{reason}.*implementation='chunked'"):
+        values_and_gradients(case, case.arrays(dtype), dtype, implementation="gpu")
+    monkeypatch.setattr(hopper, "present", lambda: True)
+    q = jnp.ones((3, 2, head_size), dtype)
+    assert choose(op, None, q, q, q) == "chunked"
+    q = jnp.ones((3, 2, 64), jnp.bfloat16)
+    assert choose(op, None, q, q, q) == "gpu"
+    monkeypatch.setattr(hopper, "present", lambda: False)
+    assert choose(op, None, q, q, q) == "chunked"  # never an interpreted kernel
+
+
+def test_a_gpu_of_another_kind_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(hopper, "present", lambda: False)
+    q = jnp.ones((3, 2, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"needs a Hopper GPU; this is .*implementation='chunked'"):
+        choose(SWA, "gpu", q, q, q)
+
+
+def test_too_few_threads_for_the_interpreter_are_an_error_not_a_hang(monkeypatch):
+    monkeypatch.setenv("PJRT_NPROC", "2")
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    with pytest.raises(RuntimeError, match="PJRT_NPROC=8"):
+        pallas.sliding_window_attention(*(jnp.ones((3, 2, 8), jnp.bfloat16),) * 3, window=2, implementation="gpu")
+
+
+MODULES = ("plan", "warpgroup", "forward", "state_sweep", "window_backward")
+MODULES += ("residual_query_backward", "residual_key_backward")
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Plants bugs, and has nothing traced before or with them used."""
+    jax.clear_caches()
+    yield functools.partial(change_source, monkeypatch)
+    jax.clear_caches()
+
+
+def change_source(monkeypatch, name: str, *changes: tuple[str, str]):
+    """Change lines of a kernel's source, and with them every function and method of that file, wherever imported."""
+    original = importlib.import_module(f"pallas.hopper.{name}")
+    source = Path(str(original.__file__)).read_text()
+    for right, wrong in changes:
+        assert right in source, f"the line to change is gone: {right}"
+        source = source.replace(right, wrong)
+    changed = types.ModuleType(f"{name}_with_a_bug")
+    exec(compile(source, changed.__name__, "exec"), changed.__dict__)
+    importers = [importlib.import_module(f"pallas.hopper.{module}") for module in MODULES]
+    for attribute, value in vars(changed).items():
+        if getattr(value, "__module__", None) != changed.__name__:
+            continue
+        if inspect.isclass(value):
+            for member, function in vars(value).items():
+                if not member.startswith("__") and (inspect.isfunction(function) or isinstance(function, property)):
+                    monkeypatch.setattr(getattr(original, attribute), member, function)
+        else:
+            for importer in importers:
+                if hasattr(importer, attribute):
+                    monkeypatch.setattr(importer, attribute, value)
+
+
+def small(op: str, *segments: int, window: int = 40) -> Case:
+    return Case(op, 200, window, sizes=PAIR, segments=segments, states=(), static=(blocks(64, 1),))
+
+
+BUGS = {
+    "window one too long, forward": (small(SWA), "forward", "(ahead < plan.window)", "(ahead <= plan.window)"),
+    "window one too short, backward": (
+        small(SWA),
+        "window_backward",
+        "(ahead < plan.window)",
+        "(ahead < plan.window - 1)",
+    ),
+    "edge of the residual set strict, forward": (
+        small(RLA),
+        "forward",
+        ">= plan.window",
+        "> plan.window",
+    ),
+    "edge of the residual set strict, backward": (
+        small(RLA),
+        "residual_key_backward",
+        "ahead >= plan.window",
+        "ahead > plan.window",
+    ),
+    "edge blocks begin a state early": (
+        small(RLA),
+        "plan",
+        "begin = state * (self.spacing // self.chunk)",
+        "begin = jnp.maximum(state - 1, 0) * (self.spacing // self.chunk)",
+    ),
+    "state saved one place late": (small(RLA), "state_sweep", "else index + 1", "else index + 2"),
+    "keys miss the queries before the next state": (
+        small(RLA),
+        "plan",
+        "newest = (key // self.spacing + 1)",
+        "newest = (key // self.spacing)",
+    ),
+    "window's keys see another segment's queries": (
+        small(SWA, 70, 1, 129),
+        "window_backward",
+        "seen &= iota(*square, 0) + key >= down(start, ROWS)",
+        "seen &= down(start, ROWS) >= 0",
+    ),
+    "residual keys see another segment's queries": (
+        small(RLA, 70, 1, 129),
+        "residual_key_backward",
+        "seen &= iota(*square, 0) + key >= down(start, ROWS)",
+        "seen &= down(start, ROWS) >= 0",
+    ),
+    "state carried into the next segment": (
+        small(RLA, 70, 1, 129),
+        "state_sweep",
+        'total = total * refs["carry_keep"][batch, index]',
+        "pass",
+    ),
+    "no mask after the unmasked blocks": (
+        small(SWA, window=190),
+        "forward",
+        "lax.fori_loop(masked_again, end, masked, carry)",
+        "lax.fori_loop(masked_again, end, plain, carry)",
+    ),
+    "mean of a centred state left out, forward": (small(RLA), "forward", "down(means[0], ROWS)", "0.0"),
+    "mean of a centred gradient left out": (small(RLA), "residual_key_backward", "dv += down(mean, ROWS)", "pass"),
+    "delta dropped for queries": (
+        small(SWA),
+        "window_backward",
+        "(d_weights - across(delta, plan.chunk))",
+        "d_weights",
+    ),
+    "delta dropped for keys": (small(SWA), "window_backward", "(d_weights - down(delta, ROWS))", "d_weights"),
+    "second softmax of x, not of -x": (small(RLA), "forward", "-x if i else x", "x"),
+    "window's keys sum one head of the group": (
+        small(SWA),
+        "window_backward",
+        "kv_head * group + step % group",
+        "kv_head * group",
+    ),
+    "residual keys sum one head of the group": (
+        small(RLA),
+        "residual_key_backward",
+        "kv_head * group + step % group",
+        "kv_head * group",
+    ),
+    "what rounding took from the output is saved as nothing": (
+        Case(SWA, 200, 40, sizes=PAIR, mean=4.0, static=(blocks(64, 1),)),
+        "forward",
+        "self.put(parts_of(out, True)[1], ",
+        "self.put(0.0 * out, ",
+    ),
+    "gain's gradient without y": (
+        small(BOTH),
+        "warpgroup",
+        "sum_rows(d_out * y)",
+        "sum_rows(d_out)",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_caught(plant, bug):
+    case, module, right, wrong = BUGS[bug]
+    arrays = case.arrays("bfloat16")
+    plant(module, (right, wrong))
+    got = values_and_gradients(case, arrays, "bfloat16", implementation="gpu")
+    expected = reference(case, arrays)
+    allowed = bounds(case, "bfloat16", "gpu", arrays, expected)
+    excess = {name: error / (allowed[name] or 1) for name, error in errors(case, got, expected).items()}
+    assert not all(ratio <= 3 for ratio in excess.values()), excess  # NaN is caught too
+
+
+WAIT = "plgpu.barrier_wait(self.full.at[lax.rem(use, jnp.int32(self.size))])"
+FREE = "plgpu.barrier_wait(self.free.at[slot])"
+RELEASE = "plgpu.barrier_arrive(self.free.at[lax.rem(use, jnp.int32(self.size))])"
+WINDOW = Case(SWA, 400, 400, sizes=PAIR, static=(blocks(64, 1),))
+PACKED = Case(BOTH, 200, 40, sizes=PAIR, segments=(70, 130), static=(blocks(64, 1),))
+RACES = {
+    "read before the copy has landed": (WINDOW, (WAIT, "pass")),
+    "freed before it is read": (WINDOW, (RELEASE, "pass"), (WAIT, f"{WAIT}; plgpu.commit_smem(); {RELEASE}")),
+    "overwritten before it is free": (WINDOW, (FREE, "pass")),
+    "sent anew before the copy before has left": (
+        PACKED,
+        ("plgpu.wait_smem_to_gmem(0, wait_read_only=True)\n    stage", "stage"),
+    ),
+    "the next tile's queries loaded over these": (PACKED, ("plgpu.commit_smem()\n    pl.when", "pl.when")),
+}
+
+
+def look_for_races(plant, case: Case, *changes):
+    plgpu = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    plant("warpgroup", *changes)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        values_and_gradients(case, case.arrays("bfloat16"), "bfloat16", implementation="gpu")
+
+
+GIVEN = Case(BOTH, 130, 40, sizes=(2, 1, 8, 8), segments=(70, 60))
+
+
+@pytest.mark.parametrize("case", [PACKED, Case(SWA, 200, 40, sizes=PAIR, static=(blocks(64, 1),)), GIVEN], ids=str)
+def test_no_races(plant, capsys, case):
+    look_for_races(plant, case)
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("race", RACES)
+def test_a_planted_race_is_found(plant, capsys, race):
+    case, *changes = RACES[race]
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the interpreter may fail too
+        look_for_races(plant, case, *changes)
+    assert "RACE DETECTED" in capsys.readouterr().out
+
+
+@pytest.fixture
+def device():
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a Hopper GPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(SWA, 500, 100, s=563, sizes=(4, 2, 128, 128), segments=(70, 1, 130, 300, 62), mean=1.0),
+        Case(RLA, 500, 0, sizes=(3, 1, 64, 40), segments=(128, 1, 200, 171)),
+        Case(BOTH, 1, 64, sizes=PAIR),
+        Case(BOTH, 500, 100, sizes=(4, 2, 128, 128), mean=1.0, static=(blocks(64, 2),)),
+        Case(BOTH, 500, 100, s=563, sizes=(4, 2, 64, 64), segments=(70, 1, 130, 362)),
+        Case(BOTH, 300, 64, sizes=(3, 1, 8, 8), segments=(70, 230)),
+        Case(BOTH, 4096, 512, sizes=WIDE, mean=1.0),
+        Case(BOTH, 500, 1, sizes=(6, 2, 64, 64), segments=(238, 41, 150, 71), map="relu", mean=1.0),
+        Case(SWA, 65, 9, s=128, sizes=(1, 1, 64, 64), segments=(60, 68)),
+    ],
+    ids=str,
+)
+def test_on_the_device(device, case):
+    assert_conforms(case, "bfloat16", "gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segments", [(), (100, 412, 1, 511)], ids=["whole", "packed"])
+def test_two_runs_on_the_device_are_bitwise_equal(device, segments):
+    case = Case(BOTH, 1024, 512, sizes=(16, 4, 128, 128), segments=segments)
+    several = [case.arrays("bfloat16", seed) for seed in range(2)]
+    arrays = {name: jnp.stack([one[name] for one in several]) for name in several[0]}
+    ids = None if not segments else jnp.asarray(case.ids())
+
+    @jax.jit
+    def run(arrays):
+        def op(arrays):
+            return pallas.rattention(**arrays, window=case.window, segment_ids=ids, implementation="gpu")
+
+        out, pull_back = jax.vjp(jax.vmap(op), arrays)
+        return out, pull_back(arrays["q"])[0]
+
+    first, second = run(arrays), run(arrays)
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    assert all(np.all(np.isfinite(np.asarray(x, np.float32))) for x in jax.tree.leaves(first))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["softmax", "hedgehog"])
+@pytest.mark.parametrize(("num_heads", "head_size"), [(3, 64), (12, 64), (12, 128)])
+def test_a_layer_on_the_device_is_the_layer_on_a_cpu(device, num_heads, head_size, kind):
+    """What XLA makes of projections, norms, rotary embedding and feature maps, in float32."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    found = []
+    for backend in ("gpu", "cpu"):
+        with jax.default_device(jax.local_devices(backend=backend)[0]), jax.default_matmul_precision("highest"):
+            phi = feature_map.Hedgehog(head_size, key=keys[0]) if kind == "hedgehog" else feature_map.softmax
+            sizes = dict(num_heads=num_heads, num_kv_heads=num_heads // 3, head_size=head_size)
+            layer = RAttention(96, **sizes, window=32, feature_map=phi, implementation="chunked", key=keys[1])
+            x = jax.random.normal(keys[2], (128, 96))
+            arrays, rest = eqx.partition(layer, eqx.is_array)
+            out, pull_back = jax.vjp(jax.jit(lambda arrays, x, rest=rest: eqx.combine(arrays, rest)(x)), arrays, x)
+            found.append([np.asarray(leaf) for leaf in jax.tree.leaves((out, pull_back(jnp.cos(out))))])
+    for got, expected in zip(*found, strict=True):
+        assert relative_rms(got, expected) < 1e-5

@@ -1,0 +1,172 @@
+"""A run folder belongs to one config, and what it refuses it explains."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_child import MODEL, training
+
+from rattn_eqx.data.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
+from rattn_eqx.training.config import RunConfig
+from rattn_eqx.training.run_folder import cut_metrics, load_config, open_run, read_metrics, write_text
+
+CONFIG = RunConfig(dataclasses.replace(MODEL, pattern=("local", "global")), training(), "0" * 64)
+ROWS = [
+    {"step": 1, "bits_per_byte": 8.1},
+    {"step": 2, "bits_per_byte": float("nan")},
+    {"step": 2, "validation_bits_per_byte": 8.0},
+    {"step": 3, "bits_per_byte": 7.5},
+    {"step": 4, "bits_per_byte": 7.25},
+]
+
+
+def write_metrics(folder: Path, last: str = "") -> Path:
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + last)
+    return path
+
+
+def test_a_config_comes_back_from_json(tmp_path):
+    folder = tmp_path / "runs" / "first"
+    open_run(folder, CONFIG, ByteTokenizer())
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "tokenizer.json"]
+    read = load_config(folder)
+    assert read == CONFIG
+    assert read.model.pattern == ("local", "global")
+    assert hash(read) == hash(CONFIG)
+    assert load_tokenizer(folder / "tokenizer.json") == ByteTokenizer()
+    written = (folder / "config.json").read_bytes()
+    open_run(folder, CONFIG, ByteTokenizer())
+    assert (folder / "config.json").read_bytes() == written
+
+
+def test_a_folder_of_another_config_is_refused_by_field(tmp_path):
+    open_run(tmp_path, CONFIG, ByteTokenizer())
+    other = RunConfig(
+        dataclasses.replace(CONFIG.model, window=9, pattern=("local",)),
+        dataclasses.replace(CONFIG.training, seed=1),
+        "1" * 64,
+    )
+    expected = (
+        f"open_run: {tmp_path} holds a run of another config: model.window is 8 there and 9 here; "
+        f"model.pattern is ('local', 'global') there and ('local',) here; training.seed is 0 there and 1 here; "
+        f"corpus is '{'0' * 64}' there and '{'1' * 64}' here. "
+        "Choose another folder with --out, or give the options that the run was started with"
+    )
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        open_run(tmp_path, other, ByteTokenizer())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_of_another_tokenizer_is_refused(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = {"a": 0, "b": 1, "document": 2, "padding": 3}
+    definition = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[])).to_str()
+    open_run(tmp_path, CONFIG, ByteTokenizer())
+    with pytest.raises(ValueError, match=r"tokenizer is 'of the run' there and 'another' here. Choose another folder"):
+        open_run(tmp_path, CONFIG, BPETokenizer(definition))
+
+
+def test_a_folder_without_config_is_no_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        message = f"load_config: {folder} is not a run folder, it has no config.json; start one with `rattn pretrain`"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_config(folder)
+
+
+def test_a_run_killed_between_tokenizer_and_config_is_opened_afresh(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("half a fi")
+    (tmp_path / "config.json.tmp").write_text("{")
+    open_run(tmp_path, CONFIG, ByteTokenizer())
+    assert load_config(tmp_path) == CONFIG
+    assert load_tokenizer(tmp_path / "tokenizer.json") == ByteTokenizer()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1; got -1"),
+        ({"context": 0}, "context must be at least 1; got 0"),
+        ({"microbatches": 0}, "microbatches must be at least 1; got 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1; got 0"),
+        ({"evaluate_every": 0}, "evaluate_every must be at least 1; got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite; got 0.0"),
+        ({"learning_rate": math.inf}, "learning_rate must be above 0 and finite; got inf"),
+        ({"learning_rate": math.nan}, "learning_rate must be above 0 and finite; got nan"),
+        ({"clip_norm": -1.0}, "clip_norm must be above 0 and finite; got -1.0"),
+        ({"clip_norm": math.inf}, "clip_norm must be above 0 and finite; got inf"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0 and finite; got -0.1"),
+        ({"weight_decay": math.inf}, "weight_decay must be at least 0 and finite; got inf"),
+        ({"weight_decay": math.nan}, "weight_decay must be at least 0 and finite; got nan"),
+        ({"optimizer": "sgd"}, "optimizer must be adamw or rmsprop; got 'sgd'"),
+        ({"compute_dtype": "float16"}, "compute_dtype must be float32 or bfloat16; got 'float16'"),
+        ({"batch_size": 6, "microbatches": 4}, "must be a multiple of microbatches; got batch_size=6, microbatches=4"),
+        ({"warmup_steps": 60}, "at least 0 and less than steps; got warmup_steps=60, steps=60"),
+        ({"warmup_steps": -1}, "at least 0 and less than steps; got warmup_steps=-1, steps=60"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"^TrainConfig: .*{re.escape(message)}$"):
+        training(**changes)
+
+
+def test_the_narrowest_settings_are_accepted():
+    training(steps=1, batch_size=1, context=1, warmup_steps=0, checkpoint_every=1, evaluate_every=1)
+    training(batch_size=6, microbatches=3, warmup_steps=59)
+    training(weight_decay=0.0, optimizer="rmsprop", compute_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, 0), (1, 1), (2, 3), (3, 4), (4, 5)])
+@pytest.mark.parametrize("last", ["", '{"step": 5, "bits_per_', '{"step": 5}'])
+def test_metrics_past_a_checkpoint_are_cut(tmp_path, step: int, kept: int, last: str):
+    path = write_metrics(tmp_path, last)
+    lines = path.read_text().splitlines(keepends=True)
+    cut_metrics(path, step)
+    assert path.read_text() == "".join(lines[:kept])
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_run_without_checkpoints_needs_no_metrics(tmp_path):
+    cut_metrics(tmp_path / "metrics.jsonl", 0)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "metrics.jsonl").touch()
+    cut_metrics(tmp_path / "metrics.jsonl", 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(("rows", "last"), [(ROWS, 4), (ROWS[:3], 2), ([], 0), (None, 0)])
+def test_metrics_that_end_before_the_checkpoint_are_refused(tmp_path, rows: list | None, last: int):
+    path = tmp_path / "metrics.jsonl"
+    text = "".join(json.dumps(row) + "\n" for row in rows or []) + '{"step": 5, "bits_per_byte": 7.0}'  # a row cut off
+    if rows is not None:
+        path.write_text(text)
+    message = (
+        f"cut_metrics: {path} must have rows up to the checkpoint's step; got rows up to step {last} and a checkpoint "
+        f"of step 5; put back a good copy, or remove the checkpoints past step {last}"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        cut_metrics(path, 5)
+    assert (path.read_text() if path.exists() else None) == (None if rows is None else text)
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    done, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append(os.fstat(descriptor).st_size), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    write_text(tmp_path / "file", "seven\n\n")
+    assert done == [7, "replace"]
+    assert (tmp_path / "file").read_text() == "seven\n\n"
+
+
+def test_metrics_come_back(tmp_path):
+    write_metrics(tmp_path)
+    rows = read_metrics(tmp_path)
+    assert rows[2:] == ROWS[2:]
+    assert repr(rows) == repr(ROWS)
