@@ -1,6 +1,8 @@
-"""Strict promotion around every test, the implementations under test, and how hypothesis draws."""
+"""Strict promotion, one cache of compiled programs for all workers, the implementations under test, hypothesis."""
 
 import os
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import settings
 
 IMPLEMENTATIONS = ["chunked"]
 KERNELS = [*(["gpu"] if jax.__version_info__ >= (0, 11) else []), "tpu"]  # "gpu" in bfloat16 alone
+INTERPRETED = [pytest.param(name, marks=pytest.mark.kernel) for name in KERNELS]
 
 # The interpreter of kernels holds a thread of XLA's pool for each warpgroup. Read when JAX first makes an array.
 os.environ.setdefault("PJRT_NPROC", "16")
@@ -24,6 +27,32 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "standard_dtype_promotion: runs foreign code (optax, baselines) that mixes dtypes on purpose"
     )
+    shared = getattr(config, "workerinput", {}).get("compiled")
+    config.compiled = shared or tempfile.mkdtemp(prefix="rattn-compiled-")  # type: ignore[attr-defined]
+    jax.config.update("jax_compilation_cache_dir", config.compiled)  # type: ignore[attr-defined]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """Of pytest-xdist: a worker compiles into the folder of the session, and finds there what another compiled."""
+    node.workerinput["compiled"] = node.config.compiled
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what their module builds once run in one worker (`--dist loadgroup`), which builds it once."""
+    for item in items:
+        fixtures = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
+        shared = [name for name, found in fixtures.items() if found[-1].scope == "module" and name[0] != "_"]
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(config.compiled, ignore_errors=True)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +74,11 @@ def implementation(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="session", params=IMPLEMENTATIONS + KERNELS)
+@pytest.fixture(scope="session", params=IMPLEMENTATIONS + INTERPRETED)
 def implementation_or_kernel(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="session", params=["reference", *IMPLEMENTATIONS, *KERNELS])
-def implementation_or_reference_or_kernel(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="session", params=["reference", *IMPLEMENTATIONS])
+def implementation_or_reference(request: pytest.FixtureRequest) -> str:
     return request.param

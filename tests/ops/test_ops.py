@@ -6,6 +6,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from conformance import ARRAYS, BOTH, BOUND, RLA, SWA, Case, assert_conforms, errors, reference, values_and_gradients
+from conftest import KERNELS
 
 import pallas
 from pallas.block_sizes import gpu_blocks
@@ -45,15 +46,21 @@ FEW = [
 ]
 
 
-# What the interpreter of TPU kernels is asked in a quick run; the other cases are slow.
-FEW_FOR_TPU = [
-    Case(SWA, 63, 64, sizes=(4, 2, 8, 5)),
-    Case(RLA, 500, 0, sizes=(4, 2, 8, 5), segments=(128, 1, 200, 171)),
-    Case(RLA, 63, 1, s=64, sizes=(3, 3, 4, 6)),
-    Case(RLA, 101, 100, states=()),
-    Case(BOTH, 1, 64),
-    Case(BOTH, 500, 100, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 299), static=(("scale", 0.7), ("eps", 0.1))),
-]
+# What .ci/run asks of interpreted kernels; all other cases are long. Their own suites ask more.
+INTERPRETED = {
+    "gpu": [
+        Case(SWA, 500, 100, s=563, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 300, 62)),
+        Case(RLA, 63, 1, s=64, sizes=(3, 3, 4, 6)),
+        Case(BOTH, 1, 64),
+        Case(BOTH, 500, 100, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 299), static=(("scale", 0.7), ("eps", 0.1))),
+    ],
+    "tpu": [
+        Case(SWA, 63, 64, sizes=(4, 2, 8, 5)),
+        Case(RLA, 63, 1, s=64, sizes=(3, 3, 4, 6)),
+        Case(BOTH, 1, 64),
+        Case(BOTH, 500, 100, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 299), static=(("scale", 0.7), ("eps", 0.1))),
+    ],
+}
 
 
 def own_dtypes(implementation: str) -> list[str]:
@@ -61,20 +68,27 @@ def own_dtypes(implementation: str) -> list[str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_conforms(implementation_or_kernel, case):
-    if implementation_or_kernel == "gpu" and case.t > 600 and jax.default_backend() != "gpu":
-        pytest.skip("minutes in the interpreter")
-    if implementation_or_kernel == "tpu" and case not in FEW_FOR_TPU:
-        pytest.skip("slow in the interpreter: test_conforms_in_the_tpu_interpreter")
-    for dtype in own_dtypes(implementation_or_kernel):
-        assert_conforms(case, dtype, implementation_or_kernel)
+def test_conforms(implementation, case):
+    assert_conforms(case, "float32", implementation)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case not in FEW_FOR_TPU], ids=str)
-@pytest.mark.parametrize("dtype", own_dtypes("tpu"))
-def test_conforms_in_the_tpu_interpreter(case, dtype):
-    assert_conforms(case, dtype, "tpu")
+@pytest.mark.parametrize(
+    ("kernel", "case"),
+    [
+        pytest.param(kernel, case, marks=pytest.mark.kernel if case in INTERPRETED[kernel] else pytest.mark.long)
+        for kernel in KERNELS
+        for case in CASES
+    ],
+    ids=str,
+)
+def test_kernels_conform(kernel, case):
+    for dtype in own_dtypes(kernel):
+        assert_conforms(case, dtype, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_runs_here(kernel):
+    assert_conforms(Case(BOTH, 70, 16, sizes=(2, 1, 8, 8), segments=(30, 40)), "bfloat16", kernel)
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)

@@ -6,8 +6,9 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import token_loop
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas
@@ -84,23 +85,36 @@ def assert_resumes(implementation, cuts, boundaries, window):
         assert error <= BOUND, f"{name}: {error:.1e}"
 
 
-@settings(max_examples=1)
-@given(cuts=points, boundaries=boundaries, window=windows)
-@example(cuts={1, 3, 4}, boundaries=set(), window=5)  # pieces shorter than the window
-@example(cuts={60, 100}, boundaries={30, 60}, window=0)  # a cut at a boundary, without a key to tell
-@example(cuts={60, 100}, boundaries={58, 99}, window=100)
-@example(cuts={1, 60, 149}, boundaries={59, 61}, window=1)
-@example(cuts={50}, boundaries={50}, window=LENGTH)
+@pytest.mark.parametrize(
+    ("cuts", "boundaries", "window"),
+    [
+        ({1, 3, 4}, set(), 5),  # pieces shorter than the window
+        ({60, 100}, {30, 60}, 0),  # a cut at a boundary, without a key to tell
+        ({1, 149}, {59, 61}, 1),
+        ({60}, {58, 99}, 100),
+        ({50}, {50}, LENGTH),
+    ],
+)
 def test_pieces_equal_the_whole(implementation, cuts, boundaries, window):
     assert_resumes(implementation, cuts, boundaries, window)
 
 
-@settings(max_examples=5)
-@given(cuts=points, boundaries=boundaries, window=windows)
-@example(cuts={60, 100}, boundaries={60, 100}, window=5)
-@example(cuts={60}, boundaries={55, 56}, window=5)  # the keys kept begin with the last token of another segment
+@pytest.mark.parametrize(
+    ("cuts", "boundaries", "window"),
+    [
+        ({60, 100}, {60, 100}, 5),
+        ({60}, {55, 56}, 5),  # the keys kept begin with the last token of another segment
+    ],
+)
 def test_pieces_of_the_reference_equal_the_whole(cuts, boundaries, window):
     assert_resumes("reference", cuts, boundaries, window)
+
+
+@pytest.mark.long
+@settings(max_examples=20)
+@given(cuts=points, boundaries=boundaries, window=windows)
+def test_any_pieces_equal_the_whole(implementation_or_reference, cuts, boundaries, window):
+    assert_resumes(implementation_or_reference, cuts, boundaries, window)
 
 
 def test_one_token_at_a_time():

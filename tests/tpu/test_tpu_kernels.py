@@ -23,6 +23,8 @@ def blocks(chunks: int, chunk: int = 128) -> tuple[str, BlockSizes]:
     return "block_sizes", BlockSizes(tpu_chunk=chunk, tpu_window_chunk=chunk, tpu_block=chunks * chunk)
 
 
+pytestmark = pytest.mark.kernel
+
 SMALL, WIDE = (2, 1, 8, 8), (2, 1, 128, 128)
 CASES = [
     Case(RLA, 300, 130, sizes=WIDE, mean=1.0, states=(), static=(blocks(1),)),
@@ -51,7 +53,7 @@ def test_conforms(case):
     assert_conforms(case, "bfloat16", "tpu")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", LONG, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_longer_calls_conform(case, dtype):
@@ -59,8 +61,8 @@ def test_longer_calls_conform(case, dtype):
 
 
 def quick(first, *rest):
-    """Parameters of which the first alone is for quick runs: the interpreter takes seconds for each."""
-    return [first, *(pytest.param(value, marks=pytest.mark.slow) for value in rest)]
+    """Parameters of which the first alone is for .ci/run: the interpreter takes seconds for each."""
+    return [first, *(pytest.param(value, marks=pytest.mark.long) for value in rest)]
 
 
 @pytest.mark.parametrize("name", quick("squared_relu", "relu", "identity", "elu_plus_one", "exp"))
