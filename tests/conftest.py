@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,6 +12,12 @@ from hypothesis import settings
 IMPLEMENTATIONS = ["chunked"]
 KERNELS = [*(["gpu"] if jax.__version_info__ >= (0, 11) else []), "tpu"]  # "gpu" in bfloat16 alone
 INTERPRETED = [pytest.param(name, marks=pytest.mark.kernel) for name in KERNELS]
+
+# Compiling is most of the time, so programs are compiled quickly and not to run fast; notebooks and commands, which
+# .ci/run runs too, are compiled as users have it.
+QUICK = "--xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11))
+if not Path("/dev/nvidiactl").exists() and QUICK not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 
 # The interpreter of kernels holds a thread of XLA's pool for each warpgroup. Read when JAX first makes an array.
 os.environ.setdefault("PJRT_NPROC", "16")
