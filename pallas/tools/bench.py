@@ -23,15 +23,12 @@ from jaxtyping import Array
 
 from pallas import block_sizes
 from pallas.feature_map import named
-from pallas.tools import provenance
 from pallas.tools.peers import READS, Inputs, Problem, Row, flops, least_bytes, make_inputs, ours, rows
-from pallas.tools.provenance import Save, saver
+from pallas.tools.provenance import Save, facts, in_words, saver
 
 L2_BYTES = 60e6  # the largest cache of the GPUs we time on; sets of inputs take turns until they are twice that
 MOST_CALLS, MOST_SETS = 200, 16
 PASSES = ("forward", "forward+backward")
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "jax-linear-attention", "tokamax",
-    "flash-linear-attention", "torch", "triton")  # fmt: skip
 
 Calls = Sequence[Callable[[], object]]  # one for each set of inputs; each starts the work and does not wait for it
 Stopwatch = Callable[[Calls, int], tuple[float, float]]
@@ -135,12 +132,6 @@ def measure_ceilings(on_gpu: bool, **settings) -> Ceilings:
     x = jax.random.normal(keys[0], (length,), jnp.bfloat16)
     copies = [measure([functools.partial(jax.jit(f), x)] * 2, time_jax, **settings) for f in (jnp.copy, jnp.negative)]
     return Ceilings(2 * size**3 / best, 2 * x.nbytes / min(copy.median for copy in copies))
-
-
-def facts(commit: str | None) -> dict[str, Any]:
-    """What a number needs beside it: device, date, commit, versions."""
-    about = dict(date=provenance.now(), commit=commit or provenance.commit(), versions=provenance.versions(PACKAGES))
-    return dict(device=jax.devices()[0].device_kind, platform=jax.devices()[0].platform) | about
 
 
 def reason(error: Exception) -> str:
@@ -331,8 +322,7 @@ def main(arguments: list[str]) -> int:
     about["ceilings"] = dataclasses.asdict(ceilings)
 
     save = saver(options.out, about)
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-    print(f"{about['device']}, {about['date']}, commit {about['commit']}\n{versions}")
+    print(f"{about['device']}, {about['date']}, commit {about['commit']}\n{in_words(about['versions'])}")
     print(f"ceilings: {ceilings.flops / 1e12:.0f} TFLOP/s bfloat16 product, {ceilings.bandwidth / 1e12:.2f} TB/s copy")
     words = [word for word in options.only.lower().split(",") if word]
     for shape in options.shapes.split():

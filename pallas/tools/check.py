@@ -292,10 +292,8 @@ def main(arguments: list[str]) -> int:
     implementation = given.implementation or machine["chosen"]
     interpreted = implementation != "chunked" and machine["platform"] != implementation
     where = "interpreted on a CPU" if interpreted else "on this device"
-    facts: dict[str, Any] = dict(
-        implementation=implementation, interpreted=interpreted, date=provenance.now(), **machine
-    )
-    facts |= {"commit": given.commit or provenance.commit(), "versions": provenance.versions(PACKAGES)}
+    facts: dict[str, Any] = dict(implementation=implementation, interpreted=interpreted, **machine)
+    facts |= provenance.of_code(given.commit, provenance.versions(PACKAGES))
     print(f"{machine['device']}, {facts['date']}, commit {facts['commit']}, jax {facts['versions']['jax']}")
     print(f"{implementation}, {where}")
     if replayed is not None:

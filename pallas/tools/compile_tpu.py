@@ -8,13 +8,10 @@ counts once; such loops are listed. Each case is compiled in a process of its ow
 listings go.
 """
 
+import argparse
 import dataclasses
-import importlib.metadata
 import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,9 +20,8 @@ from typing import Any
 import jax
 
 from pallas.block_sizes import BlockSizes
-from pallas.tools import compile as gpu
-from pallas.tools import provenance
-from pallas.tools.compile import Case
+from pallas.tools import programs, provenance
+from pallas.tools.programs import Case, memory, program
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 PACKAGES = ("jax", "jaxlib", "libtpu")
@@ -199,18 +195,16 @@ def compile_here(case: Case, target: str, folder: Path) -> None:
 
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target]).devices[0]
     sharding = SingleDeviceSharding(device)
-    function, arguments = gpu.program(case, lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
+    function, arguments = program(case, lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
     abstract = AbstractDevice(device.device_kind, getattr(device, "num_cores", None) or 1, "tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
         lowered = jax.jit(function).lower(*arguments)
     compiled = lowered.compile()
-    sizes: Any = compiled.memory_analysis()
-    memory = {name: getattr(sizes, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
     hlo = compiled.as_text() or ""
     scoped = [
         int(x) for x in re.findall(r'"used_scoped_memory_configs":\[\{"memory_space":"1"[^}]*"size":"(\d+)"', hlo)
     ]
-    result = {"memory": memory, "device_kind": device.device_kind, "vmem": max(scoped, default=0)}
+    result = {"memory": memory(compiled), "device_kind": device.device_kind, "vmem": max(scoped, default=0)}
     (folder / "result.json").write_text(
         json.dumps(result | read_program(folder / "dump", hlo, case, device.device_kind))
     )
@@ -219,23 +213,16 @@ def compile_here(case: Case, target: str, folder: Path) -> None:
 def compile_case(case: Case, target: str) -> dict[str, Any]:
     """What a case takes, or the error; compiled in a process of its own."""
     began = time.perf_counter()
-    code = (
-        "import json, pathlib, sys; from pallas.tools.compile import Case; "
-        "from pallas.tools.compile_tpu import compile_here; _, case, target, folder = sys.argv; "
-        "compile_here(Case(**json.loads(case)), target, pathlib.Path(folder))"
-    )
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "dump").mkdir()
-        command = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(case)), target, name]
-        with (folder / "errors").open("w") as errors:
-            done = subprocess.run(command, stdout=errors, stderr=errors, env=environment(folder), cwd=folder)
-        if done.returncode:
-            found = {"error": gpu.last_error((folder / "errors").read_text(errors="replace"), done.returncode)}
-        else:
+        try:
+            programs.compile_in_child("compile_tpu", case, target, folder, environment(folder))
             found = json.loads((folder / "result.json").read_text())
             found["per_unit"] = per_unit(case, found)
+        except ValueError as error:
+            found["error"] = str(error)
     return found | {"seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -253,30 +240,14 @@ def per_unit(case: Case, found: dict[str, Any]) -> dict[str, float]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For the process that compiles: no device, schedules into the folder, and nothing from a cache."""
-    dump = folder / "dump"
-    paths = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    """For the process that compiles: schedules into the folder, and a TPU that nobody is asked about."""
+    return programs.environment(folder) | {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} " + DUMPED,
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "TMPDIR": str(folder),
+        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder / 'dump'} " + DUMPED,
     }
-
-
-def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def refusal(targets: list[str], found: dict[str, str | None]) -> str | None:
@@ -284,11 +255,8 @@ def refusal(targets: list[str], found: dict[str, str | None]) -> str | None:
     unknown = [target for target in targets if target not in TOPOLOGIES]
     if unknown:
         return f"compile: {', '.join(unknown)} cannot go with TPUs in one run; these are {', '.join(TOPOLOGIES)}"
-    if jax.__version_info__ < (0, 11, 2):
-        return f"compile: needs jax 0.11.2 or newer, and so Python 3.12 or newer; this is {jax.__version__}: {INSTALL}"
-    if found["libtpu"] is None:
-        return f"compile: needs libtpu: {INSTALL}"
-    return None
+    needs = f"compile: needs libtpu: {INSTALL}" if found["libtpu"] is None else None
+    return programs.old_jax(INSTALL) or needs
 
 
 def failures(target: str, case: Case, found: dict[str, Any], forward: dict[str, Any] | None) -> list[str]:
@@ -333,23 +301,17 @@ def show(target: str, case: Case, found: dict[str, Any]) -> None:
 HEAD = ("bundles", "of ours", "matmuls", "use", "VMEM MiB", "HBM GB")
 
 
-def main(options) -> int:
+def run(options: argparse.Namespace) -> int:
     """Compile the cases and print the table; returns the exit status."""
-    found_versions = versions()
+    found_versions = provenance.versions(PACKAGES)
     refused = refusal(options.target, found_versions)
-    words = [word for word in options.only.lower().split(",") if word]
-    chosen = [case for case in cases() if not words or any(word in case.title for word in words)]
-    chosen = [case for case in chosen if is_quick(case)] if options.quick else chosen
+    chosen = [case for case in programs.chosen(cases(), options.only) if is_quick(case) or not options.quick]
     if refused or not chosen:
         print(refused or f"compile: no case holds {options.only!r}")
         return 2
-    about: dict[str, Any] = {
-        "date": provenance.now(),
-        "commit": options.commit or provenance.commit(),
-        "versions": found_versions,
-    }
-    print(f"compiled for {', '.join(options.target)}, {about['date']}, commit {about['commit']}")
-    print(", ".join(f"{name} {version}" for name, version in found_versions.items() if version))
+    about = provenance.of_code(options.commit, found_versions)
+    save = provenance.saver(options.out, about)
+    programs.print_heading(options.target, about)
     print("bundles, matmuls: per 128 tokens and query head; use: of matrix-unit slots; HBM: temporaries\n")
     print(f"{'':6} {'case':78} " + " ".join(f"{name:>9}" for name in HEAD) + "      s")
     wrong, number = [], 0
@@ -362,10 +324,6 @@ def main(options) -> int:
                 forward[case.name] = found
             wrong += failures(target, case, found, forward.get(case.name))
             number += "error" not in found
-            if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                with options.out.open("a") as file:
-                    file.write(json.dumps(dataclasses.asdict(case) | found | about | {"target": target}) + "\n")
+            save(dataclasses.asdict(case) | found | {"target": target})
     print(f"\n{number} programs compiled")
-    print("".join(f"FAILED {line}\n" for line in wrong), end="")
-    return 1 if wrong else 0
+    return programs.print_failures(wrong)

@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "jax-linear-attention", "tokamax",
+    "flash-linear-attention", "torch", "triton")  # fmt: skip
+
 Save = Callable[[dict[str, Any]], dict[str, Any]]  # add a line to the file, and return it with the facts of the run
 
 
@@ -33,6 +38,22 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def in_words(found: dict[str, str | None]) -> str:
+    """The versions of what is installed, in one line."""
+    return ", ".join(f"{name} {version}" for name, version in found.items() if version)
+
+
+def of_code(given: str | None, found: dict[str, str | None]) -> dict[str, Any]:
+    """Date, commit and versions of a run. given: the commit; None asks git. found: by `versions`."""
+    return {"date": now(), "commit": given or commit(), "versions": found}
+
+
+def facts(commit: str | None) -> dict[str, Any]:
+    """What a number measured here needs beside it: device, date, commit, versions."""
+    device = jax.devices()[0]
+    return dict(device=device.device_kind, platform=device.platform) | of_code(commit, versions(PACKAGES))
 
 
 def saver(path: Path | None, about: dict[str, Any]) -> Save:

@@ -65,7 +65,7 @@ def compile_both() -> None:
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
-    from pallas.tools.compile import TARGETS
+    from pallas.tools.compile_gpu import TARGETS
 
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=TARGETS["h100"])
     sharding = SingleDeviceSharding(topology.devices[0])
