@@ -24,7 +24,8 @@ from typing import Any
 from tqdm import tqdm
 
 from pallas.tools import provenance
-from pallas.tools.cases import Case, allowed, compiled, errors, parse, to_line
+from pallas.tools.case_errors import allowed, errors
+from pallas.tools.cases import Case, compiled, parse, to_line
 from pallas.tools.random_cases import LONGEST, LONGEST_ON_DEVICE, draw, options, redraw, simpler
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu")
@@ -228,14 +229,16 @@ class Tally:
 
 
 def jobs_of(
-    seeds: Iterator[int], implementation: str, longest: int, draws: int | None, until: float
+    seeds: Iterator[int], implementation: str, longest: int, draws: int | None, until: float, seed_of: dict[str, int]
 ) -> Iterator[tuple]:
+    """A program and its draws for each seed, as long as there is time. seed_of gets each seed, by its first call."""
     for seed in seeds:
         if time.time() > until:
             return
         case = draw(seed, implementation, longest)
-        count = draws or draws_of(case, longest)
-        yield "hold", [redraw(case, number) for number in range(count)], implementation, until
+        cases = [redraw(case, number) for number in range(draws or draws_of(case, longest))]
+        seed_of[to_line(cases[0])] = seed
+        yield "hold", cases, implementation, until
 
 
 def draws_of(case: Case, longest: int) -> int:
@@ -313,8 +316,9 @@ def main(arguments: list[str]) -> int:
         dynamic_ncols=True,
         bar_format="{l_bar}{bar}| {n:.0f} of {total} s{postfix}",
     )
-    counted = _counted(jobs_of(seeds, implementation, longest, given.draws, until), first)
-    for (_, cases, *_), how, what in in_workers(given.jobs, counted.jobs):
+    seed_of: dict[str, int] = {}
+    jobs = jobs_of(seeds, implementation, longest, given.draws, until, seed_of)
+    for (_, cases, *_), how, what in in_workers(given.jobs, jobs):
         before = len(tally.failures)
         if how == "done":
             tally.add(what)
@@ -323,7 +327,7 @@ def main(arguments: list[str]) -> int:
         new = tally.failures[before:]
         for wrong, line in new:
             bar.write(f"FAILED {wrong}\n  python -m pallas check --implementation {implementation} --replay '{line}'")
-        save(_row(counted.seeds[to_line(cases[0])], cases[0], what if how == "done" else [], new))
+        save(_row(seed_of[to_line(cases[0])], cases[0], what if how == "done" else [], new))
         bar.n = min(time.time() - began, bar.total)
         bar.set_postfix_str(f"{tally.calls} calls, {tally.programs} programs, {len(tally.failures)} failures")
         if new and given.exitfirst:
@@ -333,20 +337,6 @@ def main(arguments: list[str]) -> int:
     _show_shrunk(tally.failures, implementation, given.jobs, given.shrink, 60 * given.minutes)
     print(f"\n{tally.calls} calls, {tally.programs} programs, seeds from {first}: {len(tally.failures)} failures")
     return 1 if tally.failures else 0
-
-
-class _counted:
-    """Jobs, and the seed of each."""
-
-    def __init__(self, jobs: Iterator[tuple], first: int):
-        self.seeds, self._next, self._jobs = {}, first, jobs
-
-    @property
-    def jobs(self) -> Iterator[tuple]:
-        for job in self._jobs:
-            self.seeds[to_line(job[1][0])] = self._next
-            self._next += 1
-            yield job
 
 
 def _row(seed: int, case: Case, held: list[Held], failures: list) -> dict[str, Any]:
