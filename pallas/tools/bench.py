@@ -2,7 +2,7 @@
 
 Every line of the table is one implementation of one op at one size, forward (the output), and forward + backward (the
 output and the gradients of all inputs for a random cotangent, in one compiled program). It gives the median and the
-quartiles of many samples; useful TFLOP/s (`bench_peers.flops` says what counts) and TB/s (`bench_peers.least_bytes`);
+quartiles of many samples; useful TFLOP/s (`peers.flops` says what counts) and TB/s (`peers.least_bytes`);
 and the part of the floor that was reached, floor / median. The floor is the larger of FLOPs / matrix rate and
 bytes / copy bandwidth, both ceilings measured on the device at the start. What cannot run says why.
 """
@@ -36,7 +36,7 @@ Stopwatch = Callable[[Calls, int], tuple[float, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one call. `waiting` is how many calls the device was behind when the host had queued its last one:
+    """Seconds of one call. `waiting` is how many calls were still to finish when the host had queued its last one:
     below 1 the host was the slower, and the time is the host's."""
 
     median: float
@@ -85,8 +85,8 @@ def time_torch(calls: Calls, count: int) -> tuple[float, float]:
 
 
 def measure(calls: Calls, stopwatch: Stopwatch, *, samples: int, seconds: float) -> Timing:
-    """The time of one call, from `samples` batches of about `seconds` each: queued one behind the other, so that the
-    host's work hides behind the device's, each with the next set of inputs, so that no cache holds them. The first
+    """The time of one call, from `samples` batches of about `seconds` each: queued one after the other, so that the
+    host's work overlaps the device's, each with the next set of inputs, so that no cache holds them. The first
     calls, which compile, and two batches more are not counted."""
     stopwatch(calls, len(calls))
     count = math.ceil(seconds * len(calls) / max(stopwatch(calls, len(calls))[0], 1e-9))
@@ -168,13 +168,13 @@ def time_row(row: Row, problem: Problem, sets: Sequence[Inputs], *, check: bool,
 
 def line_of(row: Row, problem: Problem, timing: Timing, backward: bool, x: Inputs, ceilings: Ceilings) -> dict:
     """One saved line: what was timed, and what follows from it."""
-    work, moved = flops(row, problem, backward=backward), least_bytes(row, x, backward=backward)
-    floor = ceilings.floor(work, moved)
+    work, num_bytes = flops(row, problem, backward=backward), least_bytes(row, x, backward=backward)
+    floor = ceilings.floor(work, num_bytes)
     return dataclasses.asdict(timing) | dict(
         flops=work,
-        bytes=moved,
+        bytes=num_bytes,
         tflops=work / timing.median / 1e12,
-        tbps=moved / timing.median / 1e12,
+        tbps=num_bytes / timing.median / 1e12,
         floor=floor,
         of_floor=floor / timing.median,
     )
@@ -308,7 +308,7 @@ def parse(arguments: list[str], on_gpu: bool) -> argparse.Namespace:
     add("--sweep", action="store_true", help="time our block sizes instead, and find the fastest")
     add("--quick", action="store_true", help="a short sequence and few samples: does it run?")
     add("--out", type=Path, help="file that one JSON object a row is added to")
-    add("--commit", help="written beside the numbers; default: what git says")
+    add("--commit", help="saved with the numbers; default: what git says")
     return parser.parse_args(arguments)
 
 

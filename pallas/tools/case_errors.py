@@ -74,9 +74,9 @@ def _most_in_residual_sets(case: Case) -> int:
     ids = case.ids()
     ids = np.zeros((1, case.num_keys), int) if ids is None else ids.reshape(-1, case.num_keys)
     starts = np.stack([np.searchsorted(row, row) for row in ids])[:, case.num_keys - case.t :]  # ids do not fall
-    behind = np.arange(case.num_keys - case.t, case.num_keys) - case.window + 1 - starts
+    distance = np.arange(case.num_keys - case.t, case.num_keys) - case.window + 1 - starts
     reads_state = np.where(starts == 0, "initial_state" in case.states, "segment_state" in case.states)
-    return int((np.maximum(behind, 0) + max(case.num_keys, 2) * reads_state).max())
+    return int((np.maximum(distance, 0) + max(case.num_keys, 2) * reads_state).max())
 
 
 def _sharpness(case: Case) -> float:
@@ -86,8 +86,8 @@ def _sharpness(case: Case) -> float:
     q, k = (np.asarray(arrays[name][first], np.float64)[:, 0] for name in ("q", "k"))
     ids = np.zeros(case.num_keys, int) if ids is None else ids[first]
     rows = np.unique(np.linspace(0, case.t - 1, 64).astype(int))
-    behind = (rows + case.num_keys - case.t)[:, None] - np.arange(case.num_keys)
-    seen = (behind >= 0) & (behind < max(case.window, 1)) & (ids == ids[rows + case.num_keys - case.t][:, None])
+    distance = (rows + case.num_keys - case.t)[:, None] - np.arange(case.num_keys)
+    seen = (distance >= 0) & (distance < max(case.window, 1)) & (ids == ids[rows + case.num_keys - case.t][:, None])
     logits = case.scale * q[rows] @ k.T
     weights = np.exp(
         logits - logits.max(axis=1, keepdims=True, where=seen, initial=-np.inf), where=seen, out=0 * logits
@@ -104,8 +104,8 @@ def bounds(dtype: str, implementation: str | None, of_chunked: dict[str, float])
 
 
 def allowed(case: Case, implementation: str, expected: dict, of_simpler: dict[str, float]) -> dict[str, float]:
-    """`bounds` for random calls: the largest error of each of their tensors. of_simpler: the errors of `chunked` beside
-    a kernel, of the definition in the case's own dtype beside `chunked`.
+    """`bounds` for random calls: the largest error of each of their tensors. of_simpler: the errors of `chunked` for a
+    kernel, and for `chunked` those of the definition in the case's own dtype.
 
     `chunked` may be off by twice what the definition is, in sums that all but cancel; and a weight of the window's
     softmax is no more exact than its logit, which in float32 is rounded by 2^-24 of it.

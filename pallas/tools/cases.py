@@ -27,20 +27,20 @@ SWA, RLA, BOTH = ARRAYS
 STATES = ("initial_state", "segment_state")
 OF_HEADS = ("q", "k", "v", "q_rla", "k_rla")
 WHOLE = ("swa_gain", "rla_gain", "weight_q", "weight_k")  # not one for each sequence of a batch
-PARAMETERS = (*STATES, *WHOLE)  # float32 beside bfloat16 activations
+PARAMETERS = (*STATES, *WHOLE)  # float32 where activations are bfloat16
 REMEDY = "give a line as `check` prints it"
 LEARNED = ("learned", "pair")  # maps with parameters: one for queries and keys, or one for each
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of one op and the numbers it is given.
+    """One call of one op and its numbers.
 
     sizes: (num_heads, num_kv_heads, head_size, value_size). segments: the lengths of segments, (): no ids; of a batch,
     a tuple for each sequence. states: those that are passed. static: other keywords of the op. map: of
     `feature_map.named`, or of LEARNED. shared: the residual branch reads the window's q and k. Numbers are size *
     (standard normal + mean); size_qk stands for size in what the window's softmax reads, size_rla in what maps read.
-    final: the final state has a cotangent, too, beside which little of the keys' gradients comes through the kernels.
+    final: the final state has a cotangent, too; then most of the keys' gradients come from it, not from the kernels.
     """
 
     op: str
@@ -78,11 +78,11 @@ class Case:
 
     @property
     def program(self) -> "Case":
-        """The case without what a compiled program is given: cases alike in this share their programs."""
+        """The case without the numbers that a compiled program reads: cases equal in this share their programs."""
         whole = (self.num_keys,)
         marker = () if not self.segments else (whole,) * self.batch if self.batch else whole
-        given = dict(mean=0.5, size=1.0, size_qk=1.0, size_rla=1.0, final=True, seed=0)
-        return dataclasses.replace(self, segments=marker, **given)
+        defaults = dict(mean=0.5, size=1.0, size_qk=1.0, size_rla=1.0, final=True, seed=0)
+        return dataclasses.replace(self, segments=marker, **defaults)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -193,7 +193,7 @@ def _map(name: str, weights: list):
 def compiled(case: Case, dtype: str, implementation: str | None, on: str | None = None):
     """run(case): results and gradients in NumPy, by name, for any case of the same `program`.
 
-    The compiled program is given a token's heads side by side, as projections make them: compilers fuse what cuts them
+    The compiled program gets a token's heads in one axis, as projections make them: compilers fuse what cuts them
     apart with what follows, and may get that wrong.
     """
     case = case.program
@@ -218,7 +218,7 @@ def compiled(case: Case, dtype: str, implementation: str | None, on: str | None 
     def run(case: Case):
         with precision(dtype, on):
             drawn = case.arrays(dtype)
-            if dtype == "float64":  # the same numbers that the narrower dtype was given
+            if dtype == "float64":  # the same numbers as in the narrower dtype
                 drawn = {name: x.astype(np.float64) for name, x in case.arrays(case.dtype).items()}
             flat = lambda name, x: x.reshape(*x.shape[:-2], -1) if name in OF_HEADS else x
             arrays = {name: jnp.asarray(flat(name, x)) for name, x in drawn.items()}

@@ -24,7 +24,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--most-spilled", type=int, default=compile_gpu.MOST_SPILLED, help="bytes that a kernel may spill")
     add("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="cases compiled at the same time")
     add("--out", type=Path, help="file that one JSON object a case is added to")
-    add("--commit", help="written beside the numbers; default: what git says")
+    add("--commit", help="saved with the numbers; default: what git says")
     return parser.parse_args(arguments)
 
 

@@ -29,7 +29,7 @@ from pallas.tools.programs import Case, memory, program
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-cuda-nvdisasm")
 NEEDED = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvdisasm")
 INSTALL = "pip install 'jax>=0.11.2,<0.12' 'jax-cuda13-plugin>=0.11.2,<0.12' 'nvidia-cuda-nvdisasm>=13,<14'"
-MOST_SPILLED = 3072  # bytes; 2,548 where features are given with segments and start states, 1,992 elsewhere
+MOST_SPILLED = 3072  # bytes; 2,548 with features from XLA, segments and start states, 1,992 elsewhere
 MOST_MEMORY = 12e9  # bytes, of the longest case
 TARGETS = {  # what XLA would ask the device
     "h100": """
@@ -64,8 +64,8 @@ CASES = (
     SEGMENTED,
     dataclasses.replace(SEGMENTED, backward=False),
     Case("three heads to one", num_heads=3, num_kv_heads=1),
-    Case("features given", feature_map="custom"),
-    dataclasses.replace(SEGMENTED, name="features given, segments and states", feature_map="custom"),
+    Case("custom map", feature_map="custom"),
+    dataclasses.replace(SEGMENTED, name="custom map, segments and states", feature_map="custom"),
     Case("relu", feature_map="relu"),
     Case(
         "three heads of 64 to one, packed",
@@ -236,9 +236,8 @@ def show(case: Case, found: dict[str, Any]) -> None:
     if "memory" in found:
         size = {name: f"{size / 1e9:.2f}" for name, size in found["memory"].items()}
         limit = "" if case.most_memory is None else f" of at most {case.most_memory / 1e9:.2f}"
-        memory = (
-            f", {size['total']}{limit} GB: inputs {size['argument']}, outputs {size['output']}, rest {size['temp']}"
-        )
+        parts = f"inputs {size['argument']}, outputs {size['output']}, temporary {size['temp']}"
+        memory = f", {size['total']}{limit} GB: {parts}"
     print(f"\n{case.title}{memory} ({found['seconds']:.0f} s)")
     if "error" in found:
         print(f"  does not compile: {found['error']}")

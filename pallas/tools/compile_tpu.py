@@ -44,8 +44,8 @@ def cases() -> list[Case]:
                     title = f"{op} {name} {batch} x {length} window {window}"
                     sizes: dict[str, Any] = dict(batch=batch, length=length, num_heads=heads, num_kv_heads=kv)
                     for backward in (False, True):
-                        rest: dict[str, Any] = dict(op=op, window=window, backward=backward, implementation="tpu")
-                        found.append(Case(title, **sizes, **rest))
+                        program: dict[str, Any] = dict(op=op, window=window, backward=backward)
+                        found.append(Case(title, **sizes, **program, implementation="tpu"))
     return found
 
 
@@ -70,7 +70,7 @@ def parse_schedule(listing: str, slots: list[int] | None = None) -> list[Loop]:
     A line that begins a bundle has its address, a label ("LB": a loop begins here), and a ">" for each loop around it.
     """
     loops = [Loop(0, None)]
-    newest = {0: loops[0]}  # by depth
+    latest = {0: loops[0]}  # by depth
     current, index = loops[0], 0
     for line in listing.splitlines():
         begins = re.match(r"\s*(?:0x)?([0-9a-f]+)\s+([A-Z]{2})?\s*:\s+(>*)\s*\{(.*)", line)
@@ -81,12 +81,12 @@ def parse_schedule(listing: str, slots: list[int] | None = None) -> list[Loop]:
             depth = len(around)
             waits = not depth and (what.startswith("}") or "sbr.rel" in what)  # after a branch: no loops are marked
             if label == "LB":
-                newest[depth] = Loop(depth, newest.get(depth - 1))
-                loops.append(newest[depth])
+                latest[depth] = Loop(depth, latest.get(depth - 1))
+                loops.append(latest[depth])
             if not waits:
-                if depth not in newest:
+                if depth not in latest:
                     raise ValueError(f"compile: bundle {address} lies in {depth} loops that did not begin")
-                current = newest[depth]
+                current = latest[depth]
             current.bundles += 1
             current.slots += slots[index] if slots else 0
             index += 1
@@ -98,9 +98,9 @@ def parse_schedule(listing: str, slots: list[int] | None = None) -> list[Loop]:
 
 def parse_slots(listing: str) -> tuple[int, list[int]]:
     """Of a static-per-bundle-utilization listing: slots for matrix units in a bundle, and those that each uses."""
-    names, capacity, *rest = listing.partition("CAPAC")[2].splitlines()[1:]
+    names, capacity, *table = listing.partition("CAPAC")[2].splitlines()[1:]
     column = [name.strip() for name in names.split(",")].index("MXU")
-    used = [int(row.split()[column]) for row in rest if re.fullmatch(r"[\d ]+", row.strip())]
+    used = [int(row.split()[column]) for row in table if re.fullmatch(r"[\d ]+", row.strip())]
     return int(capacity.split()[column]), used
 
 
@@ -125,21 +125,21 @@ def kernel_trips(case: Case, kind: str) -> dict[str, list[int | float]]:
     chunk, block = residual_blocks(sizes, c.length, bytes_of_group, kind)
     residual = [c.batch * c.num_kv_heads * -(-c.length // block), block // chunk]
     chunk, block = window_blocks(sizes, c.length, c.window, bytes_of_group)
-    steps, chunks, spare = -(-c.length // block), block // chunk, -(-(c.window - 1) // block)
+    steps, chunks, back = -(-c.length // block), block // chunk, -(-(c.window - 1) // block)  # back: blocks of keys
     pairs = sum(  # of query and key chunks that one block of queries meets
         1
         for query in range(chunks)
-        for key in range(chunks * (spare + 1))
-        if -chunk < (query - key) * chunk + spare * block < c.window + chunk - 1
+        for key in range(chunks * (back + 1))
+        if -chunk < (query - key) * chunk + back * block < c.window + chunk - 1
     )
-    wide = c.batch * c.num_kv_heads * steps * (spare + 1)
-    keys = c.batch * c.num_kv_heads * (steps + spare) * (spare + 1)  # the last blocks of keys meet fewer queries
+    query_steps = c.batch * c.num_kv_heads * steps * (back + 1)
+    key_steps = c.batch * c.num_kv_heads * (steps + back) * (back + 1)  # the last blocks of keys meet fewer queries
     found: dict[str, list[int | float]] = {
         "residual_forward": [*residual],
         "residual_backward": [*residual, residual[1]],
-        "window_forward": [wide, chunks, pairs / (spare + 1) / chunks],
-        "window_backward_queries": [wide, chunks, pairs / (spare + 1) / chunks],
-        "window_backward_keys": [keys, chunks, pairs / (spare + 1) / chunks],
+        "window_forward": [query_steps, chunks, pairs / (back + 1) / chunks],
+        "window_backward_queries": [query_steps, chunks, pairs / (back + 1) / chunks],
+        "window_backward_keys": [key_steps, chunks, pairs / (back + 1) / chunks],
     }
     return found
 
@@ -250,6 +250,11 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
+def versions() -> dict[str, str | None]:
+    """Of the packages."""
+    return provenance.versions(PACKAGES)
+
+
 def refusal(targets: list[str], found: dict[str, str | None]) -> str | None:
     """Why nothing can be compiled for these targets with these versions, or None."""
     unknown = [target for target in targets if target not in TOPOLOGIES]
@@ -303,7 +308,7 @@ HEAD = ("bundles", "of ours", "matmuls", "use", "VMEM MiB", "HBM GB")
 
 def run(options: argparse.Namespace) -> int:
     """Compile the cases and print the table; returns the exit status."""
-    found_versions = provenance.versions(PACKAGES)
+    found_versions = versions()
     refused = refusal(options.target, found_versions)
     chosen = [case for case in programs.chosen(cases(), options.only) if is_quick(case) or not options.quick]
     if refused or not chosen:

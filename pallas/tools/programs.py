@@ -30,7 +30,7 @@ class Case:
     num_kv_heads: int = 4
     head_size: int = 128
     window: int = 512
-    feature_map: str = "softmax"  # or "custom": one that the kernels do not know, so that its features are given
+    feature_map: str = "softmax"  # or "custom": one that the kernels do not know, so that XLA computes its features
     segmented: bool = False
     with_states: bool = False
     backward: bool = True

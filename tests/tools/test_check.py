@@ -132,12 +132,12 @@ def test_where_a_softmax_sees_one_key_rounding_is_measured_against_what_gradient
 
 def plant(monkeypatch):
     """The residual branch of `chunked` reads the segment before."""
-    right = chunked._residual_branch
+    right = chunked._rla
 
     def wrong(*arrays, segment_ids, **keywords):
         return right(*arrays, segment_ids=None if segment_ids is None else segment_ids * 0, **keywords)
 
-    monkeypatch.setattr(chunked, "_residual_branch", wrong)
+    monkeypatch.setattr(chunked, "_rla", wrong)
 
 
 def test_a_call_is_held_and_a_wrong_one_made_smaller(monkeypatch):
