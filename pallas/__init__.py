@@ -11,7 +11,7 @@ Names, everywhere:
   values.
 * state: [f, dv], the sum of phi(k)^T v over a residual set. start states: initial_state, of the first segment, and
   segment_state, from which each later one starts.
-* segment: a maximal run of equal segment_ids, a document of a packed sequence.
+* segment: a maximal run of equal segment_ids, a document of a packed sequence. runs: the number of each token's.
 * chunk: tokens that one product takes together, between two of which the state is passed on. block: what one step of a
   TPU kernel's grid takes, some chunks. tile: a matrix in a kernel's memory, of a chunk or a part of it.
 * lse: log of the sum of exponentials of a query's logits, from which the backward pass recomputes its weights. delta:
@@ -19,7 +19,7 @@ Names, everywhere:
   online softmax carries from block to block. correction: what it multiplies them by when the maximum grows.
 * rstd: 1 / sqrt(mean(x^2) + eps), by which an RMS norm multiplies x. gain: what multiplies the normed output.
 * hi, lo: a float32 number as two bfloat16 ones: hi is the rounded number, lo the rounding error.
-* d_x, or dx: the gradient of x. cotangent: the gradient that a backward pass is given, of the output.
+* d_x, or dx: the gradient of x. cotangent: the gradient of the output, from which a backward pass starts.
 
 Ops take one sequence; `jax.vmap` batches. Arrays are `jax.Array`s: `jnp.asarray` makes one of NumPy's.
 

@@ -148,7 +148,7 @@ def ours(op: Op, window: int, feature_map: str, implementation: str, block_sizes
 
 
 def cudnn(problem: Problem, window: int) -> Callable[[Inputs], Array]:
-    """Causal attention by cuDNN, through JAX's own door."""
+    """Causal attention by cuDNN, through `jax.nn`."""
     local = None if window >= problem.length else (window - 1, 0)
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
     return lambda x: attend(x["q"], x["k"], x["v"], local_window_size=local)

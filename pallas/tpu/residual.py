@@ -141,7 +141,7 @@ def _kernel(plan: Plan, names, outputs, *refs_and_scratch):
 
 
 def start(plan: Plan, refs: dict, index: int = 0):
-    """A start state, by default the one before the first key, and the sum of its means over the slices of f."""
+    """A start state, 0: initial_state, 1: segment_state, or zero, and the sum of its means over the slices of f."""
     if plan.num_start_states <= index:
         return zeros(plan.num_features, plan.value_width), zeros(1, plan.value_width)
     state = refs["start_states"][index]
@@ -155,7 +155,7 @@ def sum_of_means(plan: Plan, state):
 
 
 def fresh_state(plan: Plan, refs: dict):
-    """segment_state, from which segments after the first start, as `centre` gives it; None: zero."""
+    """segment_state, from which segments after the first start, as `centre` returns it; None: zero."""
     return centre(plan, *start(plan, refs, 1)) if plan.num_start_states == 2 else None
 
 

@@ -33,11 +33,11 @@ LOOP = """
         ("NOP", "LDSM.16.M88.4 R8, [R3]", True),
         ("NOP", "HGMMA.64x16x16.F32.BF16 R4, gdesc[UR8], R4", True),
         ("NOP", "STSM.16.M88.4 [R9], R24", False),  # reads them
-        ("MOV R9, R1", "F2FP.BF16.F32.PACK_AB R9, R25, R24", False),  # made anew in every turn
-        ("@P2 MOV R9, R1", "F2FP.BF16.F32.PACK_AB R9, R25, R24", True),  # in some turns
+        ("MOV R9, R1", "F2FP.BF16.F32.PACK_AB R9, R25, R24", False),  # made in every iteration
+        ("@P2 MOV R9, R1", "F2FP.BF16.F32.PACK_AB R9, R25, R24", True),  # in some iterations
     ],
 )
-def test_an_operand_that_the_turn_before_has_overwritten_is_lost(first, between, lost):
+def test_an_operand_that_the_iteration_before_has_overwritten_is_lost(first, between, lost):
     listing = LOOP.format(first, between)
     assert [line[:12] for line in machine_code.lost_operands(listing)] == ["0040: HGMMA."] * lost
     assert machine_code.num_products(listing) == 2 + between.startswith("HGMMA")
