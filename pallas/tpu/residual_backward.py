@@ -127,7 +127,7 @@ def _kernel(plan: Plan, names, outputs, *refs_and_scratch):
         def one_head(head, carry):
             d_v, d_phi_k, (d_before, d_before_mean), d_fresh = carry
             q, d_out_read = refs["q"][head, rows, :], refs["d_out"][head, rows, :]
-            features_q, d_outs = plan.phi(q), plan.split(d_out_read)
+            features_q, d_outs = plan.phi(q), plan.split(d_out_read)  # d_outs: [hi] or [hi, lo]
             phi_q, d_out = features_q.astype(plan.dtype), d_outs[0]
 
             def d_state_of(queries):
