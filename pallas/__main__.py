@@ -12,12 +12,12 @@ COMMANDS = {  # each is the function `main(arguments)` of the module of that nam
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    name, *options = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name in COMMANDS:
-        return importlib.import_module(f"pallas.tools.{name}").main(rest)
+        return importlib.import_module(f"pallas.tools.{name}").main(options)
     print("usage: python -m pallas COMMAND ...\n")
     print("\n".join(f"  {command:8} {what}" for command, what in COMMANDS.items()))
-    print("\n`python -m pallas COMMAND --help` says the rest")
+    print("\n`python -m pallas COMMAND --help` lists its options")
     return 0 if name in ("-h", "--help") else 2
 
 

@@ -13,12 +13,12 @@ class BlockSizes:
     kernel_chunk, of "gpu": keys that one step of the forward kernel reads, 64 or 128 (with heads above 64 always 128);
       None: as measured (`gpu_blocks`).
     chunks_per_state, of "gpu": the residual branch saves its state every `chunks_per_state` chunks (the paper's m) and
-      computes what lies between anew; None: as measured.
+      recomputes those between; None: as measured.
     tpu_chunk, of "tpu": tokens of one head that a product of the residual kernels takes, a multiple of 128; None: as
       many as the matrix unit is wide.
     tpu_window_chunk, of "tpu": likewise, of the window's kernels; as tpu_chunk where windows or sequences are shorter.
     tpu_block, of "tpu": tokens that one step of the grid takes, or fewer where they do not fit. Between two steps the
-      residual branch saves its state, and inside a step it computes the states anew.
+      residual branch saves its state, and inside a step it recomputes the states.
     """
 
     chunk: int = 64
@@ -52,7 +52,7 @@ MEASURED = {
     (CARD, 128, "bfloat16"): {128: (128, 1), 512: (128, 1), 1024: (128, 1)},
     (CARD, 64, "bfloat16"): {128: (64, 1), 512: (64, 1), 1024: (128, 1)},
 }
-ALIKE = {"NVIDIA H200": CARD}  # the same chip beside other memory
+ALIKE = {"NVIDIA H200": CARD}  # the same chip with other memory
 UNMEASURED = (128, 1)
 
 

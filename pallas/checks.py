@@ -51,26 +51,26 @@ def check_feature_map(op: str, feature_map: FeatureMap, head_size: int, dtype=jn
     phi_q, phi_k = as_pair(feature_map)
     rule = f"{op}: phi_q and phi_k must map (..., d) to (..., f)"
     found = []
-    other = head_size + 1  # the axis beside the last, of another size, so that neither passes for the other
+    other = head_size + 1  # the axis before the last, of another size, so that neither passes for the other
     for name, phi, axes in (("phi_q", phi_q, (2, 3, other)), ("phi_k", phi_k, (2, other))):
-        given = jax.ShapeDtypeStruct((*axes, head_size), dtype)
+        probe = jax.ShapeDtypeStruct((*axes, head_size), dtype)
         try:
-            result = jax.eval_shape(lambda x, phi=phi: phi(x), given).shape
+            result = jax.eval_shape(lambda x, phi=phi: phi(x), probe).shape
         except Exception as error:
             raise ValueError(
-                f"{rule}; {name} raised {type(error).__name__} on {given.shape}: {error}; "
+                f"{rule}; {name} raised {type(error).__name__} on {probe.shape}: {error}; "
                 "wrap a map of single vectors in jnp.vectorize(phi, signature='(d)->(f)')"
             ) from error
-        found.append((given.shape, result))
-    (given_q, result_q), (given_k, result_k) = found
-    if (result_q[:-1], result_k) != (given_q[:-1], (*given_k[:-1], *result_q[-1:])):
+        found.append((probe.shape, result))
+    (probe_q, result_q), (probe_k, result_k) = found
+    if (result_q[:-1], result_k) != (probe_q[:-1], (*probe_k[:-1], *result_q[-1:])):
         raise ValueError(
-            f"{rule}; got {given_q} -> {result_q} and {given_k} -> {result_k}; "
+            f"{rule}; got {probe_q} -> {result_q} and {probe_k} -> {result_k}; "
             "keep every axis but the last, and give both maps the same f"
         )
     for name, phi, axes in (("phi_q", phi_q, (2, 2, 2)), ("phi_k", phi_k, (2, 4))):
-        given = jax.ShapeDtypeStruct((*axes, head_size), dtype)
-        obstacle = None if acts_on_the_last_axis(phi) else mixing(phi, given)
+        probe = jax.ShapeDtypeStruct((*axes, head_size), dtype)
+        obstacle = None if acts_on_the_last_axis(phi) else mixing(phi, probe)
         if obstacle is not None:
             raise ValueError(f"{op}: {name} must act on the last axis alone; {described(phi)} {obstacle}")
     return result_k[-1]

@@ -89,14 +89,15 @@ def sliding_window_attention(
     queries = (query_spans(q.reshape(t, kv, h // kv, d)), None if runs is None else query_spans(runs[s - t :]))
     keys = (key_windows(k, "zero"), key_windows(v, "zero"), None if runs is None else key_windows(runs, "edge"))
 
+    # [chunk, width]; columns count from the chunk's first position
     row, column = jnp.arange(chunk)[:, None], jnp.arange(width)[None, :] - back
-    local = (column <= row) & (column > row - window)  # [chunk, width]; columns count from the chunk's first position
+    in_window = (column <= row) & (column > row - window)
 
     def one_chunk(first, queries, keys):  # first: the position of the chunk's first query
         q, query_runs = queries
         k, v, key_runs = keys
         q = q.astype(dtype) * scale
-        mask = local & (first + column >= 0)
+        mask = in_window & (first + column >= 0)
         if runs is not None:
             mask = mask & (query_runs[:, None] == key_runs[None, :])
         blocks = (
@@ -108,18 +109,18 @@ def sliding_window_attention(
             logits = jnp.einsum("ckgd,bkd->kcgb", q, k.astype(dtype))  # a group's heads are rows of one product
             logits = jnp.where(mask[:, None, :], logits, -jnp.inf)
             # The result does not depend on the subtracted maximum, so no derivative passes through it.
-            higher = jax.lax.stop_gradient(jnp.maximum(maximum, logits.max(axis=-1)))
-            weights = jnp.exp(logits - higher[..., None])
-            return higher, weights.sum(axis=-1), jnp.einsum("kcgb,bkv->kcgv", weights, v.astype(dtype))
+            new_max = jax.lax.stop_gradient(jnp.maximum(maximum, logits.max(axis=-1)))
+            weights = jnp.exp(logits - new_max[..., None])
+            return new_max, weights.sum(axis=-1), jnp.einsum("kcgb,bkv->kcgv", weights, v.astype(dtype))
 
         if num_blocks > 1:
             weights_of = jax.checkpoint(weights_of)
 
         def one_block(carry, block):
             maximum, total, out = carry
-            higher, more_total, more_out = weights_of(maximum, *block)
-            shrink = jnp.exp(maximum - higher)
-            return (higher, total * shrink + more_total, out * shrink[..., None] + more_out), None
+            new_max, added_total, added_out = weights_of(maximum, *block)
+            correction = jnp.exp(maximum - new_max)
+            return (new_max, total * correction + added_total, out * correction[..., None] + added_out), None
 
         rows = (kv, chunk, h // kv)
         lowest = jnp.full(rows, jnp.finfo(dtype).min / 2, dtype)
@@ -143,7 +144,7 @@ def sliding_window_attention(
     return out.reshape(num_spans * span, h, dv)[:t]
 
 
-def _residual_branch(
+def _rla(
     q: Float[Array, "t h d"],
     k: Float[Array, "s kv d"],
     v: Float[Array, "s kv dv"],
@@ -157,7 +158,7 @@ def _residual_branch(
     o_swa: Float[Array, "t h dv"] | None = None,
     finish: Callable | None = None,
 ) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"]]:
-    """Keys are cut into chunks that lie `window` behind the chunks of queries.
+    """Keys are cut into chunks that begin `window` positions before the chunks of queries.
 
     A chunk of queries reads everything older through the state before its key chunk, and that key chunk (the block on
     the window's edge) through a product whose mask is the lower triangle. Only the residual set takes part: the newest
@@ -245,7 +246,7 @@ def residual_linear_attention(
     q, k, v, *, return_final_state: bool = True, **options
 ) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"] | None]:
     """The residual branch alone, and the state that the last query read."""
-    out, state = _residual_branch(q, k, v, **options)
+    out, state = _rla(q, k, v, **options)
     return out, state if return_final_state else None
 
 
@@ -264,9 +265,9 @@ def rattention(
     segment_ids: Int[Array, "s"] | None,
     block_sizes: BlockSizes,
     return_final_state: bool = True,
-    **residual,
+    **of_rla,
 ) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"] | None]:
-    """The local branch first; then the residual one, which norms and adds both, chunk by chunk."""
+    """The window first; then the residual branch, whose chunks norm and add both."""
     shared: dict[str, Any] = dict(window=window, segment_ids=segment_ids, block_sizes=block_sizes)
     o_swa = sliding_window_attention(q, k, v, scale=scale, **shared)
 
@@ -274,5 +275,5 @@ def rattention(
         dtype = accumulation_dtype(o_swa, o_rla)
         return normed_sum(o_swa.astype(dtype), o_rla.astype(dtype), swa_gain, rla_gain, eps)
 
-    out, state = _residual_branch(q_rla, k_rla, v, **shared, **residual, o_swa=o_swa, finish=finish)
+    out, state = _rla(q_rla, k_rla, v, **shared, **of_rla, o_swa=o_swa, finish=finish)
     return out, state if return_final_state else None

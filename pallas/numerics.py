@@ -1,4 +1,4 @@
-"""The dtype that sums are kept in, and how far a result is from the definition."""
+"""The dtype that sums are kept in, float32 as two bfloat16 numbers, and how far a result is from the definition."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,15 @@ from jaxtyping import Array
 def accumulation_dtype(*arrays: Array):
     """float64 if any array is float64, else float32."""
     return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
+
+
+def split(x, precise: bool) -> list:
+    """float32 as [hi] or, if precise, as [hi, lo] of bfloat16: lo is the rounding error of hi.
+
+    For use inside kernels: XLA on a GPU removes a round trip through bfloat16, and lo would be 0.
+    """
+    hi = x.astype(jnp.bfloat16)
+    return [hi, (x - hi.astype(jnp.float32)).astype(jnp.bfloat16)] if precise else [hi]
 
 
 def relative_rms(got, expected) -> float:

@@ -37,7 +37,7 @@ def sliding_window_attention(
 ) -> Float[Array, "t h dv"]:
     """Causal softmax attention over the last `window` keys.
 
-    o[t] = sum over t - W < s <= t of softmax_s(scale q_t . k_s) v_s: the paper's local attention (arXiv 2506.15545,
+    o[t] = sum over t - W < s <= t of softmax_s(scale q_t . k_s) v_s: local attention of the paper (arXiv 2506.15545,
     section 3), whose w is our W - 1, since `window` counts the query's own key too. `window >= s` is full attention.
 
     Args:
@@ -107,11 +107,11 @@ def residual_linear_attention(
 
     Args:
       q, k, v: as in `sliding_window_attention`. The state belongs to the key/value head; its query group shares it.
-      window: how many of the newest keys, the query's own included, are left to the local branch; 0 is plain causal
-        linear attention.
+      window: how many of the newest keys, the query's own included, are left to the window; 0 is plain causal linear
+        attention.
       feature_map: a callable (..., d) -> (..., f) that acts on the last axis alone, or a pair of them for q and k. It
         is given float32 (float64 for float64 inputs), and differentiated in its own parameters too.
-      initial_state: [kv, f, dv], the state of the first segment before its first given key; zero by default.
+      initial_state: [kv, f, dv], the state of the first segment before its first key; zero by default.
       segment_state: [kv, f, dv], the state that every later segment starts from; zero by default.
       segment_ids: one id for each key; a query reads its own segment only. What is not finite in one never reaches
         another, nor its gradients; within a segment nothing is promised of it, and its outputs pass no gradient on.
@@ -182,10 +182,10 @@ def rattention(
     section 3). Every causal pair of query and key is counted by exactly one branch.
 
     Args:
-      q, k: what the local branch reads, usually after qk-norm and rotary embedding.
+      q, k: what the window reads, usually after qk-norm and rotary embedding.
       v, window, scale, feature_map, initial_state, segment_state, segment_ids, return_final_state, implementation,
-        block_sizes: as in `sliding_window_attention` and `residual_linear_attention`. `window >= s` leaves the local
-        branch alone, `window = 0` the residual one; the other term is then exactly 0.
+        block_sizes: as in `sliding_window_attention` and `residual_linear_attention`. `window >= s` leaves the
+        window alone, `window = 0` the residual branch; the other term is then exactly 0.
       swa_gain, rla_gain: g_swa and g_rla.
       q_rla, k_rla: what the residual branch reads. They default to q and k, which is wrong if those already carry
         rotary embeddings or qk-norm.

@@ -46,10 +46,10 @@ def sliding_window_attention(
         return jnp.zeros((t, h, dv), dtype)
     at_query, at_key = positions(t, s)
     distance = at_query[:, None] - at_key[None, :]
-    local = (distance >= 0) & (distance < window) & same_segment(t, segment_ids)
+    in_window = (distance >= 0) & (distance < window) & same_segment(t, segment_ids)
     q = q.astype(dtype).reshape(t, kv, h // kv, d)
     logits = scale * jnp.einsum("tkgd,skd->kgts", q, k.astype(dtype))
-    weights = jax.nn.softmax(jnp.where(local, logits, -jnp.inf), axis=-1)
+    weights = jax.nn.softmax(jnp.where(in_window, logits, -jnp.inf), axis=-1)
     return jnp.einsum("kgts,skv->tkgv", weights, v.astype(dtype)).reshape(t, h, dv)
 
 
@@ -121,11 +121,11 @@ def rattention(
     scale: float,
     segment_ids: Int[Array, "s"] | None,
     block_sizes: BlockSizes | None = None,
-    **residual,
+    **of_rla,
 ) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"] | None]:
     """Both branches, normed and added, and the state that the last query read."""
     shared: dict[str, Any] = dict(window=window, segment_ids=segment_ids)
     o_swa = sliding_window_attention(q, k, v, scale=scale, **shared)
-    o_rla, state = residual_linear_attention(q_rla, k_rla, v, **shared, **residual)
+    o_rla, state = residual_linear_attention(q_rla, k_rla, v, **shared, **of_rla)
     dtype = accumulation_dtype(o_swa, o_rla)
     return normed_sum(o_swa.astype(dtype), o_rla.astype(dtype), swa_gain, rla_gain, eps), state

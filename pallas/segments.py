@@ -15,22 +15,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+def opens(segment_ids: Int[Array, "s"]) -> Bool[Array, "s"]:
+    """Is this key the first of its segment? An id that comes back opens a new one."""
+    return jnp.concatenate([jnp.ones((1,), bool), segment_ids[1:] != segment_ids[:-1]])
+
+
 def runs(segment_ids: Int[Array, "s"]) -> Int[Array, "s"]:
-    """Number the maximal runs of equal ids 0, 1, 2, ...: an id that comes back opens a new segment."""
-    changes = segment_ids[1:] != segment_ids[:-1]
-    return jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(changes.astype(jnp.int32))])
+    """The number of each key's segment: 0, 1, 2, ..."""
+    return jnp.cumsum(opens(segment_ids).astype(jnp.int32)) - 1
 
 
 def starts(segment_ids: Int[Array, "s"]) -> Int[Array, "s"]:
     """The position of the first key of each key's segment."""
-    opens = jnp.concatenate([jnp.ones((1,), bool), segment_ids[1:] != segment_ids[:-1]])
-    return jax.lax.cummax(jnp.where(opens, jnp.arange(opens.shape[0], dtype=jnp.int32), 0))
+    position = jnp.arange(segment_ids.shape[0], dtype=jnp.int32)
+    return jax.lax.cummax(jnp.where(opens(segment_ids), position, 0))
 
 
 def _so_far(bad: Bool[Array, "s n"], segment_ids: Int[Array, "s"]) -> Bool[Array, "s n"]:
     """Is it so at a place, or at one before it in its segment?"""
-    newest = jax.lax.cummax(jnp.where(bad, jnp.arange(bad.shape[0], dtype=jnp.int32)[:, None], -1))
-    return newest >= starts(segment_ids)[:, None]
+    latest = jax.lax.cummax(jnp.where(bad, jnp.arange(bad.shape[0], dtype=jnp.int32)[:, None], -1))
+    return latest >= starts(segment_ids)[:, None]
 
 
 class Spoilt(NamedTuple):

@@ -6,20 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas.tools import cases
-from pallas.tools.cases import (
-    ARRAYS,
-    BOTH,
-    BOUND,
-    FLOOR,
-    RLA,
-    STATES,
-    SWA,
-    Case,
-    errors,
-    options_of_compiler,
-    precision,
-)
+from pallas.tools import case_errors, cases
+from pallas.tools.case_errors import BOUND, FLOOR, errors
+from pallas.tools.cases import ARRAYS, BOTH, RLA, STATES, SWA, Case, options_of_compiler, precision
 
 __all__ = ["ARRAYS", "BOTH", "BOUND", "FLOOR", "RLA", "STATES", "SWA", "Case", "errors"]
 
@@ -89,4 +78,4 @@ def bounds(case, dtype, implementation, arrays, expected, **keywords):
     if implementation not in (None, "chunked"):
         chunked = values_and_gradients(case, arrays, dtype, implementation="chunked", **keywords)
         of_chunked = errors(case, chunked, expected)
-    return cases.bounds(dtype, implementation, of_chunked)
+    return case_errors.bounds(dtype, implementation, of_chunked)

@@ -2,7 +2,7 @@
 
 Every line of the table is one implementation of one op at one size, forward (the output), and forward + backward (the
 output and the gradients of all inputs for a random cotangent, in one compiled program). It gives the median and the
-quartiles of many samples; useful TFLOP/s (`bench_peers.flops` says what counts) and TB/s (`bench_peers.least_bytes`);
+quartiles of many samples; useful TFLOP/s (`peers.flops` says what counts) and TB/s (`peers.least_bytes`);
 and the part of the floor that was reached, floor / median. The floor is the larger of FLOPs / matrix rate and
 bytes / copy bandwidth, both ceilings measured on the device at the start. What cannot run says why.
 """
@@ -23,15 +23,12 @@ from jaxtyping import Array
 
 from pallas import block_sizes
 from pallas.feature_map import named
-from pallas.tools import provenance
 from pallas.tools.peers import READS, Inputs, Problem, Row, flops, least_bytes, make_inputs, ours, rows
-from pallas.tools.provenance import Save, saver
+from pallas.tools.provenance import Save, facts, in_words, saver
 
 L2_BYTES = 60e6  # the largest cache of the GPUs we time on; sets of inputs take turns until they are twice that
 MOST_CALLS, MOST_SETS = 200, 16
 PASSES = ("forward", "forward+backward")
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "jax-linear-attention", "tokamax",
-    "flash-linear-attention", "torch", "triton")  # fmt: skip
 
 Calls = Sequence[Callable[[], object]]  # one for each set of inputs; each starts the work and does not wait for it
 Stopwatch = Callable[[Calls, int], tuple[float, float]]
@@ -39,7 +36,7 @@ Stopwatch = Callable[[Calls, int], tuple[float, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one call. `waiting` is how many calls the device was behind when the host had queued its last one:
+    """Seconds of one call. `waiting` is how many calls were still to finish when the host had queued its last one:
     below 1 the host was the slower, and the time is the host's."""
 
     median: float
@@ -88,8 +85,8 @@ def time_torch(calls: Calls, count: int) -> tuple[float, float]:
 
 
 def measure(calls: Calls, stopwatch: Stopwatch, *, samples: int, seconds: float) -> Timing:
-    """The time of one call, from `samples` batches of about `seconds` each: queued one behind the other, so that the
-    host's work hides behind the device's, each with the next set of inputs, so that no cache holds them. The first
+    """The time of one call, from `samples` batches of about `seconds` each: queued one after the other, so that the
+    host's work overlaps the device's, each with the next set of inputs, so that no cache holds them. The first
     calls, which compile, and two batches more are not counted."""
     stopwatch(calls, len(calls))
     count = math.ceil(seconds * len(calls) / max(stopwatch(calls, len(calls))[0], 1e-9))
@@ -137,12 +134,6 @@ def measure_ceilings(on_gpu: bool, **settings) -> Ceilings:
     return Ceilings(2 * size**3 / best, 2 * x.nbytes / min(copy.median for copy in copies))
 
 
-def facts(commit: str | None) -> dict[str, Any]:
-    """What a number needs beside it: device, date, commit, versions."""
-    about = dict(date=provenance.now(), commit=commit or provenance.commit(), versions=provenance.versions(PACKAGES))
-    return dict(device=jax.devices()[0].device_kind, platform=jax.devices()[0].platform) | about
-
-
 def reason(error: Exception) -> str:
     """Why a row is not available, in one line."""
     lines = str(error).strip().splitlines() or [""]
@@ -177,13 +168,13 @@ def time_row(row: Row, problem: Problem, sets: Sequence[Inputs], *, check: bool,
 
 def line_of(row: Row, problem: Problem, timing: Timing, backward: bool, x: Inputs, ceilings: Ceilings) -> dict:
     """One saved line: what was timed, and what follows from it."""
-    work, moved = flops(row, problem, backward=backward), least_bytes(row, x, backward=backward)
-    floor = ceilings.floor(work, moved)
+    work, num_bytes = flops(row, problem, backward=backward), least_bytes(row, x, backward=backward)
+    floor = ceilings.floor(work, num_bytes)
     return dataclasses.asdict(timing) | dict(
         flops=work,
-        bytes=moved,
+        bytes=num_bytes,
         tflops=work / timing.median / 1e12,
-        tbps=moved / timing.median / 1e12,
+        tbps=num_bytes / timing.median / 1e12,
         floor=floor,
         of_floor=floor / timing.median,
     )
@@ -317,7 +308,7 @@ def parse(arguments: list[str], on_gpu: bool) -> argparse.Namespace:
     add("--sweep", action="store_true", help="time our block sizes instead, and find the fastest")
     add("--quick", action="store_true", help="a short sequence and few samples: does it run?")
     add("--out", type=Path, help="file that one JSON object a row is added to")
-    add("--commit", help="written beside the numbers; default: what git says")
+    add("--commit", help="saved with the numbers; default: what git says")
     return parser.parse_args(arguments)
 
 
@@ -331,8 +322,7 @@ def main(arguments: list[str]) -> int:
     about["ceilings"] = dataclasses.asdict(ceilings)
 
     save = saver(options.out, about)
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-    print(f"{about['device']}, {about['date']}, commit {about['commit']}\n{versions}")
+    print(f"{about['device']}, {about['date']}, commit {about['commit']}\n{in_words(about['versions'])}")
     print(f"ceilings: {ceilings.flops / 1e12:.0f} TFLOP/s bfloat16 product, {ceilings.bandwidth / 1e12:.2f} TB/s copy")
     words = [word for word in options.only.lower().split(",") if word]
     for shape in options.shapes.split():

@@ -1,10 +1,9 @@
-"""Calls of the ops as they are held to the definition: what a call is made of, its numbers, its program, its errors.
+"""Calls of the ops as they are held to the definition: what a call is made of, its numbers, its program, its line.
 
 `python -m pallas check` draws them at random; tests/ write them down. A case is a frozen value and one line of text,
 and either gives the other back, so that a failure is replayed from what was printed.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -18,7 +17,6 @@ import numpy as np
 import pallas
 from pallas import feature_map
 from pallas.block_sizes import BlockSizes
-from pallas.numerics import relative_rms
 
 ARRAYS = {
     "sliding_window_attention": ("q", "k", "v"),
@@ -29,25 +27,20 @@ SWA, RLA, BOTH = ARRAYS
 STATES = ("initial_state", "segment_state")
 OF_HEADS = ("q", "k", "v", "q_rla", "k_rla")
 WHOLE = ("swa_gain", "rla_gain", "weight_q", "weight_k")  # not one for each sequence of a batch
-PARAMETERS = (*STATES, *WHOLE)  # float32 beside bfloat16 activations
-BOUND = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-3}  # of `chunked`
-FLOOR = {"float32": 1e-5, "bfloat16": 3e-3}  # a kernel may be off by this and by twice what `chunked` is off by
-CANCELLED = 0.5  # part of the size that gradients would have if they did not cancel
-OF_KEYS = ("d k", "d v", "d k_rla")
-PER_TOKEN = ("output", "d q", "d q_rla", *OF_KEYS)
+PARAMETERS = (*STATES, *WHOLE)  # float32 where activations are bfloat16
 REMEDY = "give a line as `check` prints it"
 LEARNED = ("learned", "pair")  # maps with parameters: one for queries and keys, or one for each
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of one op and the numbers it is given.
+    """One call of one op and its numbers.
 
     sizes: (num_heads, num_kv_heads, head_size, value_size). segments: the lengths of segments, (): no ids; of a batch,
     a tuple for each sequence. states: those that are passed. static: other keywords of the op. map: of
     `feature_map.named`, or of LEARNED. shared: the residual branch reads the window's q and k. Numbers are size *
     (standard normal + mean); size_qk stands for size in what the window's softmax reads, size_rla in what maps read.
-    final: the final state has a cotangent, too, beside which little of the keys' gradients comes through the kernels.
+    final: the final state has a cotangent, too; then most of the keys' gradients come from it, not from the kernels.
     """
 
     op: str
@@ -85,11 +78,11 @@ class Case:
 
     @property
     def program(self) -> "Case":
-        """The case without what a compiled program is given: cases alike in this share their programs."""
+        """The case without the numbers that a compiled program reads: cases equal in this share their programs."""
         whole = (self.num_keys,)
         marker = () if not self.segments else (whole,) * self.batch if self.batch else whole
-        given = dict(mean=0.5, size=1.0, size_qk=1.0, size_rla=1.0, final=True, seed=0)
-        return dataclasses.replace(self, segments=marker, **given)
+        defaults = dict(mean=0.5, size=1.0, size_qk=1.0, size_rla=1.0, final=True, seed=0)
+        return dataclasses.replace(self, segments=marker, **defaults)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -200,7 +193,7 @@ def _map(name: str, weights: list):
 def compiled(case: Case, dtype: str, implementation: str | None, on: str | None = None):
     """run(case): results and gradients in NumPy, by name, for any case of the same `program`.
 
-    The compiled program is given a token's heads side by side, as projections make them: compilers fuse what cuts them
+    The compiled program gets a token's heads in one axis, as projections make them: compilers fuse what cuts them
     apart with what follows, and may get that wrong.
     """
     case = case.program
@@ -225,7 +218,7 @@ def compiled(case: Case, dtype: str, implementation: str | None, on: str | None 
     def run(case: Case):
         with precision(dtype, on):
             drawn = case.arrays(dtype)
-            if dtype == "float64":  # the same numbers that the narrower dtype was given
+            if dtype == "float64":  # the same numbers as in the narrower dtype
                 drawn = {name: x.astype(np.float64) for name, x in case.arrays(case.dtype).items()}
             flat = lambda name, x: x.reshape(*x.shape[:-2], -1) if name in OF_HEADS else x
             arrays = {name: jnp.asarray(flat(name, x)) for name, x in drawn.items()}
@@ -235,133 +228,6 @@ def compiled(case: Case, dtype: str, implementation: str | None, on: str | None 
             return {name: x.reshape(drawn[name[2:]].shape) if name[:2] == "d " else x for name, x in found.items()}
 
     return run
-
-
-def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
-    """Relative RMS error by tensor; infinite where the definition is exactly 0 and the result is not.
-
-    Where the window's softmax is all but one key's, d q and d k are differences of numbers that are all but equal: they
-    are measured against no less than CANCELLED of the size they would have if they were not. So are d q_rla and d k_rla
-    where no residual set holds more than one key: it only scales the output, and the norm leaves of that what eps does.
-    """
-    assert got.keys() == expected.keys()
-    size = lambda x: float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
-    found = {name: relative_rms(got[name], expected[name]) for name in expected}
-    natural: dict[str, float] = {}
-    if case.op != RLA and case.backward:
-        natural |= _sizes_of_window_gradients(case)
-    if case.op == BOTH and case.backward and _most_in_residual_sets(case) <= 1:
-        natural |= _sizes_of_residual_gradients(case, size(expected["d rla_gain"]))
-    least = {name: CANCELLED * natural[name] for name in natural if name in expected}
-    for name in least:
-        if size(expected[name]) < least[name]:
-            found[name] = size(np.asarray(got[name], np.float64) - expected[name]) / least[name]
-    for name in ("output", "final_state"):
-        if name in expected and np.any(got[name][expected[name] == 0]):
-            found[f"{name}, exact zeros"] = np.inf
-    return found
-
-
-@functools.lru_cache(maxsize=64)
-def _sizes_of_window_gradients(case: Case) -> dict[str, float]:
-    """About what d q and d k are where nothing cancels, for random numbers."""
-    h, kv, _, dv = case.sizes
-    sharpness = _sharpness(case)
-    of_output = case.size  # v, or, where a norm and a gain follow, v / rms(o_swa) times the gain
-    if case.op == BOTH:
-        of_output = (1 + case.mean**2) * (case.mean**2 + sharpness) ** -0.5
-    of_queries = abs(case.scale) * case.size_qk * of_output * (dv * sharpness) ** 0.5
-    return {"d q": of_queries, "d k": of_queries * (h / kv) ** 0.5}
-
-
-def _size_of_logits(case: Case) -> float:
-    """About the largest of the window's."""
-    return abs(case.scale) * case.size_qk**2 * case.sizes[2] * (1 + case.mean**2)
-
-
-def _sizes_of_residual_gradients(case: Case, d_gain: float) -> dict[str, float]:
-    """About what d q_rla and d k_rla would be but for the norm, where each key is read alone.
-
-    What reads a number of size x changes by as much as 1 / x of its output, whose size is that of the gain's gradient,
-    a sum over tokens: little where eps, not the norm, decides it.
-    """
-    h, kv, d, dv = case.sizes
-    normed = d_gain / (case.t * max(case.batch, 1)) ** 0.5
-    of_queries = normed * (1 + case.mean**2) ** 0.5 * (dv / d) ** 0.5 / case.size_rla
-    return {"d q_rla": of_queries, "d k_rla": of_queries * (case.t * h / (case.num_keys * kv)) ** 0.5}
-
-
-def _most_in_residual_sets(case: Case) -> int:
-    """Keys in the largest residual set of any query; a start state counts as many."""
-    ids = case.ids()
-    ids = np.zeros((1, case.num_keys), int) if ids is None else ids.reshape(-1, case.num_keys)
-    starts = np.stack([np.searchsorted(row, row) for row in ids])[:, case.num_keys - case.t :]  # ids do not fall
-    behind = np.arange(case.num_keys - case.t, case.num_keys) - case.window + 1 - starts
-    reads_state = np.where(starts == 0, "initial_state" in case.states, "segment_state" in case.states)
-    return int((np.maximum(behind, 0) + max(case.num_keys, 2) * reads_state).max())
-
-
-def _sharpness(case: Case) -> float:
-    """The mean of the window's sum of squared weights, of some queries of the first head: 1 for one key, 1/n for n."""
-    arrays, ids = case.arrays(), case.ids()
-    first = (0,) if case.batch else ()
-    q, k = (np.asarray(arrays[name][first], np.float64)[:, 0] for name in ("q", "k"))
-    ids = np.zeros(case.num_keys, int) if ids is None else ids[first]
-    rows = np.unique(np.linspace(0, case.t - 1, 64).astype(int))
-    behind = (rows + case.num_keys - case.t)[:, None] - np.arange(case.num_keys)
-    seen = (behind >= 0) & (behind < max(case.window, 1)) & (ids == ids[rows + case.num_keys - case.t][:, None])
-    logits = case.scale * q[rows] @ k.T
-    weights = np.exp(
-        logits - logits.max(axis=1, keepdims=True, where=seen, initial=-np.inf), where=seen, out=0 * logits
-    )
-    return float(np.mean(np.square(weights).sum(axis=1) / np.square(weights.sum(axis=1))))
-
-
-def bounds(dtype: str, implementation: str | None, of_chunked: dict[str, float]) -> collections.defaultdict:
-    """The largest error of each tensor: fixed for `chunked`, relative to `chunked`'s own for a kernel."""
-    if implementation in (None, "chunked"):
-        return collections.defaultdict(lambda: BOUND[dtype])
-    allowed = {name: 2 * error + FLOOR[dtype] for name, error in of_chunked.items()}
-    return collections.defaultdict(float, allowed)  # exact zeros are exact
-
-
-def allowed(case: Case, implementation: str, expected: dict, of_simpler: dict[str, float]) -> dict[str, float]:
-    """`bounds` for random calls: the largest error of each of their tensors. of_simpler: the errors of `chunked` beside
-    a kernel, of the definition in the case's own dtype beside `chunked`.
-
-    `chunked` may be off by twice what the definition is, in sums that all but cancel; and a weight of the window's
-    softmax is no more exact than its logit, which in float32 is rounded by 2^-24 of it.
-
-    Of kernels, parameters of a map get sums of what its queries and keys get, and are held to the same. And where a
-    tensor is made of few tokens, its own or, of keys, those of the queries that it sums over, its error is of few
-    roundings: with one token the bound is three times as wide, with ten a fifth wider, with a thousand nothing to speak
-    of.
-    """
-    if implementation == "chunked":
-        rounded = 0.0 if case.op == RLA or case.dtype == "float64" else 2**-24 * _size_of_logits(case)
-        return {name: max(BOUND[case.dtype], 2 * of_simpler.get(name, 0.0)) + rounded for name in expected}
-    base = bounds(case.dtype, implementation, of_simpler)
-    found = {name: base[name] for name in expected}
-    for name in PER_TOKEN:
-        if name in found:
-            energy = np.square(np.asarray(expected[name], np.float64)).sum(axis=-1)
-            few = float(np.square(energy).sum() / max(np.square(energy.sum()), 1e-300))
-            if name in OF_KEYS:
-                few = max(few, 1 / (case.t * max(case.batch, 1)))
-            found[name] *= 1 + 2 * few
-    for name, tokens in _tokens_of_parameters(case).items():
-        if name in found:
-            found[name] *= 1 + 2 / max(tokens, 1)
-    of_map = max((base[name] for name in ("d q", "d k", "d q_rla", "d k_rla") if name in expected), default=0.0)
-    return found | {name: max(base[name], of_map) for name in expected if name.startswith("d weight")}
-
-
-def _tokens_of_parameters(case: Case) -> dict[str, int]:
-    """How many tokens the gradient of each parameter of the op sums over, at least."""
-    rows = case.segments if case.batch and case.segments else (case.segments or (case.num_keys,),)
-    in_first = [max(row[0] - (case.num_keys - case.t), 0) for row in rows]
-    tokens = {"d initial_state": min(in_first), "d segment_state": min(case.t - count for count in in_first)}
-    return tokens | dict.fromkeys(("d swa_gain", "d rla_gain"), case.t)
 
 
 def to_line(case: Case) -> str:

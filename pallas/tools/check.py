@@ -4,8 +4,8 @@ Random calls from the whole contract (random_cases.py) are held to the float64 d
 gradient, and two runs equal to the bit. A program is compiled once and given many draws of numbers, segments and sizes.
 Every failure is one line that replays it, and the first of a kind are made smaller until they no longer fail.
 
-Programs compile and run side by side in worker processes, which start anew after some tens of programs: a process can
-hold only so many. A worker that dies or hangs is a failure of its call.
+Programs compile and run side by side in worker processes, each replaced after some tens of programs: a process can hold
+only so many. A worker that dies or hangs is a failure of its call.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from typing import Any
 from tqdm import tqdm
 
 from pallas.tools import provenance
-from pallas.tools.cases import Case, allowed, compiled, errors, parse, to_line
+from pallas.tools.case_errors import allowed, errors
+from pallas.tools.cases import Case, compiled, parse, to_line
 from pallas.tools.random_cases import LONGEST, LONGEST_ON_DEVICE, draw, options, redraw, simpler
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu")
@@ -228,14 +229,16 @@ class Tally:
 
 
 def jobs_of(
-    seeds: Iterator[int], implementation: str, longest: int, draws: int | None, until: float
+    seeds: Iterator[int], implementation: str, longest: int, draws: int | None, until: float, seed_of: dict[str, int]
 ) -> Iterator[tuple]:
+    """A program and its draws for each seed, as long as there is time. seed_of gets each seed, by its first call."""
     for seed in seeds:
         if time.time() > until:
             return
         case = draw(seed, implementation, longest)
-        count = draws or draws_of(case, longest)
-        yield "hold", [redraw(case, number) for number in range(count)], implementation, until
+        cases = [redraw(case, number) for number in range(draws or draws_of(case, longest))]
+        seed_of[to_line(cases[0])] = seed
+        yield "hold", cases, implementation, until
 
 
 def draws_of(case: Case, longest: int) -> int:
@@ -271,17 +274,17 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--shrink", type=int, default=3, help="kinds of failures made smaller, in at most --minutes more, and 8")
     add("--replay", metavar="LINE", help="hold one call, as a failure's line gives it, and show all its errors")
     add("--out", type=Path, help="file that one JSON object a program is added to")
-    add("--commit", help="written beside the results; default: what git says")
+    add("--commit", help="saved with the results; default: what git says")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
     """Check, print what was found; returns the exit status: 1 for a failure, 2 for a line that is no call."""
-    given = parse_arguments(arguments)
+    args = parse_arguments(arguments)
     os.environ.setdefault("PJRT_NPROC", "16")  # the interpreter holds a thread for each warpgroup
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share the device
     try:
-        replayed = parse(given.replay) if given.replay else None
+        replayed = parse(args.replay) if args.replay else None
     except ValueError as error:
         print(error)
         return 2
@@ -289,34 +292,33 @@ def main(arguments: list[str]) -> int:
     if how != "done":
         print(f"check: no device could be asked: {machine}")
         return 1
-    implementation = given.implementation or machine["chosen"]
+    implementation = args.implementation or machine["chosen"]
     interpreted = implementation != "chunked" and machine["platform"] != implementation
     where = "interpreted on a CPU" if interpreted else "on this device"
-    facts: dict[str, Any] = dict(
-        implementation=implementation, interpreted=interpreted, date=provenance.now(), **machine
-    )
-    facts |= {"commit": given.commit or provenance.commit(), "versions": provenance.versions(PACKAGES)}
+    facts: dict[str, Any] = dict(implementation=implementation, interpreted=interpreted, **machine)
+    facts |= provenance.of_code(args.commit, provenance.versions(PACKAGES))
     print(f"{machine['device']}, {facts['date']}, commit {facts['commit']}, jax {facts['versions']['jax']}")
     print(f"{implementation}, {where}")
     if replayed is not None:
         return _replay(replayed, implementation)
 
-    began, until = time.time(), time.time() + 60 * given.minutes
-    longest = given.longest or (
+    began, until = time.time(), time.time() + 60 * args.minutes
+    longest = args.longest or (
         LONGEST[implementation] if interpreted or implementation == "chunked" else LONGEST_ON_DEVICE
     )
-    first = _next_seed(given.out) if given.seed is None else given.seed
-    seeds = iter(range(first, first + (given.programs or 10**9)))
+    first = _next_seed(args.out) if args.seed is None else args.seed
+    seeds = iter(range(first, first + (args.programs or 10**9)))
     tally = Tally()
-    save = provenance.saver(given.out, facts)
+    save = provenance.saver(args.out, facts)
     bar = tqdm(
-        total=round(60 * given.minutes),
+        total=round(60 * args.minutes),
         unit="s",
         dynamic_ncols=True,
         bar_format="{l_bar}{bar}| {n:.0f} of {total} s{postfix}",
     )
-    counted = _counted(jobs_of(seeds, implementation, longest, given.draws, until), first)
-    for (_, cases, *_), how, what in in_workers(given.jobs, counted.jobs):
+    seed_of: dict[str, int] = {}
+    jobs = jobs_of(seeds, implementation, longest, args.draws, until, seed_of)
+    for (_, cases, *_), how, what in in_workers(args.jobs, jobs):
         before = len(tally.failures)
         if how == "done":
             tally.add(what)
@@ -325,30 +327,16 @@ def main(arguments: list[str]) -> int:
         new = tally.failures[before:]
         for wrong, line in new:
             bar.write(f"FAILED {wrong}\n  python -m pallas check --implementation {implementation} --replay '{line}'")
-        save(_row(counted.seeds[to_line(cases[0])], cases[0], what if how == "done" else [], new))
+        save(_row(seed_of[to_line(cases[0])], cases[0], what if how == "done" else [], new))
         bar.n = min(time.time() - began, bar.total)
         bar.set_postfix_str(f"{tally.calls} calls, {tally.programs} programs, {len(tally.failures)} failures")
-        if new and given.exitfirst:
+        if new and args.exitfirst:
             break
     bar.close()
     tally.show()
-    _show_shrunk(tally.failures, implementation, given.jobs, given.shrink, 60 * given.minutes)
+    _show_shrunk(tally.failures, implementation, args.jobs, args.shrink, 60 * args.minutes)
     print(f"\n{tally.calls} calls, {tally.programs} programs, seeds from {first}: {len(tally.failures)} failures")
     return 1 if tally.failures else 0
-
-
-class _counted:
-    """Jobs, and the seed of each."""
-
-    def __init__(self, jobs: Iterator[tuple], first: int):
-        self.seeds, self._next, self._jobs = {}, first, jobs
-
-    @property
-    def jobs(self) -> Iterator[tuple]:
-        for job in self._jobs:
-            self.seeds[to_line(job[1][0])] = self._next
-            self._next += 1
-            yield job
 
 
 def _row(seed: int, case: Case, held: list[Held], failures: list) -> dict[str, Any]:

@@ -8,13 +8,10 @@ counts once; such loops are listed. Each case is compiled in a process of its ow
 listings go.
 """
 
+import argparse
 import dataclasses
-import importlib.metadata
 import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,9 +20,8 @@ from typing import Any
 import jax
 
 from pallas.block_sizes import BlockSizes
-from pallas.tools import compile as gpu
-from pallas.tools import provenance
-from pallas.tools.compile import Case
+from pallas.tools import programs, provenance
+from pallas.tools.programs import Case, memory, program
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 PACKAGES = ("jax", "jaxlib", "libtpu")
@@ -48,8 +44,8 @@ def cases() -> list[Case]:
                     title = f"{op} {name} {batch} x {length} window {window}"
                     sizes: dict[str, Any] = dict(batch=batch, length=length, num_heads=heads, num_kv_heads=kv)
                     for backward in (False, True):
-                        rest: dict[str, Any] = dict(op=op, window=window, backward=backward, implementation="tpu")
-                        found.append(Case(title, **sizes, **rest))
+                        program: dict[str, Any] = dict(op=op, window=window, backward=backward)
+                        found.append(Case(title, **sizes, **program, implementation="tpu"))
     return found
 
 
@@ -74,7 +70,7 @@ def parse_schedule(listing: str, slots: list[int] | None = None) -> list[Loop]:
     A line that begins a bundle has its address, a label ("LB": a loop begins here), and a ">" for each loop around it.
     """
     loops = [Loop(0, None)]
-    newest = {0: loops[0]}  # by depth
+    latest = {0: loops[0]}  # by depth
     current, index = loops[0], 0
     for line in listing.splitlines():
         begins = re.match(r"\s*(?:0x)?([0-9a-f]+)\s+([A-Z]{2})?\s*:\s+(>*)\s*\{(.*)", line)
@@ -85,12 +81,12 @@ def parse_schedule(listing: str, slots: list[int] | None = None) -> list[Loop]:
             depth = len(around)
             waits = not depth and (what.startswith("}") or "sbr.rel" in what)  # after a branch: no loops are marked
             if label == "LB":
-                newest[depth] = Loop(depth, newest.get(depth - 1))
-                loops.append(newest[depth])
+                latest[depth] = Loop(depth, latest.get(depth - 1))
+                loops.append(latest[depth])
             if not waits:
-                if depth not in newest:
+                if depth not in latest:
                     raise ValueError(f"compile: bundle {address} lies in {depth} loops that did not begin")
-                current = newest[depth]
+                current = latest[depth]
             current.bundles += 1
             current.slots += slots[index] if slots else 0
             index += 1
@@ -102,9 +98,9 @@ def parse_schedule(listing: str, slots: list[int] | None = None) -> list[Loop]:
 
 def parse_slots(listing: str) -> tuple[int, list[int]]:
     """Of a static-per-bundle-utilization listing: slots for matrix units in a bundle, and those that each uses."""
-    names, capacity, *rest = listing.partition("CAPAC")[2].splitlines()[1:]
+    names, capacity, *table = listing.partition("CAPAC")[2].splitlines()[1:]
     column = [name.strip() for name in names.split(",")].index("MXU")
-    used = [int(row.split()[column]) for row in rest if re.fullmatch(r"[\d ]+", row.strip())]
+    used = [int(row.split()[column]) for row in table if re.fullmatch(r"[\d ]+", row.strip())]
     return int(capacity.split()[column]), used
 
 
@@ -129,21 +125,21 @@ def kernel_trips(case: Case, kind: str) -> dict[str, list[int | float]]:
     chunk, block = residual_blocks(sizes, c.length, bytes_of_group, kind)
     residual = [c.batch * c.num_kv_heads * -(-c.length // block), block // chunk]
     chunk, block = window_blocks(sizes, c.length, c.window, bytes_of_group)
-    steps, chunks, spare = -(-c.length // block), block // chunk, -(-(c.window - 1) // block)
+    steps, chunks, back = -(-c.length // block), block // chunk, -(-(c.window - 1) // block)  # back: blocks of keys
     pairs = sum(  # of query and key chunks that one block of queries meets
         1
         for query in range(chunks)
-        for key in range(chunks * (spare + 1))
-        if -chunk < (query - key) * chunk + spare * block < c.window + chunk - 1
+        for key in range(chunks * (back + 1))
+        if -chunk < (query - key) * chunk + back * block < c.window + chunk - 1
     )
-    wide = c.batch * c.num_kv_heads * steps * (spare + 1)
-    keys = c.batch * c.num_kv_heads * (steps + spare) * (spare + 1)  # the last blocks of keys meet fewer queries
+    query_steps = c.batch * c.num_kv_heads * steps * (back + 1)
+    key_steps = c.batch * c.num_kv_heads * (steps + back) * (back + 1)  # the last blocks of keys meet fewer queries
     found: dict[str, list[int | float]] = {
         "residual_forward": [*residual],
         "residual_backward": [*residual, residual[1]],
-        "window_forward": [wide, chunks, pairs / (spare + 1) / chunks],
-        "window_backward_queries": [wide, chunks, pairs / (spare + 1) / chunks],
-        "window_backward_keys": [keys, chunks, pairs / (spare + 1) / chunks],
+        "window_forward": [query_steps, chunks, pairs / (back + 1) / chunks],
+        "window_backward_queries": [query_steps, chunks, pairs / (back + 1) / chunks],
+        "window_backward_keys": [key_steps, chunks, pairs / (back + 1) / chunks],
     }
     return found
 
@@ -199,18 +195,16 @@ def compile_here(case: Case, target: str, folder: Path) -> None:
 
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target]).devices[0]
     sharding = SingleDeviceSharding(device)
-    function, arguments = gpu.program(case, lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
+    function, arguments = program(case, lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
     abstract = AbstractDevice(device.device_kind, getattr(device, "num_cores", None) or 1, "tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
         lowered = jax.jit(function).lower(*arguments)
     compiled = lowered.compile()
-    sizes: Any = compiled.memory_analysis()
-    memory = {name: getattr(sizes, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
     hlo = compiled.as_text() or ""
     scoped = [
         int(x) for x in re.findall(r'"used_scoped_memory_configs":\[\{"memory_space":"1"[^}]*"size":"(\d+)"', hlo)
     ]
-    result = {"memory": memory, "device_kind": device.device_kind, "vmem": max(scoped, default=0)}
+    result = {"memory": memory(compiled), "device_kind": device.device_kind, "vmem": max(scoped, default=0)}
     (folder / "result.json").write_text(
         json.dumps(result | read_program(folder / "dump", hlo, case, device.device_kind))
     )
@@ -219,23 +213,16 @@ def compile_here(case: Case, target: str, folder: Path) -> None:
 def compile_case(case: Case, target: str) -> dict[str, Any]:
     """What a case takes, or the error; compiled in a process of its own."""
     began = time.perf_counter()
-    code = (
-        "import json, pathlib, sys; from pallas.tools.compile import Case; "
-        "from pallas.tools.compile_tpu import compile_here; _, case, target, folder = sys.argv; "
-        "compile_here(Case(**json.loads(case)), target, pathlib.Path(folder))"
-    )
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "dump").mkdir()
-        command = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(case)), target, name]
-        with (folder / "errors").open("w") as errors:
-            done = subprocess.run(command, stdout=errors, stderr=errors, env=environment(folder), cwd=folder)
-        if done.returncode:
-            found = {"error": gpu.last_error((folder / "errors").read_text(errors="replace"), done.returncode)}
-        else:
+        try:
+            programs.compile_in_child("compile_tpu", case, target, folder, environment(folder))
             found = json.loads((folder / "result.json").read_text())
             found["per_unit"] = per_unit(case, found)
+        except ValueError as error:
+            found["error"] = str(error)
     return found | {"seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -253,30 +240,19 @@ def per_unit(case: Case, found: dict[str, Any]) -> dict[str, float]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For the process that compiles: no device, schedules into the folder, and nothing from a cache."""
-    dump = folder / "dump"
-    paths = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    """For the process that compiles: schedules into the folder, and a TPU that nobody is asked about."""
+    return programs.environment(folder) | {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} " + DUMPED,
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "TMPDIR": str(folder),
+        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder / 'dump'} " + DUMPED,
     }
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    """Of the packages."""
+    return provenance.versions(PACKAGES)
 
 
 def refusal(targets: list[str], found: dict[str, str | None]) -> str | None:
@@ -284,11 +260,8 @@ def refusal(targets: list[str], found: dict[str, str | None]) -> str | None:
     unknown = [target for target in targets if target not in TOPOLOGIES]
     if unknown:
         return f"compile: {', '.join(unknown)} cannot go with TPUs in one run; these are {', '.join(TOPOLOGIES)}"
-    if jax.__version_info__ < (0, 11, 2):
-        return f"compile: needs jax 0.11.2 or newer, and so Python 3.12 or newer; this is {jax.__version__}: {INSTALL}"
-    if found["libtpu"] is None:
-        return f"compile: needs libtpu: {INSTALL}"
-    return None
+    needs = f"compile: needs libtpu: {INSTALL}" if found["libtpu"] is None else None
+    return programs.old_jax(INSTALL) or needs
 
 
 def failures(target: str, case: Case, found: dict[str, Any], forward: dict[str, Any] | None) -> list[str]:
@@ -333,23 +306,17 @@ def show(target: str, case: Case, found: dict[str, Any]) -> None:
 HEAD = ("bundles", "of ours", "matmuls", "use", "VMEM MiB", "HBM GB")
 
 
-def main(options) -> int:
+def run(options: argparse.Namespace) -> int:
     """Compile the cases and print the table; returns the exit status."""
     found_versions = versions()
     refused = refusal(options.target, found_versions)
-    words = [word for word in options.only.lower().split(",") if word]
-    chosen = [case for case in cases() if not words or any(word in case.title for word in words)]
-    chosen = [case for case in chosen if is_quick(case)] if options.quick else chosen
+    chosen = [case for case in programs.chosen(cases(), options.only) if is_quick(case) or not options.quick]
     if refused or not chosen:
         print(refused or f"compile: no case holds {options.only!r}")
         return 2
-    about: dict[str, Any] = {
-        "date": provenance.now(),
-        "commit": options.commit or provenance.commit(),
-        "versions": found_versions,
-    }
-    print(f"compiled for {', '.join(options.target)}, {about['date']}, commit {about['commit']}")
-    print(", ".join(f"{name} {version}" for name, version in found_versions.items() if version))
+    about = provenance.of_code(options.commit, found_versions)
+    save = provenance.saver(options.out, about)
+    programs.print_heading(options.target, about)
     print("bundles, matmuls: per 128 tokens and query head; use: of matrix-unit slots; HBM: temporaries\n")
     print(f"{'':6} {'case':78} " + " ".join(f"{name:>9}" for name in HEAD) + "      s")
     wrong, number = [], 0
@@ -362,10 +329,6 @@ def main(options) -> int:
                 forward[case.name] = found
             wrong += failures(target, case, found, forward.get(case.name))
             number += "error" not in found
-            if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                with options.out.open("a") as file:
-                    file.write(json.dumps(dataclasses.asdict(case) | found | about | {"target": target}) + "\n")
+            save(dataclasses.asdict(case) | found | {"target": target})
     print(f"\n{number} programs compiled")
-    print("".join(f"FAILED {line}\n" for line in wrong), end="")
-    return 1 if wrong else 0
+    return programs.print_failures(wrong)

@@ -1,10 +1,10 @@
 """What is read from a kernel's machine code (SASS): is a register operand of a product still there when it is read?
 
 A product (HGMMA) may take its left operand from registers. ptxas 13.0 can give one that was made before a loop the same
-registers as another that is made in the loop: from the second turn on the first is lost, and the kernel is silently
-wrong, the same bits every time (LOG.md, 2026-11-27; tests/tools/register_operands.py is a small kernel that shows it).
-None of our loops carries a register operand from one turn to the next. So wherever an instruction of a loop writes what
-a product reads in the turn after, and does not in the turn itself, an operand has been lost.
+registers as another that is made in the loop: from the second iteration on the first is lost, and the kernel is
+silently wrong, the same bits every time (LOG.md, 2026-11-27; tests/tools/register_operands.py is a small example).
+None of our loops carries a register operand from one iteration to the next. So wherever an instruction of a loop writes
+what a product reads in the next iteration, and not what it reads in the same one, an operand has been lost.
 """
 
 import re
@@ -50,17 +50,17 @@ class Instruction(NamedTuple):
 
 
 def lost_operands(listing: str) -> list[str]:
-    """The products of a kernel whose left operand another turn of their loop has overwritten."""
+    """The products of a kernel whose left operand another iteration of their loop has overwritten."""
     code, targets = _read(listing)
     after = [_successors(place, code, targets) for place in range(len(code))]
     before: list[list[int]] = [[] for _ in code]
     for place, successors in enumerate(after):
         for successor in successors:
             before[successor].append(place)
-    turns = _back_edges(after)
+    back_edges = _back_edges(after)
     lost = []
     for place, product in enumerate(code):
-        if any(_comes_from_another_turn(place, register, code, before, turns) for register in product.left_operand):
+        if any(_overwritten(place, register, code, before, back_edges) for register in product.left_operand):
             lost.append(f"{product.address}: {product.name} {product.operands}")
     return lost
 
@@ -95,7 +95,7 @@ def _successors(place: int, code: list[Instruction], targets: dict[str, int]) ->
 
 
 def _back_edges(after: list[list[int]]) -> set[tuple[int, int]]:
-    """The edges that lead back to where the walk from the entry still stands: those that begin another turn."""
+    """Edges that lead back to the path of a depth-first search from the entry: those that begin another iteration."""
     found, state, path = set(), [0] * len(after), [(0, iter(after[0]))] if after else []
     if after:
         state[0] = 1
@@ -113,19 +113,19 @@ def _back_edges(after: list[list[int]]) -> set[tuple[int, int]]:
     return found
 
 
-def _comes_from_another_turn(place: int, register: int, code, before, turns) -> bool:
-    """Is the register written, for the product at this place, in the turn before by what does not write it in this?"""
-    written: dict[bool, set[int]] = {False: set(), True: set()}  # by whether an edge to another turn lies between
-    seen, left = set(), [(other, (other, place) in turns) for other in before[place]]
+def _overwritten(place: int, register: int, code, before, back_edges) -> bool:
+    """Does the product at this place read what an instruction wrote in an earlier iteration and not in this one?"""
+    written: dict[bool, set[int]] = {False: set(), True: set()}  # by whether a back edge lies between
+    seen, left = set(), [(other, (other, place) in back_edges) for other in before[place]]
     while left:
         one = left.pop()
         if one in seen:
             continue
         seen.add(one)
-        where, turned = one
+        where, earlier = one
         if register in code[where].writes:
-            written[turned].add(where)
+            written[earlier].add(where)
             if not code[where].guard:
                 continue
-        left += [(other, turned or (other, where) in turns) for other in before[where]]
+        left += [(other, earlier or (other, where) in back_edges) for other in before[where]]
     return bool(written[True] - written[False])

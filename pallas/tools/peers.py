@@ -148,7 +148,7 @@ def ours(op: Op, window: int, feature_map: str, implementation: str, block_sizes
 
 
 def cudnn(problem: Problem, window: int) -> Callable[[Inputs], Array]:
-    """Causal attention by cuDNN, through JAX's own door."""
+    """Causal attention by cuDNN, through `jax.nn`."""
     local = None if window >= problem.length else (window - 1, 0)
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
     return lambda x: attend(x["q"], x["k"], x["v"], local_window_size=local)
@@ -183,7 +183,7 @@ def jla_residual(
     windows nor grouped queries.
 
     Features go in pieces of d channels, a call each, and their outputs add up. Keys and values are repeated for every
-    query head, and moved `window` tokens to the right behind phi: where zeros come in, v is 0 and nothing is added.
+    query head, and shifted right by `window` tokens after phi: the first are 0, and their v is 0 and adds nothing.
     With `cut` no zeros are computed with: the first `window` queries, which read nothing, are left out instead.
     """
     from jla import ops  # pyright: ignore[reportMissingImports]
@@ -191,14 +191,14 @@ def jla_residual(
     (t, h, d), kv, dtype = q.shape[1:], k.shape[2], v.dtype
     window = min(window, t)
     phi = jax.checkpoint(lambda x: named[feature_map](x).astype(dtype))  # computing it twice is cheaper than keeping it
-    behind = lambda x: jnp.pad(x, ((0, 0), (window, 0), (0, 0), (0, 0)))
+    shifted = lambda x: jnp.pad(x, ((0, 0), (window, 0), (0, 0), (0, 0)))
     repeat = lambda x: jnp.repeat(x, h // kv, axis=2)
 
     if cut and window == t:
         return jnp.zeros((*q.shape[:3], v.shape[3]), dtype)
     features_q, features_k = phi(q[:, window:] if cut else q), phi(k[:, : t - window])
     if not cut:
-        features_k, v = behind(features_k), behind(v[:, : t - window])
+        features_k, v = shifted(features_k), shifted(v[:, : t - window])
     else:
         v = v[:, : t - window]
     values = repeat(v)
@@ -209,7 +209,7 @@ def jla_residual(
         kernel = dict(g=no_decay, scale=1.0, impl="mosaic_gpu")
         out = out + ops.linear_attention("simple_gla", piece_q, piece_k, values, **kernel)[0].astype(jnp.float32)
     out = out.astype(dtype)
-    return behind(out) if cut else out
+    return shifted(out) if cut else out
 
 
 def on_residual(residual: Callable[..., Array]) -> Callable[[Inputs], Array]:
@@ -221,11 +221,11 @@ def on_residual(residual: Callable[..., Array]) -> Callable[[Inputs], Array]:
 
 def parts(residual: Callable[..., Array], window: int) -> Callable[[Inputs], Array]:
     """RATTENTION as one can put it together from the fastest peers' ops: their two branches, XLA's norms."""
-    local = jla_window(window, "ranged")
+    swa = jla_window(window, "ranged")
     float32 = lambda x: x.astype(jnp.float32)
 
     def both(x):
-        o_swa, o_rla = local(x), residual(x["q_rla"], x["k_rla"], x["v"])
+        o_swa, o_rla = swa(x), residual(x["q_rla"], x["k_rla"], x["v"])
         norm = lambda o_swa, o_rla: normed_sum(float32(o_swa), float32(o_rla), x["swa_gain"], x["rla_gain"], 1e-6)
         return jax.vmap(norm)(o_swa, o_rla).astype(x["v"].dtype)
 
@@ -234,7 +234,7 @@ def parts(residual: Callable[..., Array], window: int) -> Callable[[Inputs], Arr
 
 def fla(problem: Problem, backward: bool, num_sets: int) -> list[Callable[[], object]]:
     """Residual linear attention from flash-linear-attention's chunked op, in PyTorch: one call for all features, keys
-    and values repeated and moved as in `jla_residual`."""
+    and values repeated and shifted as in `jla_residual`."""
     import torch  # pyright: ignore[reportMissingImports]
     from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
 
@@ -253,12 +253,12 @@ def fla(problem: Problem, backward: bool, num_sets: int) -> list[Callable[[], ob
 
     window = min(p.window, p.length)
 
-    def behind(x):  # the newest `window` tokens fall out, zeros come in; then a copy for each query head
+    def shifted(x):  # to the right by `window` tokens, zeros first; then a copy for each query head
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, window, -window))
         return x.repeat_interleave(p.num_heads // p.num_kv_heads, dim=2)
 
     def residual(q, k, v):
-        return chunk_simple_gla(phi(q), behind(phi(k)), behind(v), scale=1.0)[0]
+        return chunk_simple_gla(phi(q), shifted(phi(k)), shifted(v), scale=1.0)[0]
 
     def one_set():
         heads = (p.num_heads, p.num_kv_heads, p.num_kv_heads)

@@ -1,4 +1,4 @@
-"""What a measured number needs beside it: date, commit, versions, and a file that lines are added to."""
+"""Where a measured number comes from: device, date, commit, versions; and a file that lines are added to."""
 
 import datetime
 import importlib.metadata
@@ -7,6 +7,11 @@ import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "jax-linear-attention", "tokamax",
+    "flash-linear-attention", "torch", "triton")  # fmt: skip
 
 Save = Callable[[dict[str, Any]], dict[str, Any]]  # add a line to the file, and return it with the facts of the run
 
@@ -35,8 +40,24 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
     return found
 
 
+def in_words(found: dict[str, str | None]) -> str:
+    """The versions of what is installed, in one line."""
+    return ", ".join(f"{name} {version}" for name, version in found.items() if version)
+
+
+def of_code(known_commit: str | None, versions: dict[str, str | None]) -> dict[str, Any]:
+    """Date, commit and versions of a run. known_commit: None asks git."""
+    return {"date": now(), "commit": known_commit or commit(), "versions": versions}
+
+
+def facts(known_commit: str | None) -> dict[str, Any]:
+    """Where a number measured here comes from: device, date, commit, versions."""
+    device = jax.devices()[0]
+    return dict(device=device.device_kind, platform=device.platform) | of_code(known_commit, versions(PACKAGES))
+
+
 def saver(path: Path | None, about: dict[str, Any]) -> Save:
-    """A function that adds a line to the file, if there is one, and returns it with `about` beside it."""
+    """A function that adds a line to the file, if there is one, and returns it with `about`."""
 
     def save(line: dict[str, Any]) -> dict[str, Any]:
         line = line | about

@@ -1,4 +1,4 @@
-"""Random calls from the whole contract, and simpler ones than a given call.
+"""Random calls from the whole contract, and simpler ones than a call.
 
 A number, the seed, draws a program: what is compiled. Each factor goes through all its options in a shuffled order
 before any comes again, so that a few dozen seeds meet them all. A program then serves many draws of numbers, segments
@@ -102,7 +102,7 @@ def draw(seed: int, implementation: str, longest: int) -> Case:
 
 
 def redraw(case: Case, number: int) -> Case:
-    """The same program, given other numbers, in other segments."""
+    """The same program with other numbers, in other segments."""
     generator = np.random.default_rng([case.seed, number])
     pick = lambda options: options[generator.integers(len(options))]
     segments = case.segments
@@ -119,7 +119,7 @@ def _lengths(s: int, kind: str, generator) -> tuple[int, ...]:
         return (1,) * s
     most = {"one": 0, "few": 4, "many": 40, "at tiles": 6}[kind]
     cuts = generator.integers(1, max(s, 2), int(generator.integers(min(most, 1), most + 1)))
-    if kind == "at tiles":  # where blocks begin, or one beside
+    if kind == "at tiles":  # where blocks begin, or one token off
         cuts = cuts // 64 * 64 + generator.integers(-1, 2, cuts.size)
     cuts = np.unique(cuts[(cuts > 0) & (cuts < s)])
     return tuple(int(x) for x in np.diff([0, *cuts, s]))

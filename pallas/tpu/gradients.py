@@ -1,6 +1,6 @@
-"""Differentiation around the TPU kernels: of one branch, and of the sum of both behind their norms.
+"""Differentiation around the TPU kernels: of one branch, and of the sum of both after their norms.
 
-Between the passes the sum keeps each branch as 16 bits of its normed value and one float32 number a query.
+For the backward pass the sum saves of each branch rstd and the normed output, quantised to int16 where the plan allows.
 """
 
 import dataclasses
@@ -20,33 +20,34 @@ from pallas.tpu.plan import Plan
 class Call:
     """One call of a branch's kernels, for one sequence. Outputs are [kv, group, t padded, dv padded]."""
 
-    branch: str  # "residual", "window", or "given": arrays["out"] is the output
+    branch: str  # "rla", "swa", or "copy": a window of one key, whose output is arrays["out"], copies of v
     plan: Plan | None
     arrays: dict
     segments: dict
 
     def run(self, out_dtype, *, save: bool) -> dict:
-        """out and, with `save`, what `pull_back` needs beside it."""
-        if self.branch == "given":
+        """out and, with `save`, what `pull_back` reads."""
+        if self.branch == "copy":
             return {"out": self.arrays["out"].astype(out_dtype)}
-        forward = functools.partial(_residual_forward if self.branch == "residual" else _window_forward, self.plan)
+        forward = functools.partial(_rla_forward if self.branch == "rla" else _swa_forward, self.plan)
         return batched(functools.partial(forward, jnp.dtype(out_dtype), save=save), self.arrays, self.segments)
 
     def pull_back(self, saved: dict, out, d_out) -> "Call":
         """Gradients of the arrays. out, d_out: [kv, group, t, dv padded], float32; saved: by `run`."""
         plan: Any = self.plan
-        if self.branch == "given":
+        if self.branch == "copy":
             gradients = {"out": d_out.astype(self.arrays["out"].dtype)}
-        elif self.branch == "residual":
-            d_out = d_out if plan.precise else d_out.astype(plan.dtype)  # where it is found, so it is written rounded
-            given = self.arrays, self.segments, saved["states"], _padded(d_out, plan)
-            gradients = batched(functools.partial(_residual_backward, plan), *given)
+        elif self.branch == "rla":
+            d_out = d_out if plan.split_states else d_out.astype(plan.dtype)  # XLA fuses the cast: HBM gets bfloat16
+            inputs = self.arrays, self.segments, saved["states"], _padded(d_out, plan)
+            gradients = batched(functools.partial(_rla_backward, plan), *inputs)
         else:
-            d_out = jax.lax.optimization_barrier(d_out.astype(plan.dtype))  # delta is of what is rounded
+            # delta is that of d_out as the kernels read it: without the barrier XLA would use d_out before rounding.
+            d_out = jax.lax.optimization_barrier(d_out.astype(plan.dtype))
             delta = (d_out.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
             delta = jnp.swapaxes(_padded(delta, plan), -1, -2)
-            given = self.arrays, self.segments, saved["lse"], delta, _padded(d_out, plan)
-            gradients = batched(functools.partial(_window_backward, plan), *given)
+            inputs = self.arrays, self.segments, saved["lse"], delta, _padded(d_out, plan)
+            gradients = batched(functools.partial(_swa_backward, plan), *inputs)
         return dataclasses.replace(self, arrays=gradients, segments=dict.fromkeys(self.segments))
 
 
@@ -61,10 +62,10 @@ def output(call: Call, out_dtype):
 
 
 def _save_output(call, out_dtype):
-    """A window's output is saved in float32: rounded, it would leave gradients of a query's scores that have a sum."""
-    results = call.run("float32" if call.branch == "window" else out_dtype, save=True)
+    """The window's output is saved in float32: with a rounded delta, a query's d_scores would not sum to 0."""
+    results = call.run("float32" if call.branch == "swa" else out_dtype, save=True)
     out = results.pop("out")
-    return out.astype(out_dtype), (call, results, out if call.branch == "window" else None)
+    return out.astype(out_dtype), (call, results, out if call.branch == "swa" else None)
 
 
 def _pull_back_output(_, saved, d_out):
@@ -84,23 +85,23 @@ class Norms(NamedTuple):
     dtype: Any  # of the sum
 
     def run(self, call: Call, *, save: bool) -> dict:
-        """The call's results, out (normed) and factor [kv, group, t, 1] without padded queries."""
+        """The call's results, of which out (normed) and rstd [kv, group, t, 1] without padded queries."""
         results = call.run("float32", save=save)
         out = results["out"]
         if call.plan is None:
-            mean = jnp.square(out).sum(axis=-1, keepdims=True) / self.value_size
-            factor = jax.lax.rsqrt(mean + self.eps)
-            out = out * factor
+            mean_square = jnp.square(out).sum(axis=-1, keepdims=True) / self.value_size
+            rstd = jax.lax.rsqrt(mean_square + self.eps)
+            out = out * rstd
         else:
-            factor = jnp.swapaxes(results["factor"], -1, -2)
-        return results | {"out": out[:, :, : self.num_queries], "factor": factor[:, :, : self.num_queries]}
+            rstd = jnp.swapaxes(results["rstd"], -1, -2)
+        return results | {"out": out[:, :, : self.num_queries], "rstd": rstd[:, :, : self.num_queries]}
 
     def value(self, call: Call, results: dict):
         """The normed output, float32."""
-        if call.plan is None or call.plan.unit is None:
+        if call.plan is None or call.plan.int16_step is None:
             return results["out"]
-        unit = jnp.where(jnp.isfinite(results["factor"]), call.plan.unit, jnp.nan)  # integers know no NaN
-        return results["out"].astype(jnp.float32) * unit
+        step = jnp.where(jnp.isfinite(results["rstd"]), call.plan.int16_step, jnp.nan)  # int16 has no NaN
+        return results["out"].astype(jnp.float32) * step
 
     def gain(self, gain, like):
         """[h, dv] -> [kv, group, 1, dv padded] float32"""
@@ -116,7 +117,7 @@ def sum_of_norms(calls: list[Call], gains: list, norms: Norms):
 
 
 def _sum(calls, gains, results, norms):
-    values = [norms.value(*given) for given in zip(calls, results, strict=True)]
+    values = [norms.value(call, of_call) for call, of_call in zip(calls, results, strict=True)]
     terms = [norms.gain(gain, x) * x for gain, x in zip(gains, values, strict=True)]
     return sum(terms[1:], terms[0]).astype(norms.dtype)
 
@@ -126,45 +127,46 @@ def _save_sum(calls, gains, norms):
     return _sum(calls, gains, results, norms), (calls, gains, results)
 
 
-def _pull_back_sum(norms, everything, cotangent):
-    cotangent = jax.lax.optimization_barrier(cotangent)  # its layout changes in its own dtype
+def _pull_back_sum(norms, saved, cotangent):
+    # The barrier makes XLA transpose the cotangent before the cast to float32, which doubles its bytes.
+    cotangent = jax.lax.optimization_barrier(cotangent)
     d_calls, d_gains = [], []
-    for call, gain, results in zip(*everything, strict=True):
-        value, factor = norms.value(call, results), results["factor"]
+    for call, gain, results in zip(*saved, strict=True):
+        value, rstd = norms.value(call, results), results["rstd"]
         d_out = cotangent.astype(jnp.float32)
         d_gain = (d_out * value).sum(axis=2)[..., : norms.value_size]
         d_gains.append(d_gain.reshape(gain.shape).astype(gain.dtype))
         d_value = norms.gain(gain, value) * d_out
-        along = (d_value * value).sum(axis=-1, keepdims=True) / norms.value_size
-        d_calls.append(call.pull_back(results, value / factor, factor * (d_value - value * along)))
+        projection = (d_value * value).sum(axis=-1, keepdims=True) / norms.value_size
+        d_calls.append(call.pull_back(results, value / rstd, rstd * (d_value - value * projection)))
     return d_calls, d_gains
 
 
 sum_of_norms.defvjp(_save_sum, _pull_back_sum)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="save")  # layers alike are traced and lowered once
-def _residual_forward(plan: Plan, out_dtype, arrays: dict, segments: dict, *, save: bool) -> dict:
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="save")  # layers of one shape share one trace
+def _rla_forward(plan: Plan, out_dtype, arrays: dict, segments: dict, *, save: bool) -> dict:
     return residual.forward(arrays | segments, plan, out_dtype=out_dtype, save=save)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _residual_backward(plan: Plan, arrays: dict, segments: dict, states, d_out) -> dict:
-    found = residual_backward.backward(arrays | segments | {"states": states, "d_out": d_out}, plan)
-    gradients = {name: found[f"d{name}"] for name in "qkv"}
+def _rla_backward(plan: Plan, arrays: dict, segments: dict, states, d_out) -> dict:
+    results = residual_backward.backward(arrays | segments | {"states": states, "d_out": d_out}, plan)
+    gradients = {name: results[f"d{name}"] for name in "qkv"}
     if plan.num_start_states:
-        gradients["start_states"] = jnp.transpose(found["d_starts"], (0, 2, 1, 4, 3))
+        gradients["start_states"] = jnp.transpose(results["d_start_states"], (0, 2, 1, 4, 3))
     return gradients
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="save")
-def _window_forward(plan: Plan, out_dtype, arrays: dict, segments: dict, *, save: bool) -> dict:
+def _swa_forward(plan: Plan, out_dtype, arrays: dict, segments: dict, *, save: bool) -> dict:
     del save
     return window.forward(arrays | segments, plan, out_dtype=out_dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _window_backward(plan: Plan, arrays: dict, segments: dict, lse, delta, d_out) -> dict:
+def _swa_backward(plan: Plan, arrays: dict, segments: dict, lse, delta, d_out) -> dict:
     arrays = arrays | segments | {"d_out": d_out, "lse": lse, "delta": delta}
     d_k, d_v = window_backward.key_gradients(arrays, plan)
     return {"q": window_backward.query_gradients(arrays, plan), "k": d_k, "v": d_v}

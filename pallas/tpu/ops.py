@@ -1,8 +1,7 @@
 """The three ops on a TPU: layouts and padding for the kernels.
 
-residual.py and window.py compute; residual_backward.py and window_backward.py differentiate, and
-gradients.py joins them. Everything here takes one sequence; `jax.vmap` of it becomes one launch for the
-whole batch.
+Everything here takes one sequence; `jax.vmap` of it becomes one launch for the whole batch. Axes are padded: heads to
+lanes, tokens to blocks.
 
 No time was ever measured on a TPU: values come from the interpreter, costs from the compiler's schedules.
 """
@@ -21,8 +20,8 @@ from pallas.tpu import residual
 from pallas.tpu.gradients import Call, Norms, output, sum_of_norms
 from pallas.tpu.plan import LANES, Plan, round_up
 
-LARGEST = 2**20  # bytes of a group's queries that one step of the grid reads
-WIDE = ("v6", "tpu7", "v7")  # kinds whose matrix unit is 256 wide; others have 128
+LARGEST = 2**20  # bytes of queries that one step of the grid reads, at most
+WIDE = ("v6", "tpu7", "v7")  # kinds of TPU whose MXU is 256 x 256, not 128 x 128
 
 
 def interpreted() -> bool:
@@ -40,15 +39,14 @@ def target() -> str | None:
 
 def sliding_window_attention(q, k, v, *, window, scale, segment_ids, block_sizes):
     """o_swa [t, h, dv]."""
-    shared = dict(window=window, scale=scale, segment_ids=segment_ids, block_sizes=block_sizes)
-    call = _local(q, k, v, **shared)
+    call = _swa(q, k, v, window=window, scale=scale, segment_ids=segment_ids, block_sizes=block_sizes)
     return _by_time(None if call is None else output(call, v.dtype), q, v)
 
 
-def residual_linear_attention(q, k, v, *, return_final_state, block_sizes, **residual):
+def residual_linear_attention(q, k, v, *, return_final_state, block_sizes, **options):
     """o_rla [t, h, dv] and, if asked for, the state that the last query read."""
-    call = _residual(q, k, v, block_sizes=block_sizes, **residual)
-    state = final_state(k, v, **residual) if return_final_state else None
+    call = _rla(q, k, v, block_sizes=block_sizes, **options)
+    state = final_state(k, v, **options) if return_final_state else None
     return _by_time(None if call is None else output(call, v.dtype), q, v), state
 
 
@@ -67,23 +65,23 @@ def rattention(
     segment_ids,
     block_sizes,
     return_final_state,
-    **residual,
+    **of_rla,
 ):
     """Both branches, their norms and the sum, and the final state if asked for."""
     shared: dict[str, Any] = dict(window=window, segment_ids=segment_ids)
     settings: dict[str, Any] = dict(block_sizes=block_sizes, eps=float(eps))
-    local = _local(q, k, v, scale=scale, **shared, **settings)
-    far = _residual(q_rla, k_rla, v, **shared, **settings, **residual)
-    terms = [(call, gain) for call, gain in ((far, rla_gain), (local, swa_gain)) if call is not None]
+    swa = _swa(q, k, v, scale=scale, **shared, **settings)
+    rla = _rla(q_rla, k_rla, v, **shared, **settings, **of_rla)
+    terms = [(call, gain) for call, gain in ((rla, rla_gain), (swa, swa_gain)) if call is not None]
     out = None
     if terms:
         norms = Norms(q.shape[0], v.shape[2], float(eps), v.dtype)
         out = sum_of_norms([call for call, _ in terms], [gain for _, gain in terms], norms)
-    state = final_state(k_rla, v, **shared, **residual) if return_final_state else None
+    state = final_state(k_rla, v, **shared, **of_rla) if return_final_state else None
     return _by_time(out, q, v), state
 
 
-def _local(
+def _swa(
     q: Float[Array, "t h d"],
     k: Float[Array, "s kv d"],
     v: Float[Array, "s kv dv"],
@@ -94,16 +92,16 @@ def _local(
     block_sizes: BlockSizes,
     eps: float | None = None,
 ) -> Call | None:
-    """What gives o_swa, or None where it is 0."""
+    """The call that computes o_swa, or None where it is 0."""
     (t, h, d), (s, kv, dv) = q.shape, v.shape
     if window == 0:
         return None
     window = min(window, s)
     if window == 1:  # one key, so its weight is 1 whatever the logit, and q and k get a gradient of exactly 0
         out = _keys_by_head(v[s - t :], 0, t, round_up(dv, LANES))
-        return Call("given", None, {"out": jnp.broadcast_to(out[:, None], (kv, h // kv, *out.shape[1:]))}, {})
-    exact = any(x.dtype != jnp.bfloat16 for x in (q, k, v))
-    bytes_of_group = h // kv * round_up(max(d, dv), LANES) * (4 if exact else 2)
+        return Call("copy", None, {"out": jnp.broadcast_to(out[:, None], (kv, h // kv, *out.shape[1:]))}, {})
+    float32 = any(x.dtype != jnp.bfloat16 for x in (q, k, v))
+    bytes_of_group = h // kv * round_up(max(d, dv), LANES) * (4 if float32 else 2)
     chunk, block = window_blocks(block_sizes, t, window, bytes_of_group)
     length, back = round_up(t, block), round_up(window - 1, block)
     first_key = max(back - (s - t), 0)
@@ -120,7 +118,7 @@ def _local(
         block=block,
         back=back,
         first_key=first_key,
-        exact=exact,
+        float32=float32,
         eps=eps,
         interpret=interpreted(),
     )
@@ -135,10 +133,10 @@ def _local(
     if segment_ids is not None:
         start = starts(segment_ids)[s - t :] + (back - (s - t))
         segments["segment_start"] = jnp.pad(start, (0, length - t), mode="edge")[None]
-    return Call("window", plan, arrays, segments)
+    return Call("swa", plan, arrays, segments)
 
 
-def _residual(
+def _rla(
     q: Float[Array, "t h d"],
     k: Float[Array, "s kv d"],
     v: Float[Array, "s kv dv"],
@@ -151,28 +149,28 @@ def _residual(
     block_sizes: BlockSizes,
     eps: float | None = None,
 ) -> Call | None:
-    """What gives o_rla, or None where it is 0."""
+    """The call that computes o_rla, or None where it is 0."""
     (t, h, d), (s, kv, dv) = q.shape, v.shape
     if segment_ids is None:
         segment_state = None
-    older = s - t - window  # keys that every query has left behind: their state is found outside the kernels
+    older = s - t - window  # keys in the residual set of every query: XLA computes their state, outside the kernels
     if older > 0:
         states = {"initial_state": initial_state, "segment_state": segment_state}
         initial_state = state_after(k, v, older, segment_ids=segment_ids, feature_map=feature_map, **states)
         k, v = k[older:], v[older:]
         segment_ids = None if segment_ids is None else segment_ids[older:]
         s -= older
-    moved = min(window + t - s, t)  # position of the first key, if that is one of the queries' positions
-    starts = [initial_state, segment_state]
-    num_starts = 0 if all(x is None for x in starts) else 1 if segment_state is None else 2
-    if moved == t and not num_starts:
+    shift = min(window + t - s, t)  # where the first key stands once keys are shifted right by the window
+    start_states = [initial_state, segment_state]
+    num_start_states = 0 if all(x is None for x in start_states) else 1 if segment_state is None else 2
+    if shift == t and not num_start_states:
         return None
-    row, exact = in_kernels(feature_map, d), any(x.dtype != jnp.bfloat16 for x in (q, k, v))
-    if row is None:  # rounding to bfloat16 is the named maps' alone: nothing is known of these
+    row, float32 = in_kernels(feature_map, d), any(x.dtype != jnp.bfloat16 for x in (q, k, v))
+    if row is None:  # XLA computes phi. Its range is unknown, so that it is not rounded to bfloat16.
         phi_q, phi_k = as_pair(feature_map)
         q, k = phi_q(q.astype(jnp.float32)), phi_k(k.astype(jnp.float32))
-        row, exact, d = identity, True, q.shape[-1]
-    bytes_of_group = h // kv * round_up(max(d, dv), LANES) * (4 if exact else 2)
+        row, float32, d = identity, True, q.shape[-1]
+    bytes_of_group = h // kv * round_up(max(d, dv), LANES) * (4 if float32 else 2)
     chunk, block = residual_blocks(block_sizes, t, bytes_of_group, target())
     length = round_up(t, block)
     plan = Plan(
@@ -183,38 +181,38 @@ def _residual(
         value_size=dv,
         map_name=row.name,
         segmented=segment_ids is not None,
-        num_start_states=num_starts,
+        num_start_states=num_start_states,
         chunk=chunk,
         block=block,
         back=0,
         first_key=0,
-        exact=exact,
+        float32=float32,
         eps=eps,
         interpret=interpreted(),
-        delicate=eps is not None and not exact and not row.sums_to_one,
+        split_scores=eps is not None and not float32 and not row.sums_to_one,
     )
     q, k, v = (x.astype(plan.dtype) for x in (q, k, v))
     arrays = {
         "q": _queries_by_head(q, kv, length, plan.width),
-        "k": _keys_by_head(k[: t - moved], moved, length, plan.width),
-        "v": _keys_by_head(v[: t - moved], moved, length, plan.value_width),
+        "k": _keys_by_head(k[: t - shift], shift, length, plan.width),
+        "v": _keys_by_head(v[: t - shift], shift, length, plan.value_width),
     }
-    if num_starts:
+    if num_start_states:
         empty = jnp.zeros((kv, plan.num_features, plan.value_width), jnp.float32)
-        padded = [empty if x is None else _pad_state(x, plan) for x in starts[:num_starts]]
+        padded = [empty if x is None else _pad_state(x, plan) for x in start_states[:num_start_states]]
         arrays["start_states"] = jnp.stack(padded)
     segments = {} if segment_ids is None else _segments(segment_ids, t, window, plan)
-    return Call("residual", plan, arrays, segments)
+    return Call("rla", plan, arrays, segments)
 
 
 def residual_blocks(sizes: BlockSizes, t: int, bytes_of_group: int, kind: str | None) -> tuple[int, int]:
-    """Tokens of a chunk and of a block of the residual kernels. bytes_of_group: of a token's queries."""
+    """Tokens of a chunk and of a block in residual.py. bytes_of_group: of one token's queries of one group."""
     wide = kind is not None and any(name in kind.lower() for name in WIDE)
     return _fitting(sizes.tpu_chunk or (256 if wide and t > 128 else 128), sizes.tpu_block, t, bytes_of_group)
 
 
 def window_blocks(sizes: BlockSizes, t: int, window: int, bytes_of_group: int) -> tuple[int, int]:
-    """Likewise, of the window's kernels."""
+    """Likewise, in window.py."""
     short = min(window, t) < sizes.tpu_window_chunk
     chunk = sizes.tpu_chunk or 128 if short else sizes.tpu_window_chunk
     return _fitting(chunk, sizes.tpu_block, t, bytes_of_group)
@@ -233,7 +231,7 @@ def _queries_by_head(x, kv: int, length: int, width: int):
 
 
 def _keys_by_head(x, before: int, length: int, width: int):
-    """[s, kv, d] -> [kv, length, width], with `before` rows of zeros in front."""
+    """[s, kv, d] -> [kv, length, width], the first key at row `before`."""
     s, _, d = x.shape
     return jnp.pad(x.transpose(1, 0, 2), ((0, 0), (before, length - before - s), (0, width - d)))
 
@@ -245,7 +243,7 @@ def _by_time(x, q, v):
 
 
 def _pad_state(state, plan: Plan):
-    """[kv, f, dv] float32 -> each slice of f, and dv, padded."""
+    """[kv, f, dv] -> float32, with each slice of f and dv padded to lanes."""
     kv, f, dv = state.shape
     slices = state.astype(jnp.float32).reshape(kv, plan.map.slices, f // plan.map.slices, dv)
     padding = ((0, 0), (0, 0), (0, plan.width - slices.shape[2]), (0, plan.value_width - dv))
@@ -253,12 +251,12 @@ def _pad_state(state, plan: Plan):
 
 
 def _segments(segment_ids: Int[Array, "s"], t: int, window: int, plan: Plan) -> dict:
-    """Where each query's segment starts, and each chunk's last key's, in aligned positions."""
+    """segment_start and carry_start of residual.py, in positions of the shifted keys."""
     s = segment_ids.shape[0]
-    first = s - t
+    shift = window - (s - t)  # of each key
     start = starts(segment_ids)
-    start = jnp.where(start == 0, residual.NO_SEGMENT, start + (window - first)).astype(jnp.int32)
-    at_query = jnp.pad(start[first:], (0, plan.length - t), mode="edge")
-    last_key = jnp.arange(1, plan.length // plan.chunk + 1, dtype=jnp.int32) * plan.chunk - 1 - (window - first)
+    start = jnp.where(start == 0, residual.FIRST_SEGMENT, start + shift).astype(jnp.int32)
+    at_query = jnp.pad(start[s - t :], (0, plan.length - t), mode="edge")
+    last_key = jnp.arange(1, plan.length // plan.chunk + 1, dtype=jnp.int32) * plan.chunk - 1 - shift
     at_chunk = start[jnp.clip(last_key, 0, s - 1)]
     return {"segment_start": at_query[:, None], "carry_start": at_chunk}

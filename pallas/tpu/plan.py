@@ -1,4 +1,4 @@
-"""What is fixed when a TPU kernel is compiled, feature maps formed in VMEM, and products for the matrix unit."""
+"""What is fixed when a TPU kernel is compiled; feature maps computed in VMEM; matrix products for the MXU."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,29 +11,31 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas.feature_map import IN_KERNELS, KernelMap, identity, softmax
+from pallas.numerics import split
 
 LANES = 128
-PLAIN = (((1,), (0,)), ((), ()))  # a b
-RIGHT = (((1,), (1,)), ((), ()))  # a b^T
-LEFT = (((0,), (0,)), ((), ()))  # a^T b
-UNROLLED = 8  # heads of a group whose work the compiler may interleave; more of them are a loop
-LOWEST = -1e30  # of logits: far below any, and finite, so that no difference of two is NaN
+NN = (((1,), (0,)), ((), ()))  # dimension numbers of a b
+NT = (((1,), (1,)), ((), ()))  # a b^T
+TN = (((0,), (0,)), ((), ()))  # a^T b
+UNROLLED = 8  # a loop over at most so many heads of a group is unrolled, so that the compiler may interleave them
+MASK_VALUE = -1e30  # of masked logits: finite, so that the difference of two is not NaN
 
 
 def _softmax(x, real):
     if real is not None:
-        x = jnp.where(real, x, LOWEST)
+        x = jnp.where(real, x, MASK_VALUE)
     weights = jnp.exp(x - x.max(axis=1, keepdims=True))
     return weights * (1.0 / weights.sum(axis=1, keepdims=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Static facts of one call. Query i stands at aligned position i; what is aligned differs by branch.
+    """Static facts of one call. The kernels know positions in the padded arrays they read, which differ by branch.
 
-    Residual branch: keys are moved `window` towards the queries, so that query i reads the keys at positions up to i.
-    Local branch: `back` positions lie before the first query's, and query i sees positions i + back - window + 1 to
-    i + back.
+    Residual branch: keys are shifted by `window` positions to the right, so that query i reads keys at positions up to
+    i: causal linear attention.
+    Window: the arrays of keys begin `back` positions before the first query, so that query i sees keys at positions
+    i + back - window + 1 to i + back.
     """
 
     window: int
@@ -44,28 +46,28 @@ class Plan:
     map_name: str
     segmented: bool
     num_start_states: int  # 0; 1: the initial state; 2: segment_state too
-    chunk: int  # queries of one head that a product takes
-    block: int  # queries that one step of the grid takes: a multiple of chunk
-    back: int  # of the local branch: a multiple of block
-    first_key: int  # of the local branch: positions before it hold no key
-    exact: bool  # float32 operands and products, not bfloat16 ones
-    eps: float | None  # outputs are normed, with this under the root; None: they are not
+    chunk: int  # tokens of one head that one matrix product takes
+    block: int  # tokens that one step of the grid takes: a multiple of chunk
+    back: int  # of the window: a multiple of block
+    first_key: int  # of the window: positions before it hold no key
+    float32: bool  # operands and products, which else are bfloat16
+    eps: float | None  # of the RMS norm that the kernel applies to its output; None: it applies none
     interpret: bool
-    delicate: bool = False  # bfloat16, normed, and phi without a sum of one: see `precise`
+    split_scores: bool = False  # phi(k) and gradients of scores are [hi, lo] too: see `split_states`
 
     @property
     def dtype(self):
-        """Of operands."""
-        return jnp.float32 if self.exact else jnp.bfloat16
+        """Of the operands of products."""
+        return jnp.float32 if self.float32 else jnp.bfloat16
 
     @property
-    def unit(self) -> float | None:
-        """Of a normed output, at most sqrt(value_size), kept as an integer of 16 bits; None: it is float32."""
-        return None if self.exact or self.delicate else self.value_size**0.5 / 32767
+    def int16_step(self) -> float | None:
+        """Of a normed output, which is at most sqrt(value_size), as int16: what 1 stands for. None: it is float32."""
+        return None if self.float32 or self.split_scores else self.value_size**0.5 / 32767
 
     @property
     def precision(self):
-        return lax.Precision.HIGHEST if self.exact else lax.Precision.DEFAULT
+        return lax.Precision.HIGHEST if self.float32 else lax.Precision.DEFAULT
 
     @property
     def map(self) -> KernelMap:
@@ -86,26 +88,26 @@ class Plan:
 
     @property
     def centred(self) -> bool:
-        """Are states rounded without their mean over each slice of f?
+        """Is the mean of a state over each slice of f subtracted before the state is rounded to bfloat16?
 
-        The mean is large, and the softmax map's Jacobian removes it from gradients: they would be left with its
-        rounding. That each slice of phi sums to 1 gives outputs their part of it back.
+        The mean is large, and the Jacobian of softmax removes it from gradients, but not its rounding error. Each slice
+        of phi sums to 1, so that outputs get the mean back as one added row.
         """
-        return self.map.sums_to_one and not self.exact
+        return self.map.sums_to_one and not self.float32
 
     @property
-    def precise(self) -> bool:
-        """Are states read, and their gradients summed, beyond bfloat16?
+    def split_states(self) -> bool:
+        """Are states and the gradients they sum up operands as [hi, lo], with 16 bits, not 8, of their mantissa?
 
-        Start states are float32. And the gradient of a normed output is orthogonal to it, while values and states lie
-        nearly along it: of their products little is left but rounding, unless the map's Jacobian removes the rest, as
-        softmax's does.
+        Start states are float32 numbers of the user. And the gradient of a normed output is orthogonal to the output,
+        while values and states are nearly parallel to it: their products cancel, and rounding errors remain, unless the
+        Jacobian of the map removes those, as that of softmax does.
         """
-        return self.delicate or (self.num_start_states > 0 and not self.exact)
+        return self.split_scores or (self.num_start_states > 0 and not self.float32)
 
     @property
     def chunks(self) -> int:
-        """In a block: the paper's m."""
+        """In a block: the m of the paper, chunks between two saved states."""
         return self.block // self.chunk
 
     @property
@@ -114,74 +116,71 @@ class Plan:
 
     @property
     def key_blocks(self) -> int:
-        """Blocks of keys that a block of queries may see, of the local branch."""
+        """Blocks of keys that a block of queries may see, of the window: its own and those before it."""
         return self.back // self.block + 1
 
-    def dot(self, a, b, dimensions=PLAIN):
-        """A product with float32 sums."""
+    def dot(self, a, b, dimensions=NN):
+        """A product accumulated in float32."""
         return lax.dot_general(a, b, dimensions, precision=self.precision, preferred_element_type=jnp.float32)
 
-    def parts(self, x):
-        """x as operands: rounded, and where `precise` what rounding took from it too."""
-        rounded = x.astype(self.dtype)
-        if not self.precise or x.dtype != jnp.float32:
-            return [rounded]
-        return [rounded, (x - rounded.astype(jnp.float32)).astype(self.dtype)]
+    def split(self, x, precise: bool | None = None) -> list:
+        """x as an operand: [hi], or [hi, lo] if precise, by default where `split_states`."""
+        precise = self.split_states if precise is None else precise
+        if self.float32:
+            return [x.astype(jnp.float32)]
+        return split(x, precise and x.dtype == jnp.float32)
 
-    def product(self, a, b, dimensions=PLAIN) -> Any:
-        """Of parts; that of what rounding took from both is left out."""
+    def dot_split(self, a: list, b: list, dimensions=NN) -> Any:
+        """Of operands that may be split: hi hi + hi lo + lo hi; lo lo is too small to matter."""
         return sum(self.dot(x, y, dimensions) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2)
 
-    def slices_of(self, x):
-        """phi(x) in float32, [rows, num_features], and its signed inputs. x: [rows, width]."""
+    def phi(self, x):
+        """phi(x) in float32, [rows, num_features]: of x and, of a signed map, of -x. x: [rows, width]."""
+        x = x.astype(jnp.float32)
         real = lanes((1, self.width)) < self.head_size if self.width > self.head_size else None
-        signed = [x, -x][: self.map.slices]
-        return along_lanes([self.slice_of(x, real) for x in signed]), signed
+        return along_lanes([self.slice_of(x, real) for x in [x, -x][: self.map.slices]])
 
     def slice_of(self, x, real):
-        """value(x); 0 in padding, where `real` is false."""
-        if self.map is softmax:  # padding takes no part in its sums
+        """value(x); 0 in padded lanes, where `real` is false."""
+        if self.map is softmax:  # its sums leave padded lanes out
             return _softmax(x, real)
         return self.map.value(x) if real is None or self.map is identity else jnp.where(real, self.map.value(x), 0.0)
 
-    def phi(self, x):
-        return self.slices_of(x.astype(jnp.float32))[0]
-
     def pull_back(self, phi, x, d_phi):
-        """The gradient of x, from phi(x) in float32 and its cotangent."""
+        """The gradient of x, from phi(x) in float32 and the gradient of phi(x)."""
         x, columns = x.astype(jnp.float32), self.width
-        d: Any = None
+        d_x: Any = None
         for i, signed in enumerate([x, -x][: self.map.slices]):
-            part = slice(i * columns, (i + 1) * columns)
-            found = self.map.pull_back(signed, phi[:, part], d_phi[:, part])
-            d = found if i == 0 else d - found
-        return d
+            of_slice = slice(i * columns, (i + 1) * columns)
+            d_signed = self.map.pull_back(signed, phi[:, of_slice], d_phi[:, of_slice])
+            d_x = d_signed if i == 0 else d_x - d_signed
+        return d_x
 
     def normed(self, out, axis: int):
-        """out, float32 with its values along `axis`, as it is kept: normed, and the factor that did it."""
+        """RMS norm of out, float32, over `axis`: (y in float32 or in steps of int16, rstd)."""
         assert self.eps is not None
-        factor = lax.rsqrt(jnp.square(out).sum(axis=axis, keepdims=True) / self.value_size + self.eps)
-        return out * (factor if self.unit is None else factor * (1 / self.unit)), factor
+        rstd = lax.rsqrt(jnp.square(out).sum(axis=axis, keepdims=True) / self.value_size + self.eps)
+        return out * (rstd if self.int16_step is None else rstd * (1 / self.int16_step)), rstd
 
-    def store_out(self, given: dict, head, rows, out, factor=None):
-        """Of a head: out [rows, dv] float32 and factor [1, rows]."""
-        ref = given["out"]
+    def store_out(self, refs: dict, head, rows, out, rstd=None):
+        """Of a head: out [rows, dv] float32 and rstd [1, rows]."""
+        ref = refs["out"]
         if ref.dtype == jnp.int16:
             out = jnp.round(out).astype(jnp.int32)
         ref[head, rows, :] = out.astype(ref.dtype)
-        if factor is not None:
-            given["factor"][head, :, rows] = factor
+        if rstd is not None:
+            refs["rstd"][head, :, rows] = rstd
 
     def out_shapes(self, batch: int, kv: int, group: int, out_dtype) -> dict:
-        """Of out and, if it is normed, of the factor."""
+        """Of out and, if the kernel norms it, of rstd."""
         if self.eps is None:
             return {"out": struct((batch, kv, group, self.length, self.value_width), out_dtype)}
-        kept = jnp.float32 if self.unit is None else jnp.int16
-        out = struct((batch, kv, group, self.length, self.value_width), kept)
-        return {"out": out, "factor": struct((batch, kv, group, 1, self.length), jnp.float32)}
+        dtype = jnp.float32 if self.int16_step is None else jnp.int16
+        out = struct((batch, kv, group, self.length, self.value_width), dtype)
+        return {"out": out, "rstd": struct((batch, kv, group, 1, self.length), jnp.float32)}
 
     def compiler_params(self, *order: Any):
-        """Axes of the grid, the last by default and `order` in all other cases: which may run in any order?"""
+        """Dimension semantics: of batch, kv head and then `order`, by default one sequential axis."""
         axes: Any = ("parallel", "parallel", *(order or ("arbitrary",)))
         return pltpu.CompilerParams(dimension_semantics=axes)
 
@@ -194,15 +193,17 @@ def round_up(x: int, multiple: int) -> int:
 
 
 def lanes(shape):
+    """The column of each element."""
     return lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
 def sublanes(shape):
+    """The row of each element."""
     return lax.broadcasted_iota(jnp.int32, shape, 0)
 
 
-def along_lanes(parts):
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+def along_lanes(slices):
+    return slices[0] if len(slices) == 1 else jnp.concatenate(slices, axis=1)
 
 
 def each_head(group: int, body: Callable, carry):
@@ -215,6 +216,7 @@ def each_head(group: int, body: Callable, carry):
 
 
 def rows_of(index, chunk: int):
+    """The rows of a chunk, as an aligned slice."""
     return pl.ds(pl.multiple_of(index * chunk, chunk), chunk)
 
 

@@ -1,49 +1,52 @@
-"""The residual branch on a TPU, forward: one sweep along the sequence, the state in VMEM.
+"""Residual linear attention on a TPU, forward: one pass along the sequence, the state in VMEM.
 
 The grid is (batch, kv head, block of queries); its last axis is sequential, and the state [f, dv] of a key/value head
-stays in scratch from block to block. Keys are moved by the window, so a chunk of queries reads the state before it and
-one masked square of scores; a group's query heads are served together. For the backward pass the state before each
-block is saved in float32.
+stays in VMEM scratch from block to block. Keys are shifted right by the window, so that this is chunkwise causal linear
+attention: a chunk of queries reads the state before it, and its own chunk of keys through a masked tile of scores. All
+query heads of a group are computed from one chunk of keys. For the backward pass the state before each block is saved
+in float32.
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas.tpu.plan import LEFT, RIGHT, Plan, each_head, lanes, rows_of, struct, sublanes, zeros
+from pallas.tpu.plan import NT, TN, Plan, each_head, lanes, rows_of, struct, sublanes, zeros
 
-NO_SEGMENT = -(2**30)  # where the first segment starts
+FIRST_SEGMENT = -(2**30)  # where the first segment starts: before every key, so that it reads the initial state
 
 
 def forward(arrays: dict, plan: Plan, *, out_dtype, save: bool) -> dict:
-    """out [b, kv, group, t, dv], its factor [b, kv, group, 1, t] float32 if it is normed, and with `save` the states.
+    """out [b, kv, group, t, dv], rstd [b, kv, group, 1, t] float32 if the kernel norms it, and with `save` the states.
 
-    states: [b, kv, blocks, f, dv] float32
+    states: [b, kv, blocks, f, dv] float32, that before each block.
 
-    q: [b, kv, group, t, d]   k: [b, kv, t, d]   v: [b, kv, t, dv]   start_states: [b, n, kv, f, dv] float32
-    segment_start [b, t, 1]: the position of the first key in a query's segment
-    carry_start [b, chunks]: likewise, of the segment whose keys a chunk hands on
+    q: [b, kv, group, t, d]   k: [b, kv, t, d]   v: [b, kv, t, dv]
+    start_states: [b, n, kv, f, dv] float32: initial_state, and with n = 2 segment_state
+    segment_start [b, t, 1]: the position of the first key of a query's segment
+    carry_start [b, chunks]: likewise of each chunk's last key, to whose segment the state after the chunk belongs
     """
     batch, kv, group = arrays["q"].shape[:3]
     f, dv, block = plan.num_features, plan.value_width, plan.block
     shapes = plan.out_shapes(batch, kv, group, out_dtype)
     specs = {
         "out": pl.BlockSpec((None, None, group, block, dv), lambda b, h, n: (b, h, 0, n, 0)),
-        "factor": pl.BlockSpec((None, None, group, 1, block), lambda b, h, n: (b, h, 0, 0, n)),
+        "rstd": pl.BlockSpec((None, None, group, 1, block), lambda b, h, n: (b, h, 0, 0, n)),
     }
     if save:
         shapes["states"] = struct((batch, kv, plan.blocks, f, dv), jnp.float32)
         specs["states"] = pl.BlockSpec((None, None, None, f, dv), lambda b, h, n: (b, h, n, 0, 0))
     names = [name for name in ("q", "k", "v", "start_states", "segment_start", "carry_start") if name in arrays]
-    given = input_specs(plan, arrays, lambda n: n)
+    inputs = input_specs(plan, arrays, lambda n: n)
     results = pl.pallas_call(
         functools.partial(_kernel, plan, names, list(shapes)),
         out_shape=list(shapes.values()),
         grid=(batch, kv, plan.blocks),
-        in_specs=[given[name] for name in names],
+        in_specs=[inputs[name] for name in names],
         out_specs=[specs[name] for name in shapes],
         scratch_shapes=[pltpu.VMEM((f, dv), jnp.float32), pltpu.VMEM((1, dv), jnp.float32)],
         compiler_params=plan.compiler_params(),
@@ -55,7 +58,7 @@ def forward(arrays: dict, plan: Plan, *, out_dtype, save: bool) -> dict:
 
 
 def input_specs(plan: Plan, arrays: dict, block_of) -> dict:
-    """Blocks of what the kernels read, the n-th step of the sequential axis taking block `block_of(n)`."""
+    """BlockSpecs of the kernels' inputs: step n of the sequential axis reads block `block_of(n)`."""
     group, block = arrays["q"].shape[2], plan.block
     f, dv = plan.num_features, plan.value_width
     by_head = lambda width: pl.BlockSpec((None, None, block, width), lambda b, h, n: (b, h, block_of(n), 0))
@@ -86,104 +89,106 @@ def forward_cost(plan: Plan, arrays: dict, results) -> pl.CostEstimate:
     )
 
 
-def _kernel(plan: Plan, names, outputs, *refs):
-    given = dict(zip([*names, *outputs], refs, strict=False))
-    state, mean = refs[-2:]  # [f, dv], and the sum of its means over the slices of f [1, dv]
+def _kernel(plan: Plan, names, outputs, *refs_and_scratch):
+    refs = dict(zip([*names, *outputs], refs_and_scratch, strict=False))
+    state, mean = refs_and_scratch[-2:]  # [f, dv], and the sum of its means over the slices of f [1, dv]
     block_index = pl.program_id(2)
 
     @pl.when(block_index == 0)
     def _():
-        state[...], mean[...] = start(plan, given)
+        state[...], mean[...] = start(plan, refs)
 
-    if "states" in given:
-        given["states"][...] = state[...]
-    fresh = fresh_state(plan, given)
+    if "states" in refs:
+        refs["states"][...] = state[...]
+    fresh = fresh_state(plan, refs)
 
     def one_chunk(c, _):
         rows = rows_of(c, plan.chunk)
-        k, v = given["k"][rows, :], given["v"][rows, :]
+        k, v = refs["k"][rows, :], refs["v"][rows, :]
         features = plan.phi(k)
-        k_parts = delicate_parts(plan, features)
-        phi_k = k_parts[0]
-        before, shift = centre(plan, state[...], mean[...])
-        reads = seen = None
+        phi_k = split_features(plan, features)
+        centred, mean_row = centre(plan, state[...], mean[...])
+        square = (plan.chunk, plan.chunk)  # of scores: [queries, keys]
+        reads_state: Any = None  # [chunk, 1]: does the query's segment reach back before the chunk?
+        in_segment: Any = None
         if plan.segmented:
-            first = given["segment_start"][rows, :]  # [chunk, 1]
+            segment_start = refs["segment_start"][rows, :]  # [chunk, 1]
             position = (block_index * plan.chunks + c) * plan.chunk
-            reads, seen = first < position, lanes((plan.chunk, plan.chunk)) + position >= first
-        mask = lanes((plan.chunk, plan.chunk)) <= sublanes((plan.chunk, plan.chunk))
-        diagonal = lanes((plan.chunk, plan.chunk)) == sublanes((plan.chunk, plan.chunk))
-        mask = mask if seen is None else mask & seen
+            reads_state, in_segment = segment_start < position, lanes(square) + position >= segment_start
+        mask = lanes(square) <= sublanes(square)
+        diagonal = lanes(square) == sublanes(square)
+        mask = mask if in_segment is None else mask & in_segment
 
         def one_head(head, _):
-            phi_q = plan.phi(given["q"][head, rows, :]).astype(plan.dtype)
-            scores = jnp.where(mask, plan.dot(phi_q, phi_k, RIGHT), 0.0).astype(plan.dtype)
-            out = plan.product([phi_q], before) + shift
-            if reads is not None:
-                out = jnp.where(reads, out, 0.0 if fresh is None else plan.product([phi_q], fresh[0]) + fresh[1])
-            out, factor = out + plan.dot(scores, v), None
+            phi_q = plan.phi(refs["q"][head, rows, :]).astype(plan.dtype)
+            scores = jnp.where(mask, plan.dot(phi_q, phi_k[0], NT), 0.0).astype(plan.dtype)
+            out = plan.dot_split([phi_q], centred) + mean_row
+            if reads_state is not None:
+                of_fresh = 0.0 if fresh is None else plan.dot_split([phi_q], fresh[0]) + fresh[1]
+                out = jnp.where(reads_state, out, of_fresh)
+            out, rstd = out + plan.dot(scores, v), None
             if plan.eps is not None:
-                out, factor = plan.normed(out, axis=1)
-                factor = jnp.where(diagonal, factor, 0.0).sum(axis=0, keepdims=True)  # a row
-            plan.store_out(given, head, rows, out, factor)
+                out, rstd = plan.normed(out, axis=1)
+                rstd = jnp.where(diagonal, rstd, 0.0).sum(axis=0, keepdims=True)  # a column, transposed into a row
+            plan.store_out(refs, head, rows, out, rstd)
             return 0
 
-        each_head(given["q"].shape[0], one_head, 0)
-        state[...], mean[...] = advance(plan, given, block_index * plan.chunks + c, state[...], mean[...], k_parts, v)
+        each_head(refs["q"].shape[0], one_head, 0)
+        state[...], mean[...] = advance(plan, refs, block_index * plan.chunks + c, state[...], mean[...], phi_k, v)
         return 0
 
     lax.fori_loop(0, plan.chunks, one_chunk, 0)
 
 
-def start(plan: Plan, given: dict, index: int = 0):
-    """A start state, by default the one before the first key, and the sum of its means over the slices of f."""
+def start(plan: Plan, refs: dict, index: int = 0):
+    """A start state, 0: initial_state, 1: segment_state, or zero, and the sum of its means over the slices of f."""
     if plan.num_start_states <= index:
         return zeros(plan.num_features, plan.value_width), zeros(1, plan.value_width)
-    state = given["start_states"][index]
+    state = refs["start_states"][index]
     return state, sum_of_means(plan, state)
 
 
 def sum_of_means(plan: Plan, state):
     if not plan.centred:
         return zeros(1, plan.value_width)
-    return state.sum(axis=0, keepdims=True) / plan.head_size  # padding is 0
+    return state.sum(axis=0, keepdims=True) / plan.head_size  # padded rows are 0
 
 
-def fresh_state(plan: Plan, given: dict):
-    """The state that later segments start from, as `centre` gives it; None: zero."""
-    return centre(plan, *start(plan, given, 1)) if plan.num_start_states == 2 else None
+def fresh_state(plan: Plan, refs: dict):
+    """segment_state, from which segments after the first start, as `centre` returns it; None: zero."""
+    return centre(plan, *start(plan, refs, 1)) if plan.num_start_states == 2 else None
 
 
 def centre(plan: Plan, state, mean):
-    """The state's parts for products, without its mean over each slice of f, and what outputs get for that mean."""
+    """The state without its mean over each slice of f, as an operand, and the row that outputs get for that mean."""
     if not plan.centred:
-        return plan.parts(state), 0.0
-    halves = []
+        return plan.split(state), 0.0
+    slices = []
     for i in range(plan.map.slices):
-        part = state[i * plan.width : (i + 1) * plan.width]
-        part = part - part.sum(axis=0, keepdims=True) / plan.head_size
-        if plan.width > plan.head_size:  # padding stays 0
-            part = jnp.where(sublanes(part.shape) < plan.head_size, part, 0.0)
-        halves.append(part)
-    return plan.parts(jnp.concatenate(halves, axis=0)), mean
+        x = state[i * plan.width : (i + 1) * plan.width]
+        x = x - x.sum(axis=0, keepdims=True) / plan.head_size
+        if plan.width > plan.head_size:  # padded rows stay 0
+            x = jnp.where(sublanes(x.shape) < plan.head_size, x, 0.0)
+        slices.append(x)
+    return plan.split(jnp.concatenate(slices, axis=0)), mean
 
 
-def delicate_parts(plan: Plan, x):
-    """float32 as operands: rounded, and where `delicate` what rounding took from it too."""
-    return plan.parts(x) if plan.delicate else [x.astype(plan.dtype)]
+def split_features(plan: Plan, x):
+    """phi(k), or the gradient of scores, as an operand."""
+    return plan.split(x, plan.split_scores)
 
 
-def advance(plan: Plan, given: dict, chunk_index, state, mean, k_parts, v):
-    """The state after a chunk, and its means, which the values alone tell since each slice of phi sums to 1."""
-    if plan.segmented:
-        first = given["carry_start"][pl.program_id(0), chunk_index]
+def advance(plan: Plan, refs: dict, chunk_index, state, mean, phi_k, v):
+    """The state after a chunk, and the sum of its means: that of v, since each slice of phi sums to 1."""
+    if plan.segmented:  # keys of the segment of the chunk's last key are added, to a state of that segment
+        segment_start = refs["carry_start"][pl.program_id(0), chunk_index]
         position = chunk_index * plan.chunk
-        kept = sublanes((plan.chunk, 1)) + position >= first
+        kept = sublanes((plan.chunk, 1)) + position >= segment_start
         v = jnp.where(kept, v, jnp.zeros_like(v))
-        carried = first < position
-        fresh, fresh_mean = start(plan, given, 1)
+        carried = segment_start < position
+        fresh, fresh_mean = start(plan, refs, 1)
         state, mean = jnp.where(carried, state, fresh), jnp.where(carried, mean, fresh_mean)
-    state = state + plan.product(k_parts, [v], LEFT)
+    state = state + plan.dot_split(phi_k, [v], TN)
     if plan.centred:
         mean = mean + v.astype(jnp.float32).sum(axis=0, keepdims=True) * (plan.map.slices / plan.head_size)
     return state, mean

@@ -1,10 +1,12 @@
-"""The residual branch on a TPU, backward: one sweep from the last block to the first, the state's gradient in VMEM.
+"""Residual linear attention on a TPU, backward: one pass from the last block to the first.
 
-A block begins from the state that the forward pass saved and finds the states of its chunks anew. Then its chunks are
-taken from the last to the first: each gives dq from its state, and dk and dv from the gradient of the state after it,
-summed over the group's heads in float32. No order depends on time: two runs are equal to the bit.
+A block loads the state that the forward pass saved before it and recomputes the states before each of its chunks. Then
+its chunks are processed from the last to the first: each computes dq from the state before it, and dk and dv from the
+gradient of the state after it, summed over the query heads of the group in float32, in a fixed order: two runs are
+equal to the bit.
 
-The state's gradient is kept transposed, [dv, f], so that of the two factors of its sum the narrow one is transposed.
+The state's gradient stays in VMEM scratch, transposed, [dv, f]: in the product d_out^T phi(q) that is added to it, the
+narrower operand is then the one that the matrix unit gets transposed.
 """
 
 import functools
@@ -15,40 +17,40 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas.tpu.plan import LEFT, RIGHT, Plan, along_lanes, each_head, lanes, rows_of, struct, sublanes, zeros
-from pallas.tpu.residual import advance, centre, delicate_parts, fresh_state, input_specs
+from pallas.tpu.plan import NT, TN, Plan, along_lanes, each_head, lanes, rows_of, struct, sublanes, zeros
+from pallas.tpu.residual import advance, centre, fresh_state, input_specs, split_features
 
 
 def backward(arrays: dict, plan: Plan) -> dict:
-    """dq, dk, dv as q, k, v and, if there are start states, d_starts [b, kv, n, dv, f] float32.
+    """dq, dk, dv, shaped as q, k, v, and of start states d_start_states [b, kv, n, dv, f] float32.
 
-    arrays: as for the forward kernel, and its states, and d_out [b, kv, group, t, dv].
+    arrays: those of the forward kernel, the states that it saved, and d_out [b, kv, group, t, dv].
     """
     batch, kv = arrays["q"].shape[:2]
     f, dv, blocks = plan.num_features, plan.value_width, plan.blocks
     names = ("q", "k", "v", "d_out", "states", "start_states", "segment_start", "carry_start")
     names = [name for name in names if name in arrays]
-    given = input_specs(plan, arrays, lambda n: blocks - 1 - n)
+    inputs = input_specs(plan, arrays, lambda n: blocks - 1 - n)
     shapes = {
         "dq": struct(arrays["q"].shape, arrays["q"].dtype),
         "dk": struct(arrays["k"].shape, arrays["k"].dtype),
         "dv": struct(arrays["v"].shape, arrays["v"].dtype),
     }
-    specs = {"dq": given["q"], "dk": given["k"], "dv": given["v"]}
+    specs = {"dq": inputs["q"], "dk": inputs["k"], "dv": inputs["v"]}
     scratch = [
         pltpu.VMEM((dv, f), jnp.float32),
         pltpu.VMEM((1, dv), jnp.float32),
-        pltpu.VMEM((plan.chunks, 1 + plan.precise, f, dv), plan.dtype),
+        pltpu.VMEM((plan.chunks, 1 + plan.split_states, f, dv), plan.dtype),
     ]
     n = plan.num_start_states
     if n:
-        shapes["d_starts"] = struct((batch, kv, n, dv, f), jnp.float32)
-        specs["d_starts"] = pl.BlockSpec((None, None, n, dv, f), lambda b, h, n: (b, h, 0, 0, 0))
+        shapes["d_start_states"] = struct((batch, kv, n, dv, f), jnp.float32)
+        specs["d_start_states"] = pl.BlockSpec((None, None, n, dv, f), lambda b, h, n: (b, h, 0, 0, 0))
     results = pl.pallas_call(
         functools.partial(_kernel, plan, names, list(shapes)),
         out_shape=list(shapes.values()),
         grid=(batch, kv, blocks),
-        in_specs=[given[name] for name in names],
+        in_specs=[inputs[name] for name in names],
         out_specs=[specs[name] for name in shapes],
         scratch_shapes=scratch,
         compiler_params=plan.compiler_params(),
@@ -71,98 +73,100 @@ def backward_cost(plan: Plan, arrays: dict) -> pl.CostEstimate:
     )
 
 
-def _kernel(plan: Plan, names, outputs, *refs):
-    given = dict(zip([*names, *outputs], refs, strict=False))
-    gradient, mean, states = refs[-3:]  # of the state after a chunk: [dv, f], sum of its means [1, dv]
+def _kernel(plan: Plan, names, outputs, *refs_and_scratch):
+    refs = dict(zip([*names, *outputs], refs_and_scratch, strict=False))
+    # The gradient of the state after a chunk [dv, f], the sum of its means over the slices of f [1, dv], and the states
+    # before the block's chunks, as operands [chunks, 1 or 2, f, dv].
+    d_state, d_mean, states = refs_and_scratch[-3:]
     step = pl.program_id(2)
     first_chunk = (plan.blocks - 1 - step) * plan.chunks
     square = (plan.chunk, plan.chunk)
 
     @pl.when(step == 0)
     def _():
-        gradient[...], mean[...] = jnp.zeros_like(gradient), jnp.zeros_like(mean)
+        d_state[...], d_mean[...] = jnp.zeros_like(d_state), jnp.zeros_like(d_mean)
         if plan.num_start_states:
-            given["d_starts"][...] = jnp.zeros_like(given["d_starts"])
+            refs["d_start_states"][...] = jnp.zeros_like(refs["d_start_states"])
 
-    def find_state(c, carry):
-        state, shift = carry
+    def recompute_state(c, carry):
+        state, mean = carry
         rows = rows_of(c, plan.chunk)
-        for i, part in enumerate(centre(plan, state, shift)[0]):
-            states[c, i] = part
-        k_parts = delicate_parts(plan, plan.phi(given["k"][rows, :]))
-        return advance(plan, given, first_chunk + c, state, shift, k_parts, given["v"][rows, :])
+        for i, operand in enumerate(centre(plan, state, mean)[0]):
+            states[c, i] = operand
+        phi_k = split_features(plan, plan.phi(refs["k"][rows, :]))
+        return advance(plan, refs, first_chunk + c, state, mean, phi_k, refs["v"][rows, :])
 
-    before = given["states"][...]
-    lax.fori_loop(0, plan.chunks, find_state, (before, zeros(1, plan.value_width)))
-    fresh = fresh_state(plan, given)
+    saved_state = refs["states"][...]
+    lax.fori_loop(0, plan.chunks, recompute_state, (saved_state, zeros(1, plan.value_width)))
+    fresh = fresh_state(plan, refs)
 
     def one_chunk(i, _):
         c = plan.chunks - 1 - i
         rows, position = rows_of(c, plan.chunk), (first_chunk + c) * plan.chunk
-        k, v = given["k"][rows, :], given["v"][rows, :]
-        features = plan.phi(k)
-        k_parts, before = delicate_parts(plan, features), [states[c, i] for i in range(states.shape[1])]
-        phi_k = k_parts[0]
+        k, v = refs["k"][rows, :], refs["v"][rows, :]
+        features_k = plan.phi(k)
+        phi_k, state = split_features(plan, features_k), [states[c, i] for i in range(states.shape[1])]
         mask, mask_t = lanes(square) <= sublanes(square), sublanes(square) <= lanes(square)
-        kept: Any = None
-        reads: Any = None
-        carried: Any = None
+        kept: Any = None  # [chunk, 1]: is the key in the segment of the chunk's last key, so that the state gets it?
+        reads_state: Any = None  # [chunk, 1]: does the query's segment reach back before the chunk?
+        carried: Any = None  # does the segment of the chunk's last key?
         if plan.segmented:
-            first = given["segment_start"][rows, :]  # [chunk, 1]
-            reads = first < position
-            mask = mask & (lanes(square) + position >= first)
+            segment_start = refs["segment_start"][rows, :]  # [chunk, 1]
+            reads_state = segment_start < position
+            mask = mask & (lanes(square) + position >= segment_start)
             mask_t = jnp.transpose(mask.astype(jnp.float32)) > 0.0
-            carry_first = given["carry_start"][pl.program_id(0), first_chunk + c]
-            kept, carried = sublanes((plan.chunk, 1)) + position >= carry_first, carry_first < position
+            carry_start = refs["carry_start"][pl.program_id(0), first_chunk + c]
+            kept, carried = sublanes((plan.chunk, 1)) + position >= carry_start, carry_start < position
 
-        after, shift = centre_transposed(plan, gradient[...]), mean[...] if plan.centred else 0.0
-        d_v: Any = plan.dot(phi_k, after, RIGHT) + shift
-        d_phi_k: Any = plan.dot(v, after)
+        d_centred, mean_row = centre_transposed(plan, d_state[...]), d_mean[...] if plan.centred else 0.0
+        d_v: Any = plan.dot(phi_k[0], d_centred, NT) + mean_row
+        d_phi_k: Any = plan.dot(v, d_centred)
         if kept is not None:
             d_v, d_phi_k = jnp.where(kept, d_v, 0.0), jnp.where(kept, d_phi_k, 0.0)
 
         def one_head(head, carry):
-            d_v, d_phi_k, added, later = carry
-            q, whole = given["q"][head, rows, :], given["d_out"][head, rows, :]
-            features, d_parts = plan.phi(q), plan.parts(whole)
-            phi_q, d_out = features.astype(plan.dtype), d_parts[0]
+            d_v, d_phi_k, (d_before, d_before_mean), d_fresh = carry
+            q, d_out_read = refs["q"][head, rows, :], refs["d_out"][head, rows, :]
+            features_q, d_outs = plan.phi(q), plan.split(d_out_read)  # d_outs: [hi] or [hi, lo]
+            phi_q, d_out = features_q.astype(plan.dtype), d_outs[0]
 
-            def added_by(these):  # queries where `these` is true
-                a = [d if these is None else jnp.where(these, d, jnp.zeros_like(d)) for d in d_parts]
-                return plan.product(a, plan.parts(features), LEFT)
+            def d_state_of(queries):
+                """d_out^T phi(q), of the queries where `queries` is true; None: all."""
+                a = [d if queries is None else jnp.where(queries, d, jnp.zeros_like(d)) for d in d_outs]
+                return plan.dot_split(a, plan.split(features_q), TN)
 
-            scores = jnp.where(mask_t, plan.dot(phi_k, phi_q, RIGHT), 0.0).astype(plan.dtype)  # [keys, queries]
-            some = d_parts if plan.delicate else d_parts[:1]
-            d_score_parts = delicate_parts(plan, jnp.where(mask, plan.product(some, [v], RIGHT), 0.0))
-            d_scores = d_score_parts[0]
+            scores = jnp.where(mask_t, plan.dot(phi_k[0], phi_q, NT), 0.0).astype(plan.dtype)  # [keys, queries]
+            d_out_of_scores = d_outs if plan.split_scores else d_outs[:1]
+            d_scores = split_features(plan, jnp.where(mask, plan.dot_split(d_out_of_scores, [v], NT), 0.0))
             d_v = d_v + plan.dot(scores, d_out)
-            d_phi_k = d_phi_k + plan.dot(d_scores, phi_q, LEFT)
-            d_phi_q = plan.product(d_parts, before, RIGHT)
-            if reads is not None:
-                d_phi_q = jnp.where(reads, d_phi_q, 0.0 if fresh is None else plan.product(d_parts, fresh[0], RIGHT))
-            if fresh is not None and reads is not None:
-                later = later + added_by(jnp.logical_not(reads))
-            total, total_mean = added[0] + added_by(reads), added[1]
+            d_phi_k = d_phi_k + plan.dot(d_scores[0], phi_q, TN)
+            d_phi_q = plan.dot_split(d_outs, state, NT)
+            if reads_state is not None:
+                of_fresh = 0.0 if fresh is None else plan.dot_split(d_outs, fresh[0], NT)
+                d_phi_q = jnp.where(reads_state, d_phi_q, of_fresh)
+            if fresh is not None and reads_state is not None:
+                d_fresh = d_fresh + d_state_of(jnp.logical_not(reads_state))
+            d_before = d_before + d_state_of(reads_state)
             if plan.centred:
-                read = d_out if reads is None else jnp.where(reads, d_out, jnp.zeros_like(d_out))
-                total_mean = total_mean + read.astype(jnp.float32).sum(axis=0, keepdims=True)
-            d_phi_q = d_phi_q + plan.product(d_score_parts, k_parts)
-            given["dq"][head, rows, :] = plan.pull_back(features, q, d_phi_q).astype(given["dq"].dtype)
-            return d_v, d_phi_k, (total, total_mean), later
+                read = d_out if reads_state is None else jnp.where(reads_state, d_out, jnp.zeros_like(d_out))
+                d_before_mean = d_before_mean + read.astype(jnp.float32).sum(axis=0, keepdims=True)
+            d_phi_q = d_phi_q + plan.dot_split(d_scores, phi_k)
+            refs["dq"][head, rows, :] = plan.pull_back(features_q, q, d_phi_q).astype(refs["dq"].dtype)
+            return d_v, d_phi_k, (d_before, d_before_mean), d_fresh
 
-        nothing = zeros(plan.value_width, plan.num_features)
-        carry = (d_v, d_phi_k, (nothing, zeros(1, plan.value_width)), nothing if fresh is not None else 0)
-        d_v, d_phi_k, (added, added_mean), later = each_head(given["q"].shape[0], one_head, carry)
-        given["dv"][rows, :] = d_v.astype(given["dv"].dtype)
-        given["dk"][rows, :] = plan.pull_back(features, k, d_phi_k).astype(given["dk"].dtype)
+        zero = zeros(plan.value_width, plan.num_features)
+        carry = (d_v, d_phi_k, (zero, zeros(1, plan.value_width)), zero if fresh is not None else 0)
+        d_v, d_phi_k, (d_before, d_before_mean), d_fresh = each_head(refs["q"].shape[0], one_head, carry)
+        refs["dv"][rows, :] = d_v.astype(refs["dv"].dtype)
+        refs["dk"][rows, :] = plan.pull_back(features_k, k, d_phi_k).astype(refs["dk"].dtype)
         if fresh is not None:
-            later = later + jnp.where(carried, 0.0, gradient[...])
-            given["d_starts"][1] += later
-        old, old_mean = gradient[...], mean[...]
+            d_fresh = d_fresh + jnp.where(carried, 0.0, d_state[...])
+            refs["d_start_states"][1] += d_fresh
+        d_after, d_after_mean = d_state[...], d_mean[...]
         if carried is not None:
-            old, old_mean = jnp.where(carried, old, 0.0), jnp.where(carried, old_mean, 0.0)
-        gradient[...] = old + added
-        mean[...] = old_mean + added_mean * (plan.map.slices / plan.head_size)
+            d_after, d_after_mean = jnp.where(carried, d_after, 0.0), jnp.where(carried, d_after_mean, 0.0)
+        d_state[...] = d_after + d_before
+        d_mean[...] = d_after_mean + d_before_mean * (plan.map.slices / plan.head_size)
         return 0
 
     lax.fori_loop(0, plan.chunks, one_chunk, 0)
@@ -171,18 +175,18 @@ def _kernel(plan: Plan, names, outputs, *refs):
 
         @pl.when(step == plan.blocks - 1)
         def _():
-            given["d_starts"][0] = gradient[...]
+            refs["d_start_states"][0] = d_state[...]
 
 
-def centre_transposed(plan: Plan, gradient):
-    """As `centre`, of [dv, f]."""
+def centre_transposed(plan: Plan, d_state):
+    """As `centre`, of the gradient [dv, f], rounded."""
     if not plan.centred:
-        return gradient.astype(plan.dtype)
-    parts = []
+        return d_state.astype(plan.dtype)
+    slices = []
     for i in range(plan.map.slices):
-        part = gradient[:, i * plan.width : (i + 1) * plan.width]
-        part = part - part.sum(axis=1, keepdims=True) / plan.head_size
+        x = d_state[:, i * plan.width : (i + 1) * plan.width]
+        x = x - x.sum(axis=1, keepdims=True) / plan.head_size
         if plan.width > plan.head_size:
-            part = jnp.where(lanes(part.shape) < plan.head_size, part, 0.0)
-        parts.append(part)
-    return along_lanes(parts).astype(plan.dtype)
+            x = jnp.where(lanes(x.shape) < plan.head_size, x, 0.0)
+        slices.append(x)
+    return along_lanes(slices).astype(plan.dtype)

@@ -21,7 +21,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
-from pallas.tools.bench import facts
+from pallas.tools.provenance import facts
 from rattn_eqx.ablation.trial import Trial
 from rattn_eqx.data.batches import long_documents
 from rattn_eqx.data.corpus import build_corpus

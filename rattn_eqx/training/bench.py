@@ -21,9 +21,9 @@ import optax
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
-from pallas.tools.bench import facts, measure, measure_ceilings, reason, time_jax
+from pallas.tools.bench import measure, measure_ceilings, reason, time_jax
 from pallas.tools.peers import Problem, Row, flops
-from pallas.tools.provenance import saver
+from pallas.tools.provenance import facts, saver
 from rattn_eqx.inference.cost import hardwares, parameters_by_part
 from rattn_eqx.model.attention import GlobalAttention, RAttention
 from rattn_eqx.model.config import ModelConfig

@@ -2,7 +2,7 @@
 
 sum over j of (x keys[j]^T) values[j]: x is a register operand made before the loop, the scores are one made in it.
 Where a wait stands between making the scores and multiplying them, ptxas 13.0.48 and 13.0.88 keep them in x's own
-registers: from the second turn on x is lost. 13.1.80 to 13.5.37 do not, and neither does 13.0 if the wait comes first.
+registers: from the second iteration on x is lost. 13.1.80 to 13.5.37 do not, nor does 13.0 if the wait comes first.
 """
 
 import functools
@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 MATRIX, ACC = plgpu.Layout.WGMMA, plgpu.ACC  # pyright: ignore
-TURNS = 3
+ITERATIONS = 3
 
 
 def body(x, keys, values, out, x_tile, key_tile, value_tile, keys_there, values_there, *, wait_first: bool):
@@ -28,7 +28,7 @@ def body(x, keys, values, out, x_tile, key_tile, value_tile, keys_there, values_
     plgpu.barrier_wait(keys_there)
     kept = plgpu.load(x_tile, layout=MATRIX)  # pyright: ignore
 
-    def turn(j, total):
+    def iteration(j, total):
         plgpu.copy_gmem_to_smem(keys.at[j], key_tile, keys_there)
         plgpu.copy_gmem_to_smem(values.at[j], value_tile, values_there)
         plgpu.barrier_wait(keys_there)
@@ -44,7 +44,7 @@ def body(x, keys, values, out, x_tile, key_tile, value_tile, keys_there, values_
             plgpu.barrier_wait(values_there)
         return pl.run_state(lambda sums: plgpu.wgmma(sums, scores, value_tile))(ACC.init(total))
 
-    total = lax.fori_loop(0, TURNS, turn, plgpu.layout_cast(jnp.zeros((64, 64), jnp.float32), MATRIX))
+    total = lax.fori_loop(0, ITERATIONS, iteration, plgpu.layout_cast(jnp.zeros((64, 64), jnp.float32), MATRIX))
     x_tile[...] = total.astype(jnp.bfloat16)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(x_tile, out)
@@ -65,11 +65,11 @@ def compile_both() -> None:
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
-    from pallas.tools.compile import TARGETS
+    from pallas.tools.compile_gpu import TARGETS
 
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=TARGETS["h100"])
     sharding = SingleDeviceSharding(topology.devices[0])
-    shapes = ((64, 64), (TURNS, 64, 64), (TURNS, 64, 64))
+    shapes = ((64, 64), (ITERATIONS, 64, 64), (ITERATIONS, 64, 64))
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
     device = AbstractDevice(topology.devices[0].device_kind, 132, "gpu")
     for wait_first in (True, False):
@@ -82,7 +82,7 @@ def run_both() -> dict[str, float]:
     """The relative error of each, on a GPU."""
     generator = np.random.default_rng(0)
     draw = lambda *shape: generator.standard_normal(shape).astype(jnp.bfloat16)
-    x, keys, values = draw(64, 64), draw(TURNS, 64, 64), draw(TURNS, 64, 64)
+    x, keys, values = draw(64, 64), draw(ITERATIONS, 64, 64), draw(ITERATIONS, 64, 64)
     wide = [a.astype(np.float64) for a in (x, keys, values)]
     expected = sum(wide[0] @ key.T @ value for key, value in zip(wide[1], wide[2], strict=True))
     found = {}

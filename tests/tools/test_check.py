@@ -13,7 +13,8 @@ from pallas import chunked
 from pallas.__main__ import main
 from pallas.block_sizes import BlockSizes
 from pallas.tools import random_cases
-from pallas.tools.cases import BOTH, BOUND, RLA, STATES, SWA, Case, allowed, bounds, compiled, errors, parse, to_line
+from pallas.tools.case_errors import BOUND, allowed, bounds, errors
+from pallas.tools.cases import BOTH, RLA, STATES, SWA, Case, compiled, parse, to_line
 from pallas.tools.check import Held, Tally, hold, in_workers, shrink
 from pallas.tools.random_cases import MAPS, draw, options, redraw, simpler
 
@@ -131,12 +132,12 @@ def test_where_a_softmax_sees_one_key_rounding_is_measured_against_what_gradient
 
 def plant(monkeypatch):
     """The residual branch of `chunked` reads the segment before."""
-    right = chunked.residual_linear_attention
+    right = chunked._rla
 
     def wrong(*arrays, segment_ids, **keywords):
         return right(*arrays, segment_ids=None if segment_ids is None else segment_ids * 0, **keywords)
 
-    monkeypatch.setattr(chunked, "residual_linear_attention", wrong)
+    monkeypatch.setattr(chunked, "_rla", wrong)
 
 
 def test_a_call_is_held_and_a_wrong_one_made_smaller(monkeypatch):

@@ -15,7 +15,6 @@ import pytest
 
 from pallas.__main__ import main
 from pallas.tools import compile_tpu
-from pallas.tools.compile import Case
 from pallas.tools.compile_tpu import (
     Loop,
     cases,
@@ -26,6 +25,7 @@ from pallas.tools.compile_tpu import (
     parse_slots,
     totals,
 )
+from pallas.tools.programs import Case
 
 HERE: dict[str, str | None] = {name: "0.11.2" for name in compile_tpu.PACKAGES}
 SCHEDULE = """= control target key start
@@ -252,7 +252,7 @@ def test_heads_and_batch_sharded_need_no_collective(tmp_path):
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "PYTHONPATH": str(Path(compile_tpu.__file__).parents[1]),
+        "PYTHONPATH": str(Path(compile_tpu.__file__).parents[2]),
     }
     command = [sys.executable, "-c", SHARDED]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)

@@ -60,9 +60,9 @@ def test_longer_calls_conform(case, dtype):
     assert_conforms(case, dtype, "tpu")
 
 
-def quick(first, *rest):
+def quick(first, *others):
     """Parameters of which the first alone is for .ci/run: the interpreter takes seconds for each."""
-    return [first, *(pytest.param(value, marks=pytest.mark.long) for value in rest)]
+    return [first, *(pytest.param(value, marks=pytest.mark.long) for value in others)]
 
 
 @pytest.mark.parametrize("name", quick("squared_relu", "relu", "identity", "elu_plus_one", "exp"))
@@ -72,7 +72,7 @@ def test_maps_formed_in_the_kernel(name):
 
 
 def test_nan_is_not_lost_in_integers():
-    """The fused op's branches leave their kernels as integers, which know no NaN."""
+    """The branches of rattention leave their kernels as int16, which has no NaN."""
     gain, x = jnp.ones((2, 8)), jnp.ones((40, 1, 8), jnp.bfloat16)
     q = jnp.ones((40, 2, 8), jnp.bfloat16).at[20, 1].set(jnp.nan)
     out = pallas.rattention(q, x, x, window=4, swa_gain=gain, rla_gain=gain, implementation="tpu")
@@ -193,8 +193,8 @@ def test_a_planted_race_is_found(fresh, monkeypatch, capsys, op):
 def replaced(function, **changes):
     """A function that sees its plan changed."""
 
-    def wrong(plan, *rest):
-        return function(dataclasses.replace(plan, **{name: change(plan) for name, change in changes.items()}), *rest)
+    def wrong(plan, *others):
+        return function(dataclasses.replace(plan, **{name: change(plan) for name, change in changes.items()}), *others)
 
     return wrong
 
@@ -203,24 +203,24 @@ def uncentred_mean(plan, state, mean):
     return residual_centre(plan, state, mean)[0], 0.0
 
 
-def without_segments(plan, given, chunk_index, state, mean, phi_k, v):
-    return residual_tpu_advance(dataclasses.replace(plan, segmented=False), given, chunk_index, state, mean, phi_k, v)
+def without_segments(plan, refs, chunk_index, state, mean, phi_k, v):
+    return residual_advance(dataclasses.replace(plan, segmented=False), refs, chunk_index, state, mean, phi_k, v)
 
 
-def without_values(plan, given, chunk_index, state, mean, k_parts, v):
-    apart = [jnp.roll(x, 1, axis=0) for x in k_parts]
-    return residual_tpu_advance(plan, given, chunk_index, state, mean, apart, v)
+def without_values(plan, refs, chunk_index, state, mean, phi_k, v):
+    rolled = [jnp.roll(x, 1, axis=0) for x in phi_k]
+    return residual_advance(plan, refs, chunk_index, state, mean, rolled, v)
 
 
-residual_centre, residual_tpu_advance = residual.centre, residual.advance
+residual_centre, residual_advance = residual.centre, residual.advance
 longer = replaced(window.masked, window=lambda plan: plan.window + 1)
 shorter = replaced(window.masked, window=lambda plan: plan.window - 1)
-RESIDUAL, LOCAL = Case(RLA, 300, 40, sizes=SMALL, states=(), static=(blocks(1),)), Case(SWA, 300, 40, sizes=SMALL)
+RESIDUAL, WINDOW = Case(RLA, 300, 40, sizes=SMALL, states=(), static=(blocks(1),)), Case(SWA, 300, 40, sizes=SMALL)
 SHORT = Case(RLA, 100, 40, sizes=SMALL, states=())  # few keys, of which each matters
 PACKED = dataclasses.replace(RESIDUAL, segments=(70, 1, 229))
 BUGS: dict[str, tuple[Case, list[tuple[Any, str, Any]]]] = {
-    "window one too long, forward": (LOCAL, [(window, "masked", longer)]),
-    "window one too short, backward": (LOCAL, [(window_backward, "masked", shorter)]),
+    "window one too long, forward": (WINDOW, [(window, "masked", longer)]),
+    "window one too short, backward": (WINDOW, [(window_backward, "masked", shorter)]),
     "edge of the residual set strict": (SHORT, [(residual, "lanes", lambda shape: plan.lanes(shape) + 1)]),
     "edge of the residual set strict, backward": (
         RESIDUAL,

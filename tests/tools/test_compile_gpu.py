@@ -16,10 +16,11 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 import pallas
 from pallas.__main__ import main
-from pallas.tools import compile
-from pallas.tools.compile import CASES, INSTALL, TARGETS, Case, Kernel, compile_case, failures, parse_listing, refusal
+from pallas.tools import compile_gpu
+from pallas.tools.compile_gpu import CASES, INSTALL, TARGETS, Kernel, compile_case, failures, parse_listing, refusal
+from pallas.tools.programs import Case
 
-HERE: dict[str, str | None] = {name: "0.11.2" for name in compile.PACKAGES}
+HERE: dict[str, str | None] = {name: "0.11.2" for name in compile_gpu.PACKAGES}
 SMALL = Case("small", op="sliding_window_attention", length=256, num_heads=2, num_kv_heads=1, head_size=64, window=100)
 
 
@@ -104,7 +105,7 @@ def test_refusals_say_what_to_do(monkeypatch):
 
 @pytest.mark.parametrize("arguments", [["--target", "v5e", "h100"], ["--target", "b200"], ["--only", "no such case"]])
 def test_a_refused_command_compiles_nothing(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(compile, "compile_case", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(compile_gpu, "compile_case", lambda *_: pytest.fail("compiled"))
     assert main(["compile", *arguments]) == 2
     assert capsys.readouterr().out.startswith("compile: ")
 
@@ -139,9 +140,9 @@ def test_what_is_wrong_is_said():
 
 @pytest.mark.parametrize("error", [None, "ValueError: too much shared memory"])
 def test_the_table_the_file_and_the_status(error, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compile, "refusal", lambda *_: None)
+    monkeypatch.setattr(compile_gpu, "refusal", lambda *_: None)
     found = {"error": error, "seconds": 1.0} if error else result()
-    monkeypatch.setattr(compile, "compile_case", lambda case, target: found)
+    monkeypatch.setattr(compile_gpu, "compile_case", lambda case, target: found)
     out = tmp_path / "results" / "compile.jsonl"
     assert main(["compile", "--only", "relu", "--out", str(out), "--commit", "abc"]) == (1 if error else 0)
     shown = capsys.readouterr().out
