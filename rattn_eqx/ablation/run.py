@@ -22,7 +22,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
 from pallas.tools.bench import facts
-from rattn_eqx.ablation.trial import Trial
+from rattn_eqx.ablation.layer import ablate
+from rattn_eqx.ablation.trial import Trial, migrated
 from rattn_eqx.data.batches import long_documents
 from rattn_eqx.data.corpus import build_corpus
 from rattn_eqx.data.tokenizers import ByteTokenizer, tokenize
@@ -105,7 +106,7 @@ def run_grid(
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a result file; none if there is no file.
+    """The lines of a result file, with trials as they are written now (`trial.migrated`); none if there is no file.
 
     Raises:
       ValueError: for a line that is no JSON, with its number.
@@ -113,9 +114,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"ablate: line {number} of {path} is no JSON ({error}); remove it") from error
+        rows.append(row | {"trial": migrated(row["trial"])})
     return rows
 
 
@@ -199,7 +201,7 @@ def run_trial(
         every = max(1, len(losses) // 50)
         row["losses"] = [[step + 1, round(float(losses[step, index]), 4)] for step in range(0, len(losses), every)]
         row |= {
-            "parameters": count_parameters(trial.model),
+            "parameters": count_parameters(model),
             "tokens": trial.training.steps * trial.training.batch_size * context,
             "skipped": int(skipped[index]),
             "corpus": data.sha256 if data is not None else None,
@@ -228,7 +230,7 @@ def train_trial(
     # The update is linear in the learning rate, which stays outside: a sweep compiles once, where there is a cache.
     config = dataclasses.replace(trial.training, learning_rate=1.0)
     rate = jnp.float32(trial.training.learning_rate)
-    make = functools.partial(_make_model, trial, implementation)
+    make = lambda key: make_model(trial, key=key, implementation=implementation)
     models = eqx.filter_vmap(make)(jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)))
     parameters, _ = eqx.partition(models, eqx.is_array)
     optimizer = make_optimizer(config)
@@ -280,21 +282,29 @@ def task_options(trial: Trial, data: Data | None) -> dict[str, Any]:
     return options
 
 
-def _make_model(trial: Trial, implementation: str | None, key: PRNGKeyArray) -> LanguageModel:
+def make_model(trial: Trial, *, key: PRNGKeyArray, implementation: str | None = None) -> LanguageModel:
+    """The trial's model as training begins with it."""
     settings = trial.training
-    return LanguageModel(
+    model = LanguageModel(
         trial.model,
         compute_dtype=settings.compute_dtype,
         rematerialise=settings.rematerialise,
         implementation=implementation,
         key=key,
     )
+    return ablate(model, trial.departures)
+
+
+def _shapes(trial: Trial, implementation: str | None = None) -> LanguageModel:
+    """The trial's model with a `jax.ShapeDtypeStruct` in place of every parameter."""
+    make = lambda key: make_model(trial, key=key, implementation=implementation)
+    return eqx.filter_eval_shape(make, jax.random.key(0))
 
 
 def _with_window(trial: Trial, implementation: str | None, window: int, parameters: Any) -> LanguageModel:
     """The model with these parameters and this window, which is part of a model's structure."""
     trial = dataclasses.replace(trial, model=dataclasses.replace(trial.model, window=window))
-    shapes = eqx.filter_eval_shape(functools.partial(_make_model, trial, implementation), jax.random.key(0))
+    shapes = _shapes(trial, implementation)
     arrays, static = eqx.partition(shapes, lambda x: isinstance(x, jax.ShapeDtypeStruct))
     return eqx.combine(jax.tree.unflatten(jax.tree.structure(arrays), jax.tree.leaves(parameters)), static)
 
@@ -310,10 +320,9 @@ def _sources(trial: Trial, data: Data | None) -> tuple[Array, Array, Array]:
     text = np.zeros(context + 1, np.uint16) if data is None else data.train
     sequences, answers = np.zeros((1, context + 1), np.uint16), np.zeros((1, context), bool)
     if trial.task_sequences:
-        shapes = eqx.filter_eval_shape(functools.partial(_make_model, trial, None), jax.random.key(0))
         needed = trial.task_sequences * trial.training.steps
         count = min(max(1, POOL // context), needed)
-        drawn = make_task(trial.task, shapes, ByteTokenizer(), 0, count, context, task_options(trial, data))
+        drawn = make_task(trial.task, _shapes(trial), ByteTokenizer(), 0, count, context, task_options(trial, data))
         sequences = np.concatenate([drawn.tokens, drawn.targets[:, -1:]], axis=1).astype(np.uint16)
         answers = drawn.scored
     return jnp.asarray(text), jnp.asarray(sequences), jnp.asarray(answers)
