@@ -17,7 +17,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
@@ -31,10 +30,9 @@ from rattn_eqx.evaluation.attribution import attribute_task
 from rattn_eqx.evaluation.recall import evaluate_task, make_task
 from rattn_eqx.evaluation.text import loss_by_position, switch_off, without_residual
 from rattn_eqx.inference.cost import count_parameters
-from rattn_eqx.model.language_model import LanguageModel, batch_logits
-from rattn_eqx.model.loss import cross_entropy
+from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.training.loop import validation_loss
-from rattn_eqx.training.step import make_optimizer
+from rattn_eqx.training.step import build_model, make_optimizer, mean_loss, train_step
 
 POOL = 2**24  # tokens of the task's samples that training draws from, over and over
 TEST_SEED = 2**31  # no trial's samples
@@ -240,11 +238,8 @@ def train_trial(
 
     def one_seed(window, number, kept, sources, rate, parameters, state, key):
         batch = _batch(jax.random.fold_in(key, number), sources, trial)
-        of_parameters = lambda p: _loss(_with_window(trial, implementation, window, p), trial, batch, kept)
-        loss, gradients = jax.value_and_grad(of_parameters)(parameters)
-        updates, state = optimizer.update(gradients, state, parameters)
-        parameters = optax.apply_updates(parameters, jax.tree.map(lambda x: x * rate, updates))
-        return parameters, state, loss
+        loss = lambda p, batch: _loss(_with_window(trial, implementation, window, p), trial, batch, kept)
+        return train_step(jax.value_and_grad(loss), optimizer, parameters, state, batch, scale=rate)[:3]
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def steps(window, carry, numbers, sources, rate, keys):
@@ -284,14 +279,7 @@ def task_options(trial: Trial, data: Data | None) -> dict[str, Any]:
 
 def make_model(trial: Trial, *, key: PRNGKeyArray, implementation: str | None = None) -> LanguageModel:
     """The trial's model as training begins with it."""
-    settings = trial.training
-    model = LanguageModel(
-        trial.model,
-        compute_dtype=settings.compute_dtype,
-        rematerialise=settings.rematerialise,
-        implementation=implementation,
-        key=key,
-    )
+    model = build_model(trial.model, trial.training, key=key, implementation=implementation)
     return ablate(model, trial.departures)
 
 
@@ -352,12 +340,9 @@ def _loss(model: LanguageModel, trial: Trial, batch, kept: Bool[Array, "layers"]
     sequences, answers = batch
     tokens, targets = sequences[:, :-1], sequences[:, 1:]
     segment_ids = jnp.cumsum(tokens == ByteTokenizer().document, axis=-1)
-    logits = batch_logits(model, tokens, segment_ids)
-    if trial.task_loss == "all":
-        return cross_entropy(logits, targets, jnp.ones(targets.shape, bool)) / targets.size
     is_text = jnp.broadcast_to(jnp.arange(len(tokens))[:, None] >= trial.task_sequences, targets.shape)
-    mean = lambda where: cross_entropy(logits, targets, where) / jnp.maximum(1, jnp.sum(where))
-    return mean(is_text) + mean(answers)
+    scored = () if trial.task_loss == "all" else (is_text, answers)
+    return mean_loss(model, dict(tokens=tokens, targets=targets, segment_ids=segment_ids), scored)
 
 
 def _key(trial: dict[str, Any], corpus: str | None) -> str:
