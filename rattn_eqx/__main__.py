@@ -119,9 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.set_defaults(run=_ablate)
     add = command.add_argument
-    add("--grid", default="quick", help="a grid of rattn_eqx/grids.py, or a Python file that defines `trials`")
+    add("--grid", default="quick", help="a grid of rattn_eqx/ablation/grids.py, or a Python file that defines `trials`")
     add("--set", metavar="SETTING=VALUE,...", action="append", dest="settings", help="run every trial with each of "
-        "these values, such as model.window=4,8; may be given again, for all combinations")  # fmt: skip
+        "these values, such as model.window=4,8 or departures.num_sinks=0,4; again, for all combinations")  # fmt: skip
     add("--only", help="trials whose name has this in it")
     add("--list", action="store_true", help="print the trials and do nothing")
     add("--seeds", type=int, default=3, help="seeds 0, 1, ... of each trial")

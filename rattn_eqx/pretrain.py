@@ -11,6 +11,7 @@ import numpy as np
 
 from rattn_eqx.data.byte_models import gzip_bits_per_byte, interpolated_bits_per_byte
 from rattn_eqx.data.corpus import build_corpus, describe
+from rattn_eqx.data.files import write_json, write_text
 from rattn_eqx.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, tokenize
 from rattn_eqx.evaluation.text import without_residual
 from rattn_eqx.figures import curves
@@ -19,7 +20,7 @@ from rattn_eqx.inference.generate import generate_text
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.training.config import RunConfig, TrainConfig
 from rattn_eqx.training.loop import train, validation_loss
-from rattn_eqx.training.run_folder import read_metrics, write_json, write_text
+from rattn_eqx.training.run_folder import read_metrics
 
 
 def pretrain(

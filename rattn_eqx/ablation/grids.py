@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+from rattn_eqx.ablation.layer import NO_DEPARTURES, Departures
 from rattn_eqx.ablation.trial import Trial
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.training.config import TrainConfig
@@ -45,7 +46,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "window": {"residual": False},
     "rattention": {},
 }
-# What the paper's ablation table changes, and what it does not; "rattention" begins with gains of 1 and 0.3.
+# What the paper's ablation table changes, and what it does not, as `trial` takes it; "rattention" begins with gains of
+# 1 and 0.3.
 VARIANTS: dict[str, dict[str, Any]] = {
     "rattention": {},
     "window alone": {"residual": False},
@@ -54,18 +56,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "squared relu": {"feature_map": "squared_relu"},
     "Taylor": {"feature_map": "taylor"},
     "learned map": {"feature_map": "learned"},
-    "decay gate": {"decay_gate": True},
-    "head split": {"head_split": True},
+    "decay gate": {"departures": Departures(decay_gate=True)},
+    "head split": {"departures": Departures(head_split=True)},
     "no window": {"window": 0},
-    "no group norm": {"branch_norm": "none"},
-    "one norm": {"branch_norm": "sum"},
+    "no group norm": {"departures": Departures(branch_norm="none")},
+    "one norm": {"departures": Departures(branch_norm="sum")},
     "gain 1": {"rla_gain": 1.0},
     "window's gain 0.1": {"swa_gain": 0.1},
-    "normed q and k": {"feature_input": "normed"},
+    "normed q and k": {"departures": Departures(feature_input="normed")},
     "learned scale": {"learned_feature_scale": True},
     "learned state": {"num_meta_tokens": 16},
-    "sinks": {"num_sinks": 4},
-    "convolution": {"conv_width": 4},
+    "sinks": {"departures": Departures(num_sinks=4)},
+    "convolution": {"departures": Departures(conv_width=4)},
 }
 # Windows and mixers of a Pareto curve, the ends first: a grid may be stopped.
 PARETO = list(itertools.product((32, 128, 512, 64, 256), ("window", "rattention")))
@@ -77,10 +79,10 @@ NO_GLOBAL_STEPS = 6000
 NO_GLOBAL_LENGTHS = LENGTHS[:4]
 
 
-def trial(name: str, mixer: str = "rattention", **model) -> Trial:
-    """A trial of the small model on text with needles: a mixer, and fields of `ModelConfig` exchanged."""
+def trial(name: str, mixer: str = "rattention", departures: Departures = NO_DEPARTURES, **model) -> Trial:
+    """A trial of the small model on text with needles: a mixer, departures, fields of `ModelConfig` exchanged."""
     config = dataclasses.replace(SMALL, **(MIXERS[mixer] | model))
-    return Trial(name, config, TRAINING, task_options=NEEDLE, test_lengths=LENGTHS, test_samples=64)
+    return Trial(name, config, TRAINING, departures, task_options=NEEDLE, test_lengths=LENGTHS, test_samples=64)
 
 
 def sweep() -> list[Trial]:
@@ -123,12 +125,11 @@ def variants() -> list[Trial]:
 def remedies() -> list[Trial]:
     """RATTENTION-512 of `pareto`, whose residual branch does next to nothing, and what may wake it."""
     base = _no_global("rattention", 512)
-    swa_gain = dataclasses.replace(base.model, swa_gain=0.1)
     return [
         base,
         dataclasses.replace(base, name="random window 64 or 512, no global", windows=(64, 512)),
         dataclasses.replace(base, name="window dropped 512, no global", window_dropout=0.5),
-        dataclasses.replace(base, name="window's gain 0.1 512, no global", model=swa_gain),
+        _changed(base, "window's gain 0.1 512, no global", swa_gain=0.1),
     ]
 
 
@@ -137,8 +138,7 @@ def maps() -> list[Trial]:
     base = _no_global("rattention", 256)
     changes = {name: VARIANTS[name] for name in ("relu", "identity", "squared relu", "learned map", "normed q and k")}
     changes["normed q and k, learned scale"] = VARIANTS["normed q and k"] | VARIANTS["learned scale"]
-    models = {f"{name} 256, no global": dataclasses.replace(base.model, **fields) for name, fields in changes.items()}
-    return [base, *(dataclasses.replace(base, name=name, model=model) for name, model in models.items())]
+    return [base, *(_changed(base, f"{name} 256, no global", **fields) for name, fields in changes.items())]
 
 
 def larger() -> list[Trial]:
@@ -151,6 +151,10 @@ def larger() -> list[Trial]:
     return [dataclasses.replace(each, training=training, test_lengths=(2048, 8192)) for each in made]
 
 
+def _changed(each: Trial, name: str, departures: Departures = NO_DEPARTURES, **model) -> Trial:
+    return dataclasses.replace(each, name=name, model=dataclasses.replace(each.model, **model), departures=departures)
+
+
 def _at_rate(each: Trial, rate: float) -> Trial:
     training = dataclasses.replace(each.training, learning_rate=rate)
     return dataclasses.replace(each, name=f"{each.name}, rate {rate:g}", training=training, test_lengths=())
@@ -160,11 +164,12 @@ def quick() -> list[Trial]:
     """One small model on associative recall beyond its windows: a minute on two CPU cores, for `--set` to vary."""
     model = ModelConfig(
         vocabulary_size=258, model_width=48, num_layers=2, num_heads=2, num_kv_heads=2, head_size=24,
-        feed_forward_width=96, window=8, pattern=NO_GLOBAL, feature_map="squared_relu", conv_width=2,
+        feed_forward_width=96, window=8, pattern=NO_GLOBAL, feature_map="squared_relu",
     )  # fmt: skip
     training = TrainConfig(steps=300, batch_size=32, context=64, learning_rate=1e-2, warmup_steps=40)
     recall: dict[str, int | str] = {"num_pairs": 4, "num_queries": 2, "gap": 24, "vocabulary_size": 16}
-    return [Trial("quick", model, training, task="mqar", task_options=recall, task_share=1)]
+    departures = Departures(conv_width=2)
+    return [Trial("quick", model, training, departures, task="mqar", task_options=recall, task_share=1)]
 
 
 grids = {
@@ -217,9 +222,11 @@ def _replaced(trial: Trial, pairs: list[tuple[str, Any]]) -> Trial:
         owner = getattr(trial, head, None) if tail else trial
         known = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
         if not (tail and isinstance(owner, dict)) and (tail or head) not in known:
+            if head == "model" and hasattr(trial.departures, tail):
+                raise ValueError(f"ablate: no setting {key!r}; it is departures.{tail}")
             raise ValueError(
-                f"ablate: no setting {key!r}; use model.FIELD, training.FIELD, task_options.NAME or a field of Trial: "
-                + ", ".join(field.name for field in dataclasses.fields(Trial))
+                f"ablate: no setting {key!r}; use model.FIELD, departures.FIELD, training.FIELD, task_options.NAME or "
+                f"a field of Trial: {', '.join(field.name for field in dataclasses.fields(Trial))}"
             )
         if tail:
             changes.setdefault(head, {})[tail] = value

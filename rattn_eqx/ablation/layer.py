@@ -1,10 +1,12 @@
 """A local layer with parts exchanged: what an ablation compares with the paper's. Unbatched, like `RAttention`.
 
-Each departure is a field of `ModelConfig`, off by default; where all are off, a model uses `RAttention` itself. The op
-stays the fused one wherever it can compute the departure; else the branches are computed one by one.
+A new departure is a field of `Departures` and what `AblatedAttention` makes of it; `ablate` puts the layer into a built
+model, which knows nothing of it. The op stays the fused one wherever it can compute the departure; else the branches
+are computed one by one.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -18,10 +20,65 @@ from pallas.feature_map import FeatureMap, as_pair
 from pallas.numerics import accumulation_dtype
 from pallas.reference import normed_sum, rms
 from rattn_eqx.model.attention import RAttention
-from rattn_eqx.model.config import ModelConfig
+from rattn_eqx.model.language_model import LanguageModel
 
 EPS = 1e-6
 SHORTEST, LONGEST = 128.0, 4096.0  # tokens over which a gate forgets a factor e when training begins
+
+
+@dataclasses.dataclass(frozen=True)
+class Departures:
+    """Where a local layer departs from arXiv 2506.15545, section 3; with the defaults, nowhere.
+
+    branch_norm: "group", the paper's, norms each head of each branch: g_swa rms(o_swa) + g_rla rms(o_rla). "sum" norms
+      once: rms(g_swa o_swa + g_rla o_rla). "none" norms nothing: g_swa o_swa + g_rla o_rla.
+    feature_input: "raw" feeds q and k to the feature map as they are projected; "normed" after qk-norm, and with the
+      learned scale, if there is one, after that.
+    head_split: the first half of the heads, of queries and of keys, is the window's branch and the second half linear
+      attention over all tokens so far, side by side (as Hymba, arXiv 2411.13676), in place of a sum in every head.
+    decay_gate: o_rla[t] = phi(q_t) . sum over s <= t - W of a_(s+1) ... a_(t-W) phi(k_s)^T v_s, a gate per token and
+      key/value head (`DecayGate`).
+    num_sinks: `Sinks` of the window's branch.
+    conv_width: a causal convolution over so many tokens of each channel, added to what the layer reads; it begins at 0.
+      Packed documents are kept apart in it too.
+
+    Raises:
+      ValueError: an unknown branch_norm or feature_input; a negative number.
+    """
+
+    branch_norm: Literal["group", "sum", "none"] = "group"
+    feature_input: Literal["raw", "normed"] = "raw"
+    head_split: bool = False
+    decay_gate: bool = False
+    num_sinks: int = 0
+    conv_width: int = 0
+
+    def __post_init__(self):
+        for name, known in (("branch_norm", ("group", "sum", "none")), ("feature_input", ("raw", "normed"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Departures: {name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        for name in ("num_sinks", "conv_width"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Departures: {name} must be at least 0; got {getattr(self, name)}")
+
+
+NO_DEPARTURES = Departures()
+
+
+def ablate(model: LanguageModel, departures: Departures) -> LanguageModel:
+    """The model with `AblatedAttention` in place of each `RAttention`; the model itself for no departure.
+
+    Every parameter that a departure adds begins at a constant, so no key is needed.
+
+    Raises:
+      ValueError: departures for a model without a local layer, or that do not fit its local layers.
+    """
+    if departures == NO_DEPARTURES:
+        return model
+    where = lambda model: [block.attention for block in model.blocks if isinstance(block.attention, RAttention)]
+    if not where(model):
+        raise ValueError(f"ablate: {departures} belong to local layers; got the pattern {model.config.pattern}")
+    return eqx.tree_at(where, model, [AblatedAttention(layer, departures) for layer in where(model)])
 
 
 @jaxtyped(typechecker=beartype)
@@ -47,7 +104,7 @@ class DecayGate(eqx.Module):
 
 @jaxtyped(typechecker=beartype)
 class Sinks(eqx.Module):
-    """Places beside its window that every query of the window's branch may attend to, whatever stands there.
+    """Places outside its window that every query of the window's branch may attend to, wherever it stands.
 
     A place has a learned logit for each query head and a learned value; both begin at 0. No key: it would be compared
     with queries turned by their position.
@@ -63,19 +120,7 @@ class Sinks(eqx.Module):
 
 @jaxtyped(typechecker=beartype)
 class AblatedAttention(eqx.Module):
-    """`RAttention` with one or more of these departures from arXiv 2506.15545, section 3.
-
-    Fields of `ModelConfig`:
-      branch_norm: "group", the paper's, norms each head of each branch: g_swa rms(o_swa) + g_rla rms(o_rla). "sum"
-        norms once: rms(g_swa o_swa + g_rla o_rla). "none" norms nothing: g_swa o_swa + g_rla o_rla.
-      feature_input: "raw" feeds q and k to the feature map as they are projected; "normed" after qk-norm.
-      head_split: the first half of the heads, of queries and of keys, is the window's branch and the second half linear
-        attention over all tokens so far, side by side (as Hymba, arXiv 2411.13676), in place of a sum in every head.
-      decay_gate: o_rla[t] = phi(q_t) . sum over s <= t - W of a_(s+1) ... a_(t-W) phi(k_s)^T v_s, a gate per token and
-        key/value head (`DecayGate`).
-      num_sinks: `Sinks` of the window's branch.
-      conv_width: a causal convolution over so many tokens of each channel, added to what the layer reads; it begins at
-        0. Packed documents are kept apart in it too.
+    """An `RAttention` with one or more `Departures`.
 
     Raises:
       ValueError: departures of the residual branch where there is none; a head_split with the decay gate or with an odd
@@ -86,36 +131,34 @@ class AblatedAttention(eqx.Module):
     decay_gate: DecayGate | None
     sinks: Sinks | None
     conv_taps: Float[Array, "taps m"] | None
-    branch_norm: str = eqx.field(static=True)
-    feature_input: str = eqx.field(static=True)
-    head_split: bool = eqx.field(static=True)
+    departures: Departures = eqx.field(static=True)
 
-    def __init__(self, layer: RAttention, config: ModelConfig):
-        of_residual = config.branch_norm != "group" or config.feature_input != "raw"
-        if not config.residual and (of_residual or config.head_split or config.decay_gate):
+    def __init__(self, layer: RAttention, departures: Departures):
+        model_width, num_heads, head_size = layer.projections.query_weight.shape
+        num_kv_heads = layer.projections.key_weight.shape[1]
+        of_residual = departures.branch_norm != "group" or departures.feature_input != "raw"
+        if layer.rla_gain is None and (of_residual or departures.head_split or departures.decay_gate):
             raise ValueError(
                 "AblatedAttention: branch_norm, feature_input, head_split and decay_gate need the residual branch; got "
                 "residual=False; leave them at their defaults"
             )
-        if config.head_split and (config.num_kv_heads % 2 or config.decay_gate):
+        if departures.head_split and (num_kv_heads % 2 or departures.decay_gate):
             raise ValueError(
                 "AblatedAttention: head_split needs an even num_kv_heads and no decay_gate; got "
-                f"num_kv_heads={config.num_kv_heads}, decay_gate={config.decay_gate}"
+                f"num_kv_heads={num_kv_heads}, decay_gate={departures.decay_gate}"
             )
-        if config.num_sinks and config.window == 0:
+        if departures.num_sinks and layer.window == 0:
             raise ValueError("AblatedAttention: num_sinks needs a window of at least 1; got window=0")
-        if config.decay_gate and config.num_meta_tokens:
+        if departures.decay_gate and layer.meta_tokens is not None:
             raise ValueError(
-                f"AblatedAttention: a decay gate starts from zero; got num_meta_tokens={config.num_meta_tokens}; use 0"
+                "AblatedAttention: a decay gate starts from zero; got "
+                f"num_meta_tokens={len(layer.meta_tokens.keys)}; use 0"
             )
-        heads = (config.num_heads, config.num_kv_heads, config.head_size)
         self.layer = layer
-        self.decay_gate = DecayGate(config.model_width, config.num_kv_heads) if config.decay_gate else None
-        self.sinks = Sinks(config.num_sinks, *heads) if config.num_sinks else None
-        self.conv_taps = jnp.zeros((config.conv_width, config.model_width)) if config.conv_width else None
-        self.branch_norm = config.branch_norm
-        self.feature_input = config.feature_input
-        self.head_split = config.head_split
+        self.decay_gate = DecayGate(model_width, num_kv_heads) if departures.decay_gate else None
+        self.sinks = Sinks(departures.num_sinks, num_heads, num_kv_heads, head_size) if departures.num_sinks else None
+        self.conv_taps = jnp.zeros((departures.conv_width, model_width)) if departures.conv_width else None
+        self.departures = departures
 
     @property
     def swa_gain(self) -> Float[Array, "h dv"] | None:
@@ -136,25 +179,33 @@ class AblatedAttention(eqx.Module):
         """What each token gathers, in x's dtype; the arguments are those of `RAttention`."""
         if self.conv_taps is not None:
             x = x + causal_convolution(x, self.conv_taps, segment_ids)
-        layer = self.layer
-        q_local, k_local, q, k, v = layer.inputs(x, self.feature_input)
-        if not (self.head_split or self.decay_gate or self.sinks) and self.branch_norm == "group":
-            return layer.projections.merge(layer.attend(q_local, k_local, q, k, v, segment_ids))
+        layer, departures = self.layer, self.departures
+        q_swa, k_swa, q_rla, k_rla, v = self.inputs(x)
+        if not (departures.head_split or self.decay_gate or self.sinks) and departures.branch_norm == "group":
+            return layer.projections.merge(layer.attend(q_swa, k_swa, q_rla, k_rla, v, segment_ids))
         options: dict[str, Any] = dict(segment_ids=segment_ids, implementation=layer.implementation)
-        if self.head_split:
-            h, kv = q.shape[1] // 2, k.shape[1] // 2
-            o_swa = self._window(q_local[:, :h], k_local[:, :kv], v[:, :kv], **options)
-            o_rla = self._residual(q[:, h:], k[:, kv:], v[:, kv:], x, 0, **options)
+        if departures.head_split:
+            h, kv = q_swa.shape[1] // 2, k_swa.shape[1] // 2
+            o_swa = self._swa(q_swa[:, :h], k_swa[:, :kv], v[:, :kv], **options)
+            o_rla = self._rla(q_rla[:, h:], k_rla[:, kv:], v[:, kv:], x, 0, **options)
             empty = jnp.zeros_like(o_swa)
             o_swa, o_rla = (jnp.concatenate(pair, axis=1) for pair in ((o_swa, empty), (empty, o_rla)))
         else:
-            o_swa = self._window(q_local, k_local, v, **options)
+            o_swa = self._swa(q_swa, k_swa, v, **options)
             if layer.swa_gain is None:
                 return layer.projections.merge(o_swa)
-            o_rla = self._residual(q, k, v, x, layer.window, **options)
+            o_rla = self._rla(q_rla, k_rla, v, x, layer.window, **options)
         return layer.projections.merge(self._sum(o_swa, o_rla).astype(v.dtype))
 
-    def _window(self, q, k, v, *, segment_ids, implementation):
+    def inputs(self, x: Array) -> tuple[Array, Array, Array, Array, Array]:
+        """What `RAttention.inputs` gives, with the residual branch's q and k as `feature_input` says."""
+        if self.departures.feature_input == "raw":
+            return self.layer.inputs(x)
+        q, k, v = self.layer.projections.project(x)
+        q, k = self.layer.projections.norm(q, k)
+        return *self.layer.rotate(q, k), *self.layer.scale(q, k), v
+
+    def _swa(self, q, k, v, *, segment_ids, implementation):
         if self.sinks is None:
             return pallas.sliding_window_attention(
                 q, k, v, window=self.layer.window, segment_ids=segment_ids, implementation=implementation
@@ -163,7 +214,7 @@ class AblatedAttention(eqx.Module):
         sinks = (self.sinks.logits[:, :h], self.sinks.values[:, :kv])
         return window_with_sinks(q, k, v, *sinks, window=self.layer.window, segment_ids=segment_ids)
 
-    def _residual(self, q, k, v, x, window, *, segment_ids, implementation) -> Any:
+    def _rla(self, q, k, v, x, window, *, segment_ids, implementation) -> Any:
         layer = self.layer
         if self.decay_gate is not None:
             return gated_residual(
@@ -188,10 +239,10 @@ class AblatedAttention(eqx.Module):
         o_swa, o_rla = (x.astype(accumulation_dtype(x)) for x in (o_swa, o_rla))
         swa_gain: Any = self.layer.swa_gain
         rla_gain: Any = self.layer.rla_gain
-        if self.branch_norm == "group":
+        if self.departures.branch_norm == "group":
             return normed_sum(o_swa, o_rla, swa_gain, rla_gain, EPS)
         total = swa_gain[None] * o_swa + rla_gain[None] * o_rla
-        return rms(total, EPS) if self.branch_norm == "sum" else total
+        return rms(total, EPS) if self.departures.branch_norm == "sum" else total
 
 
 def _runs(t: int, segment_ids: Int[Array, "t"] | None) -> Int[Array, "t"]:
@@ -250,9 +301,9 @@ def window_with_sinks(
     bias = jnp.pad(sink_logits.T.astype(q.dtype), ((0, 0), (0, 2 * block)))[None, :, None]  # [1, h, 1, sinks + keys]
     sink_keys = jnp.zeros((num_sinks, *k.shape[1:]), k.dtype)
     distance = block + jnp.arange(block)[:, None] - jnp.arange(2 * block)[None]
-    near = (distance >= 0) & (distance < window)
+    in_window = (distance >= 0) & (distance < window)
     same = blocks(runs)[:, :, None] == two_blocks(runs, -1)[:, None, :]
-    seen = jnp.pad(near[None] & same, ((0, 0), (0, 0), (num_sinks, 0)), constant_values=True)
+    seen = jnp.pad(in_window[None] & same, ((0, 0), (0, 0), (num_sinks, 0)), constant_values=True)
     out = jax.nn.dot_product_attention(
         blocks(q), with_sinks(sink_keys, k), with_sinks(sink_values, v), bias=bias, mask=seen[:, None]
     )

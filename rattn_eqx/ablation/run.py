@@ -17,12 +17,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
 from pallas.tools.provenance import facts
-from rattn_eqx.ablation.trial import Trial
+from rattn_eqx.ablation.layer import ablate
+from rattn_eqx.ablation.trial import Trial, migrated
 from rattn_eqx.data.batches import long_documents
 from rattn_eqx.data.corpus import build_corpus
 from rattn_eqx.data.tokenizers import ByteTokenizer, tokenize
@@ -30,10 +30,9 @@ from rattn_eqx.evaluation.attribution import attribute_task
 from rattn_eqx.evaluation.recall import evaluate_task, make_task
 from rattn_eqx.evaluation.text import loss_by_position, switch_off, without_residual
 from rattn_eqx.inference.cost import count_parameters
-from rattn_eqx.model.language_model import LanguageModel, batch_logits
-from rattn_eqx.model.loss import cross_entropy
+from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.training.loop import validation_loss
-from rattn_eqx.training.step import make_optimizer
+from rattn_eqx.training.step import build_model, make_optimizer, mean_loss, train_step
 
 POOL = 2**24  # tokens of the task's samples that training draws from, over and over
 TEST_SEED = 2**31  # no trial's samples
@@ -105,7 +104,7 @@ def run_grid(
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a result file; none if there is no file.
+    """The lines of a result file, with trials as they are written now (`trial.migrated`); none if there is no file.
 
     Raises:
       ValueError: for a line that is no JSON, with its number.
@@ -113,9 +112,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"ablate: line {number} of {path} is no JSON ({error}); remove it") from error
+        rows.append(row | {"trial": migrated(row["trial"])})
     return rows
 
 
@@ -199,7 +199,7 @@ def run_trial(
         every = max(1, len(losses) // 50)
         row["losses"] = [[step + 1, round(float(losses[step, index]), 4)] for step in range(0, len(losses), every)]
         row |= {
-            "parameters": count_parameters(trial.model),
+            "parameters": count_parameters(model),
             "tokens": trial.training.steps * trial.training.batch_size * context,
             "skipped": int(skipped[index]),
             "corpus": data.sha256 if data is not None else None,
@@ -228,7 +228,7 @@ def train_trial(
     # The update is linear in the learning rate, which stays outside: a sweep compiles once, where there is a cache.
     config = dataclasses.replace(trial.training, learning_rate=1.0)
     rate = jnp.float32(trial.training.learning_rate)
-    make = functools.partial(_make_model, trial, implementation)
+    make = lambda key: make_model(trial, key=key, implementation=implementation)
     models = eqx.filter_vmap(make)(jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)))
     parameters, _ = eqx.partition(models, eqx.is_array)
     optimizer = make_optimizer(config)
@@ -238,11 +238,8 @@ def train_trial(
 
     def one_seed(window, number, kept, sources, rate, parameters, state, key):
         batch = _batch(jax.random.fold_in(key, number), sources, trial)
-        of_parameters = lambda p: _loss(_with_window(trial, implementation, window, p), trial, batch, kept)
-        loss, gradients = jax.value_and_grad(of_parameters)(parameters)
-        updates, state = optimizer.update(gradients, state, parameters)
-        parameters = optax.apply_updates(parameters, jax.tree.map(lambda x: x * rate, updates))
-        return parameters, state, loss
+        loss = lambda p, batch: _loss(_with_window(trial, implementation, window, p), trial, batch, kept)
+        return train_step(jax.value_and_grad(loss), optimizer, parameters, state, batch, scale=rate)[:3]
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def steps(window, carry, numbers, sources, rate, keys):
@@ -280,21 +277,22 @@ def task_options(trial: Trial, data: Data | None) -> dict[str, Any]:
     return options
 
 
-def _make_model(trial: Trial, implementation: str | None, key: PRNGKeyArray) -> LanguageModel:
-    settings = trial.training
-    return LanguageModel(
-        trial.model,
-        compute_dtype=settings.compute_dtype,
-        rematerialise=settings.rematerialise,
-        implementation=implementation,
-        key=key,
-    )
+def make_model(trial: Trial, *, key: PRNGKeyArray, implementation: str | None = None) -> LanguageModel:
+    """The trial's model as training begins with it."""
+    model = build_model(trial.model, trial.training, key=key, implementation=implementation)
+    return ablate(model, trial.departures)
+
+
+def _shapes(trial: Trial, implementation: str | None = None) -> LanguageModel:
+    """The trial's model with a `jax.ShapeDtypeStruct` in place of every parameter."""
+    make = lambda key: make_model(trial, key=key, implementation=implementation)
+    return eqx.filter_eval_shape(make, jax.random.key(0))
 
 
 def _with_window(trial: Trial, implementation: str | None, window: int, parameters: Any) -> LanguageModel:
     """The model with these parameters and this window, which is part of a model's structure."""
     trial = dataclasses.replace(trial, model=dataclasses.replace(trial.model, window=window))
-    shapes = eqx.filter_eval_shape(functools.partial(_make_model, trial, implementation), jax.random.key(0))
+    shapes = _shapes(trial, implementation)
     arrays, static = eqx.partition(shapes, lambda x: isinstance(x, jax.ShapeDtypeStruct))
     return eqx.combine(jax.tree.unflatten(jax.tree.structure(arrays), jax.tree.leaves(parameters)), static)
 
@@ -310,10 +308,9 @@ def _sources(trial: Trial, data: Data | None) -> tuple[Array, Array, Array]:
     text = np.zeros(context + 1, np.uint16) if data is None else data.train
     sequences, answers = np.zeros((1, context + 1), np.uint16), np.zeros((1, context), bool)
     if trial.task_sequences:
-        shapes = eqx.filter_eval_shape(functools.partial(_make_model, trial, None), jax.random.key(0))
         needed = trial.task_sequences * trial.training.steps
         count = min(max(1, POOL // context), needed)
-        drawn = make_task(trial.task, shapes, ByteTokenizer(), 0, count, context, task_options(trial, data))
+        drawn = make_task(trial.task, _shapes(trial), ByteTokenizer(), 0, count, context, task_options(trial, data))
         sequences = np.concatenate([drawn.tokens, drawn.targets[:, -1:]], axis=1).astype(np.uint16)
         answers = drawn.scored
     return jnp.asarray(text), jnp.asarray(sequences), jnp.asarray(answers)
@@ -343,12 +340,9 @@ def _loss(model: LanguageModel, trial: Trial, batch, kept: Bool[Array, "layers"]
     sequences, answers = batch
     tokens, targets = sequences[:, :-1], sequences[:, 1:]
     segment_ids = jnp.cumsum(tokens == ByteTokenizer().document, axis=-1)
-    logits = batch_logits(model, tokens, segment_ids)
-    if trial.task_loss == "all":
-        return cross_entropy(logits, targets, jnp.ones(targets.shape, bool)) / targets.size
     is_text = jnp.broadcast_to(jnp.arange(len(tokens))[:, None] >= trial.task_sequences, targets.shape)
-    mean = lambda where: cross_entropy(logits, targets, where) / jnp.maximum(1, jnp.sum(where))
-    return mean(is_text) + mean(answers)
+    scored = () if trial.task_loss == "all" else (is_text, answers)
+    return mean_loss(model, dict(tokens=tokens, targets=targets, segment_ids=segment_ids), scored)
 
 
 def _key(trial: dict[str, Any], corpus: str | None) -> str:

@@ -4,16 +4,17 @@ import dataclasses
 import json
 from typing import Any, Literal
 
+from rattn_eqx.ablation.layer import NO_DEPARTURES, Departures
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.training.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One cell of a grid: a model, how it is trained, and what it is tested on.
+    """One cell of a grid: a model, how it is trained, where its layers depart from the paper's, what it is tested on.
 
     `training.seed` counts for nothing: a trial is run for seeds. A step reads `training.batch_size` sequences, of which
-    `task_share` (rounded to whole sequences) are samples of the recall task and the rest is text. `task_loss="all"` is
+    `task_share` (rounded to whole sequences) are samples of the recall task and the others text. `task_loss="all"` is
     the mean over all tokens; "answers" adds the mean over the text's tokens and the mean over the answers'.
 
     `windows`: each step trains with one of these, drawn at random, and tests run with the model's own (SWAX, arXiv
@@ -21,12 +22,13 @@ class Trial:
     training (arXiv 2510.05901).
 
     Raises:
-      ValueError: a share outside [0, 1], or departures that need both branches where there are not two.
+      ValueError: a share outside [0, 1], or a window_dropout where there are not two branches.
     """
 
     name: str
     model: ModelConfig
     training: TrainConfig
+    departures: Departures = NO_DEPARTURES
     task: str = "needle"
     task_options: dict[str, int | str] = dataclasses.field(default_factory=dict)
     task_share: float | int = 0.5
@@ -66,9 +68,24 @@ class Trial:
 
     @classmethod
     def from_json(cls, name: str, values: dict[str, Any]) -> "Trial":
-        """The trial whose `to_json` is `values`."""
-        rest: dict[str, Any] = {
+        """The trial whose `to_json` is `migrated(values)`."""
+        values = migrated(values)
+        fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
-        rest |= {"model": ModelConfig.from_json(values["model"]), "training": TrainConfig(**values["training"])}
-        return cls(name, **rest)
+        fields["model"] = ModelConfig.from_json(values["model"])
+        fields["training"] = TrainConfig(**values["training"])
+        fields["departures"] = Departures(**values["departures"])
+        return cls(name, **fields)
+
+
+def migrated(values: dict[str, Any]) -> dict[str, Any]:
+    """A trial's JSON as `Trial.to_json` gives it now, from a line of any age.
+
+    Departures were once fields of the model. One that is younger than the line has its default.
+    """
+    names = [field.name for field in dataclasses.fields(Departures)]
+    departures = {name: value for name, value in values["model"].items() if name in names}
+    model = {name: value for name, value in values["model"].items() if name not in names}
+    departures = Departures(**departures, **values.get("departures", {}))
+    return values | {"model": model, "departures": dataclasses.asdict(departures)}

@@ -1,19 +1,17 @@
 """Text for pretraining without a download: the interpreter's sources, its environment's, or the user's own files."""
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import platform
-import shutil
 import stat
 import sysconfig
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
+
+from rattn_eqx.data.files import new_folder
 
 _FORMAT = 2  # part of the cache key: raise it when the same sources would give other bytes
 _SEPARATOR = b"\0"  # free for this use, because files that hold it are dropped
@@ -113,26 +111,6 @@ def describe(manifest: dict[str, Any]) -> str:
     return "\n".join([*lines, f"split       {manifest['split']}", f"sha256      {manifest['sha256']}"])
 
 
-@contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `target` when the block ends well, and vanishes when it does not.
-
-    A reader sees the whole of `target` or nothing. If another process has made `target` meanwhile, its work stands.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)  # mkdtemp makes it private; a shared cache is for others too
-        try:
-            os.replace(unfinished, target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 def _find_files(source: str | Path, cache: Path) -> list[_File]:
     if source in ("python", "environment"):
         paths = sysconfig.get_paths()
@@ -180,7 +158,7 @@ def _walk(root: Path, cache: Path, label: str = "", suffix: str = "") -> list[_F
 
 
 def _read_text(files: list[_File]) -> tuple[list[tuple[str, bytes]], dict[str, int]]:
-    """Read the files that are text, each content once, and count the rest by reason."""
+    """Read the files that are text, each content once, and count the others by reason."""
     kept: list[tuple[str, bytes]] = []
     dropped = collections.Counter[str]()
     seen = set()

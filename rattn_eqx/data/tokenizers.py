@@ -11,7 +11,8 @@ import numpy as np
 from beartype import beartype
 from jaxtyping import Int32, Integer, UInt16, jaxtyped
 
-from rattn_eqx.data.corpus import Corpus, new_folder
+from rattn_eqx.data.corpus import Corpus
+from rattn_eqx.data.files import new_folder, write_text
 
 BYTE_VOCABULARY = 258
 DOCUMENT = 256  # stands before every document: it begins the sequence and separates documents
@@ -54,7 +55,7 @@ class ByteTokenizer:
 
     def save(self, path: Path) -> None:
         """Write the tokenizer as JSON, for `load_tokenizer`."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_text(Path(path), self.to_json())
 
 
 @final
@@ -135,7 +136,7 @@ class BPETokenizer:
 
     def save(self, path: Path) -> None:
         """Write the tokenizer as JSON, for `load_tokenizer`."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_text(Path(path), self.to_json())
 
 
 Tokenizer = ByteTokenizer | BPETokenizer
@@ -163,7 +164,7 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> tuple[Path, P
     """Write a corpus's two splits as token files, or find those that are already there.
 
     A token file is a one-dimensional uint16 .npy to be memory-mapped: every document's tokens in order, the document
-    marker before each. The tokenizer is saved beside it as `tokenizer.json`.
+    marker before each. The tokenizer is saved with them as `tokenizer.json`.
 
     Returns:
       The paths of the training and of the validation tokens, in `cache/tokens-KEY`; the key stands for the corpus's

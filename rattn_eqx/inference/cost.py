@@ -1,4 +1,7 @@
-"""What a model costs to hold and to generate with: arithmetic on a `ModelConfig`, no weights and no device."""
+"""What a model costs to hold and to generate with: arithmetic on a `ModelConfig`, no weights and no device.
+
+Parameters are counted of a built model too, whose layers may not be those of its config.
+"""
 
 import dataclasses
 import functools
@@ -51,15 +54,16 @@ class StepTime:
         return "cache" if self.cache > self.weights else "weights"
 
 
-def parameters_by_part(config: ModelConfig) -> dict[str, int]:
-    """The number of parameters of each part of a `LanguageModel`, from its shapes alone.
+def parameters_by_part(model: ModelConfig | LanguageModel) -> dict[str, int]:
+    """The number of parameters of each part of a model, or of one with this config: from its shapes alone.
 
     A tied head is counted once, in "embedding". Norms are those of the stream; qk-norms, gains and meta tokens count
     with their attention.
     """
-    model = _shapes(config)
+    if isinstance(model, ModelConfig):
+        model = _shapes(model)
     attention: dict[LayerKind, int] = {"local": 0, "global": 0}
-    for kind, block in zip(config.layer_kinds, model.blocks, strict=True):
+    for kind, block in zip(model.config.layer_kinds, model.blocks, strict=True):
         attention[kind] += _size(block.attention)
     return {
         "embedding": _size(model.embedding),
@@ -71,9 +75,9 @@ def parameters_by_part(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """The number of parameters of a `LanguageModel`, found without memory for them."""
-    return sum(parameters_by_part(config).values())
+def count_parameters(model: ModelConfig | LanguageModel) -> int:
+    """The number of parameters of a model, or of one with this config, found without memory for them."""
+    return sum(parameters_by_part(model).values())
 
 
 def kv_cache_bytes(config: ModelConfig, context: int, *, bytes_per_element: int = 2) -> int:

@@ -201,38 +201,41 @@ class RAttention(eqx.Module):
         """
         return self.projections.merge(self.attend(*self.inputs(x), segment_ids))
 
-    def inputs(self, x: Array, feature_input: str = "raw") -> tuple[Array, Array, Array, Array, Array]:
-        """(q, k) of the window, with qk-norm and rotary embedding; (q, k) of the residual branch; and v, of heads.
-
-        `feature_input="normed"` gives the residual branch q and k after qk-norm; its learned scale comes after that.
-        """
+    def inputs(self, x: Array) -> tuple[Array, Array, Array, Array, Array]:
+        """(q, k) of the window, with qk-norm and rotary embedding; (q, k) of the residual branch; and v, of heads."""
         q, k, v = self.projections.project(x)
-        positions = jnp.arange(x.shape[0])
-        q_normed, k_normed = self.projections.norm(q, k)
-        q_local, k_local = (rotary(y, positions, theta=self.rope_theta) for y in (q_normed, k_normed))
-        if feature_input == "normed":
-            q, k = q_normed, k_normed
-        if self.feature_scale is not None:
-            q = q * self.feature_scale.query.astype(q.dtype)[None]
-            k = k * self.feature_scale.key.astype(k.dtype)[None]
-        return q_local, k_local, q, k, v
+        return *self.rotate(*self.projections.norm(q, k)), *self.scale(q, k), v
+
+    def rotate(self, q: Array, k: Array) -> tuple[Array, Array]:
+        """q and k with the rotary embedding of their positions."""
+        positions = jnp.arange(q.shape[0])
+        return rotary(q, positions, theta=self.rope_theta), rotary(k, positions, theta=self.rope_theta)
+
+    def scale(self, q: Array, k: Array) -> tuple[Array, Array]:
+        """q and k with the residual branch's learned scale of each channel, if there is one."""
+        if self.feature_scale is None:
+            return q, k
+        scale = self.feature_scale
+        return q * scale.query.astype(q.dtype)[None], k * scale.key.astype(k.dtype)[None]
 
     def initial_state(self) -> Array | None:
         """What every document starts from, [kv, f, dv]; None is zero."""
         return None if self.meta_tokens is None else self.meta_tokens.state(as_pair(self.feature_map)[1])
 
-    def attend(self, q_local: Array, k_local: Array, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+    def attend(
+        self, q_swa: Array, k_swa: Array, q_rla: Array, k_rla: Array, v: Array, segment_ids: Array | None
+    ) -> Array:
         """The heads: `pallas.rattention` of what `inputs` gives, or without the residual branch the window's alone."""
         options: dict[str, Any] = dict(window=self.window, segment_ids=segment_ids, implementation=self.implementation)
         if self.swa_gain is None or self.rla_gain is None:
-            return pallas.sliding_window_attention(q_local, k_local, v, **options)
+            return pallas.sliding_window_attention(q_swa, k_swa, v, **options)
         state = self.initial_state()
         heads: Any = pallas.rattention(  # one array: no final state is asked for
-            q_local,
-            k_local,
+            q_swa,
+            k_swa,
             v,
-            q_rla=q,
-            k_rla=k,
+            q_rla=q_rla,
+            k_rla=k_rla,
             swa_gain=self.swa_gain,
             rla_gain=self.rla_gain,
             feature_map=self.feature_map,

@@ -8,7 +8,6 @@ from beartype import beartype
 from jaxtyping import Array, Float, Int, PRNGKeyArray, jaxtyped
 
 from pallas.feature_map import FeatureMap, Hedgehog, named
-from rattn_eqx.ablation.layer import AblatedAttention
 from rattn_eqx.model.attention import GlobalAttention, RAttention
 from rattn_eqx.model.config import LayerKind, ModelConfig
 from rattn_eqx.model.feed_forward import FeedForward
@@ -17,10 +16,13 @@ from rattn_eqx.model.norm import RMSNorm
 
 @jaxtyped(typechecker=beartype)
 class Block(eqx.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm, in x's dtype."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm, in x's dtype.
+
+    `eqx.tree_at` puts another module in the attention's place: any that is called alike.
+    """
 
     attention_norm: RMSNorm
-    attention: RAttention | AblatedAttention | GlobalAttention
+    attention: RAttention | GlobalAttention
     feed_forward_norm: RMSNorm
     feed_forward: FeedForward
 
@@ -52,7 +54,7 @@ class Block(eqx.Module):
             return
         if feature_map is None and config.feature_map == "learned":
             feature_map = Hedgehog(config.head_size, key=jax.random.fold_in(key, 2))  # 0 and 1 give the keys split off
-        attention = RAttention(
+        self.attention = RAttention(
             config.model_width,
             window=config.window,
             residual=config.residual,
@@ -64,7 +66,6 @@ class Block(eqx.Module):
             rope_theta=config.rope_theta,
             **heads,
         )
-        self.attention = AblatedAttention(attention, config) if config.is_ablated else attention
 
     @jaxtyped(typechecker=beartype)
     def __call__(

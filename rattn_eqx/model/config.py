@@ -6,7 +6,6 @@ from typing import Any, Literal
 from pallas.feature_map import named
 
 LayerKind = Literal["local", "global"]
-DEPARTURES = ("branch_norm", "feature_input", "head_split", "decay_gate", "num_sinks", "conv_width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +17,6 @@ class ModelConfig:
     `residual=False` takes the residual branch away: a plain sliding-window layer.
     `swa_gain` and `rla_gain` are what the learned gains of the two branches begin at. `feature_map` is a named one of
     `pallas.feature_map`, or "learned": a `Hedgehog` of each local layer's own.
-
-    The fields named in `DEPARTURES` depart from the paper's layer, for ablations; `ablated.AblatedAttention` defines
-    them.
     """
 
     vocabulary_size: int
@@ -42,23 +38,11 @@ class ModelConfig:
     rope_theta: float | int = 5e5
     gate: Literal["gelu", "silu"] = "gelu"
     tie_embeddings: bool = True
-    branch_norm: Literal["group", "sum", "none"] = "group"
-    feature_input: Literal["raw", "normed"] = "raw"
-    head_split: bool = False
-    decay_gate: bool = False
-    num_sinks: int = 0
-    conv_width: int = 0
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
         """The config that `dataclasses.asdict` gave, as JSON holds it: with a list for the pattern."""
         return cls(**{**values, "pattern": tuple(values["pattern"])})
-
-    @property
-    def is_ablated(self) -> bool:
-        """Whether a local layer departs from the paper's."""
-        fields = {field.name: field.default for field in dataclasses.fields(self)}
-        return any(getattr(self, name) != fields[name] for name in DEPARTURES)
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -93,9 +77,3 @@ class ModelConfig:
         maps = (*named, "learned")
         if self.feature_map not in maps:
             raise ValueError(f"ModelConfig: feature_map must be one of {', '.join(maps)}; got {self.feature_map!r}")
-        for name, known in (("branch_norm", ("group", "sum", "none")), ("feature_input", ("raw", "normed"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"ModelConfig: {name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
-        for name in ("num_sinks", "conv_width"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"ModelConfig: {name} must be at least 0; got {getattr(self, name)}")

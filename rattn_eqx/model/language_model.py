@@ -96,9 +96,9 @@ class LanguageModel(eqx.Module):
 
 @jaxtyped(typechecker=beartype)
 def batch_logits(
-    model: LanguageModel, tokens: Int[Array, "batch t"], segment_ids: Int[Array, "batch t"]
+    model: LanguageModel, tokens: Int[Array, "batch t"], segment_ids: Int[Array, "batch t"] | None = None
 ) -> Float[Array, "batch t vocabulary"]:
-    """The model's logits for each sequence of a batch."""
+    """The model's logits for each sequence of a batch; without segment ids each is one document."""
     if tokens.shape[0] == 1:  # without the batch axis, XLA's matrix products on CPU take a third less time
-        return model(tokens[0], segment_ids[0])[None]
+        return model(tokens[0], None if segment_ids is None else segment_ids[0])[None]
     return jax.vmap(model)(tokens, segment_ids)

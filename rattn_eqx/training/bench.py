@@ -1,4 +1,4 @@
-"""`python -m rattn_eqx.bench_model`: tokens per second of training steps, by kind of attention.
+"""`python -m rattn_eqx.training.bench`: tokens per second of training steps, by kind of attention.
 
 The model has the paper's 3B width and eight of its layers, three local to one global, so that it fits one GPU. Its
 attention is RATTENTION with a window of 512; full attention in every layer; or a plain window of half the length, as in
@@ -10,16 +10,14 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 from beartype import beartype
-from jaxtyping import Array, Float, Int, jaxtyped
+from jaxtyping import Array, Float, jaxtyped
 
 from pallas.tools.bench import measure, measure_ceilings, reason, time_jax
 from pallas.tools.peers import Problem, Row, flops
@@ -28,11 +26,10 @@ from rattn_eqx.inference.cost import hardwares, parameters_by_part
 from rattn_eqx.model.attention import GlobalAttention, RAttention
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
-from rattn_eqx.model.loss import cross_entropy
 from rattn_eqx.model.presets import paper_3b, tiny
 from rattn_eqx.model.rotary import rotary
 from rattn_eqx.training.config import TrainConfig
-from rattn_eqx.training.step import make_optimizer
+from rattn_eqx.training.step import build_model, make_optimizer, make_step
 
 
 class CudnnAttention(eqx.Module):
@@ -74,25 +71,9 @@ def with_cudnn(model: LanguageModel) -> LanguageModel:
     return eqx.tree_at(where, model, [CudnnAttention(layer) for layer in where(model)]) if plain else model
 
 
-def make_step(static: LanguageModel, config: TrainConfig) -> Callable:
-    """`train.make_step` for sequences of one document each: no segment ids, which cuDNN does not know."""
-    optimizer = make_optimizer(config)
-
-    def mean_loss(parameters, tokens: Int[Array, "batch t"], targets: Int[Array, "batch t"]):
-        logits = jax.vmap(eqx.combine(parameters, static))(tokens)
-        return cross_entropy(logits, targets, jnp.ones(targets.shape, bool)) / targets.size
-
-    def step(parameters, state, tokens, targets):
-        loss, gradients = jax.value_and_grad(mean_loss)(parameters, tokens, targets)
-        updates, state = optimizer.update(gradients, state, parameters)
-        return optax.apply_updates(parameters, updates), state, loss
-
-    return jax.jit(step, donate_argnums=(0, 1))
-
-
 def step_flops(config: ModelConfig, batch: int, length: int) -> float:
     """Model FLOPs of a step: 6 for each token and parameter of a matrix (the head among them, the embedding's look-up
-    not), and 3 times the forward FLOPs of attention as `pallas.bench_peers.flops` counts them. What is recomputed to
+    not), and 3 times the forward FLOPs of attention as `pallas.tools.peers.flops` counts them. What is recomputed to
     save memory is not counted."""
     parts = parameters_by_part(config)
     head = parts["embedding"] if config.tie_embeddings else parts["head"]
@@ -120,13 +101,7 @@ def time_model(config: ModelConfig, batch: int, length: int, options: argparse.N
 
     @eqx.filter_jit
     def initial(key):
-        model = LanguageModel(
-            config,
-            compute_dtype=settings.compute_dtype,
-            rematerialise=settings.rematerialise,
-            implementation=options.implementation,
-            key=key,
-        )
+        model = build_model(config, settings, key=key, implementation=options.implementation)
         model = with_cudnn(model) if options.plain == "cudnn" else model
         return model, make_optimizer(settings).init(eqx.filter(model, eqx.is_array))
 
@@ -135,7 +110,8 @@ def time_model(config: ModelConfig, batch: int, length: int, options: argparse.N
     step = make_step(static, settings)
 
     def call(tokens, targets):  # the next step waits on the device for this one, not on the host
-        carried[:] = step(*carried[:2], tokens, targets)
+        # Sequences of one document each: no segment ids, which cuDNN does not know.
+        carried[:] = step(*carried[:2], {"tokens": tokens, "targets": targets})[:3]
         return carried
 
     keys = jax.random.split(jax.random.key(1), 4)
@@ -166,7 +142,7 @@ def compare(config: ModelConfig, batch: int, length: int, options: argparse.Name
 
 def parse(arguments: list[str], on_gpu: bool) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m rattn_eqx.bench_model",
+        prog="python -m rattn_eqx.training.bench",
         description="Time training steps of language models that differ in their attention. Without a GPU the model is "
         "tiny, and only shows that everything runs.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -8,7 +8,6 @@ damage, not malice: who edits a file can rename it to fit. Loading never runs co
 import contextlib
 import hashlib
 import json
-import os
 import re
 import zipfile
 import zlib
@@ -20,6 +19,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from rattn_eqx.data.files import rename, sync
 
 _NAME = re.compile(r"step_(\d{8,})\.([0-9a-f]{16})\.npz")
 _DOCUMENT = "metadata"
@@ -73,11 +74,9 @@ def save_checkpoint(folder: Path, step: int, tree: Any, metadata: dict[str, Any]
         with explained(f"save_checkpoint: step {step}", folder):
             with temporary.open("wb") as file:
                 np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-                file.flush()
-                os.fsync(file.fileno())
+                sync(file)
             path = folder / f"step_{step:08d}.{_digest(temporary)}.npz"
-            os.replace(temporary, path)
-            _fsync_folder(folder)
+            rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _prune(path, keep)
@@ -238,11 +237,3 @@ def _name_parts(path: Path) -> tuple[int, str]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

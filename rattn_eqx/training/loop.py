@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from rattn_eqx.data.batches import training_batches, validation_batches
+from rattn_eqx.data.files import sync
 from rattn_eqx.data.tokenizers import Tokenizer, load_tokenizer
 from rattn_eqx.evaluation.text import evaluate
 from rattn_eqx.model.language_model import LanguageModel
@@ -22,19 +22,14 @@ from rattn_eqx.model.sharding import batch_mesh, replicate
 from rattn_eqx.training.checkpoint import explained, restore_latest, save_checkpoint
 from rattn_eqx.training.config import RunConfig, TrainConfig
 from rattn_eqx.training.run_folder import cut_metrics, load_config, open_run
-from rattn_eqx.training.step import learning_rate_schedule, make_optimizer, make_step
+from rattn_eqx.training.step import build_model, learning_rate_schedule, make_optimizer, make_step
 
 MAX_SKIPPED = 10  # steps in a row whose gradients are not finite, before the run stops
 
 
 def initial_state(config: RunConfig) -> dict[str, Any]:
     """The model and the optimiser state that a run begins with; what a checkpoint holds."""
-    model = LanguageModel(
-        config.model,
-        compute_dtype=config.training.compute_dtype,
-        rematerialise=config.training.rematerialise,
-        key=jax.random.key(config.training.seed),
-    )
+    model = build_model(config.model, config.training, key=jax.random.key(config.training.seed))
     return {"model": model, "optimizer": make_optimizer(config.training).init(eqx.filter(model, eqx.is_array))}
 
 
@@ -171,6 +166,6 @@ def train(
                 state = {"model": eqx.combine(parameters, static), "optimizer": optimizer_state}
                 metadata = {"step": number, "batches": batches.get_state(), "devices": mesh.size}
                 with explained(f"train: the metrics of step {number}", folder):
-                    os.fsync(metrics.fileno())  # a checkpoint never outlives the rows before it
+                    sync(metrics)  # a checkpoint never outlives the rows before it
                 save_checkpoint(folder / "checkpoints", number, state, metadata)
     return eqx.combine(jax.device_put(parameters, jax.local_devices()[0]), static)

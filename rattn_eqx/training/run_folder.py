@@ -10,9 +10,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rattn_eqx.data.files import write_json
 from rattn_eqx.data.tokenizers import Tokenizer, load_tokenizer
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.training.config import RunConfig, TrainConfig
+
+# Fields that a run's model once had and that are departures of ablations now, with what `rattn pretrain` wrote.
+_FORMER = {
+    "branch_norm": "group",
+    "feature_input": "raw",
+    "head_split": False,
+    "decay_gate": False,
+    "num_sinks": 0,
+    "conv_width": 0,
+}
 
 
 def open_run(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -24,7 +35,7 @@ def open_run(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
     config_path, tokenizer_path = folder / "config.json", folder / "tokenizer.json"
     if not config_path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(tokenizer_path, tokenizer.to_json())
+        tokenizer.save(tokenizer_path)
         write_json(config_path, dataclasses.asdict(config))  # last: a folder with a config is complete
         return
     old, new = _flatten(dataclasses.asdict(load_config(folder))), _flatten(dataclasses.asdict(config))
@@ -42,7 +53,7 @@ def load_config(folder: Path) -> RunConfig:
     """Read config.json.
 
     Raises:
-      ValueError: if the folder is no run.
+      ValueError: if the folder is no run, or an older one of a model with parts exchanged.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -51,11 +62,19 @@ def load_config(folder: Path) -> RunConfig:
         )
     try:
         values = json.loads(path.read_text())
-        return RunConfig(ModelConfig.from_json(values["model"]), TrainConfig(**values["training"]), values["corpus"])
+        former = {name: value for name, value in values["model"].items() if name in _FORMER}
+        model = {name: value for name, value in values["model"].items() if name not in _FORMER}
+        config = RunConfig(ModelConfig.from_json(model), TrainConfig(**values["training"]), values["corpus"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"load_config: {path} is damaged: {error}; put back a good copy, or start again in another folder"
         ) from error
+    if changed := [f"{name}={value!r}" for name, value in former.items() if value != _FORMER[name]]:
+        raise ValueError(
+            f"load_config: the model of {folder} has parts exchanged ({', '.join(changed)}), which only `rattn ablate` "
+            "trains now; use the version that it was trained with"
+        )
+    return config
 
 
 def cut_metrics(path: Path, step: int) -> None:
@@ -85,20 +104,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     `seconds` counts from the call of `train` that wrote the row: it begins at 0 again where a run was resumed.
     """
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with open(unfinished, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # else a loss of power could leave the new name with no content
-    os.replace(unfinished, path)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Where a batch becomes a loss, and a loss a step."""
+"""Where a config becomes a model, a batch a loss, and a loss a step: for training, ablations and the benchmark."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -8,11 +9,26 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
 
+from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel, batch_logits
 from rattn_eqx.model.loss import cross_entropy
 from rattn_eqx.model.sharding import BATCH, over_batch
 from rattn_eqx.training.config import TrainConfig
+
+
+def build_model(
+    config: ModelConfig, training: TrainConfig, *, key: PRNGKeyArray, implementation: str | None = None
+) -> LanguageModel:
+    """The model that training begins with: in the dtype and with the rematerialisation that `training` names."""
+    return LanguageModel(
+        config,
+        compute_dtype=training.compute_dtype,
+        rematerialise=training.rematerialise,
+        implementation=implementation,
+        key=key,
+    )
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
@@ -45,17 +61,46 @@ def is_decayed(parameters: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path).endswith("_weight"), parameters)
 
 
-def mean_loss(model: LanguageModel, batch: dict[str, jax.Array]) -> jax.Array:
-    """Nats per token, over a batch of `tokens`, `targets` and `segment_ids`, each [batch, context]."""
+def mean_loss(model: LanguageModel, batch: dict[str, jax.Array], scored: Sequence[jax.Array] = ()) -> jax.Array:
+    """Nats per token, over a batch of `tokens`, `targets` and, for packed documents, `segment_ids`: [batch, context].
+
+    `scored`, masks of the targets, makes it the sum of the means over each of them; a mask of nothing adds 0.
+    """
     targets = batch["targets"]
-    logits = batch_logits(model, batch["tokens"], batch["segment_ids"])
-    return cross_entropy(logits, targets, jnp.ones(targets.shape, bool)) / targets.size
+    logits = batch_logits(model, batch["tokens"], batch.get("segment_ids"))
+    if not scored:
+        return cross_entropy(logits, targets, jnp.ones(targets.shape, bool)) / targets.size
+    means = [cross_entropy(logits, targets, mask) / jnp.maximum(1, jnp.sum(mask)) for mask in scored]
+    return functools.reduce(jnp.add, means)
 
 
-def make_step(static: LanguageModel, config: TrainConfig, mesh: Mesh) -> Callable:
+def train_step(
+    loss_and_gradients: Callable,
+    optimizer: optax.GradientTransformation,
+    parameters: Any,
+    optimizer_state: Any,
+    batch: Any,
+    *,
+    scale: jax.Array | None = None,
+) -> tuple[Any, Any, jax.Array, jax.Array]:
+    """Parameters, optimiser state, loss and the gradients' norm after a step.
+
+    Args:
+      loss_and_gradients: of (parameters, batch).
+      scale: what the optimiser's update is multiplied by, such as a learning rate that is no part of the program.
+    """
+    loss, gradients = loss_and_gradients(parameters, batch)
+    updates, optimizer_state = optimizer.update(gradients, optimizer_state, parameters)
+    if scale is not None:
+        updates = jax.tree.map(lambda x: x * scale, updates)
+    return optax.apply_updates(parameters, updates), optimizer_state, loss, optax.tree.norm(gradients)
+
+
+def make_step(static: LanguageModel, config: TrainConfig, mesh: Mesh | None = None) -> Callable:
     """The compiled step (parameters, optimiser state, batch) -> (parameters, optimiser state, loss, gradient norm).
 
-    The batch is cut over devices, and each device's share into `config.microbatches` pieces, one after the other.
+    The batch is cut over the mesh's devices, if there is one, and each device's share into `config.microbatches`
+    pieces, one after the other.
     """
     optimizer = make_optimizer(config)
 
@@ -64,19 +109,17 @@ def make_step(static: LanguageModel, config: TrainConfig, mesh: Mesh) -> Callabl
 
     def device_mean(parameters, batch):
         if config.microbatches == 1:
-            total = loss_and_gradients(parameters, batch)
-        else:
-            pieces = jax.tree.map(lambda x: x.reshape(config.microbatches, -1, *x.shape[1:]), batch)
-            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters))
-            add = lambda total, piece: (jax.tree.map(jnp.add, total, loss_and_gradients(parameters, piece)), None)
-            total = jax.tree.map(lambda x: x / config.microbatches, jax.lax.scan(add, zero, pieces)[0])
-        return jax.lax.pmean(total, BATCH)
+            return loss_and_gradients(parameters, batch)
+        pieces = jax.tree.map(lambda x: x.reshape(config.microbatches, -1, *x.shape[1:]), batch)
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters))
+        add = lambda total, piece: (jax.tree.map(jnp.add, total, loss_and_gradients(parameters, piece)), None)
+        return jax.tree.map(lambda x: x / config.microbatches, jax.lax.scan(add, zero, pieces)[0])
 
-    mean = over_batch(device_mean, mesh, 1)
+    mean = device_mean
+    if mesh is not None:
+        mean = over_batch(lambda *arguments: jax.lax.pmean(device_mean(*arguments), BATCH), mesh, 1)
 
     def step(parameters, optimizer_state, batch):
-        loss, gradients = mean(parameters, batch)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, parameters)
-        return optax.apply_updates(parameters, updates), optimizer_state, loss, optax.tree.norm(gradients)
+        return train_step(mean, optimizer, parameters, optimizer_state, batch)
 
     return jax.jit(step, donate_argnums=(0, 1))

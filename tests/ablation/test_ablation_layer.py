@@ -14,14 +14,16 @@ from pallas.numerics import relative_rms
 from rattn_eqx.ablation.layer import (
     AblatedAttention,
     DecayGate,
+    Departures,
     Sinks,
+    ablate,
     causal_convolution,
     gated_residual,
     window_with_sinks,
 )
 from rattn_eqx.model.attention import RAttention
-from rattn_eqx.model.block import Block
 from rattn_eqx.model.config import ModelConfig
+from rattn_eqx.model.language_model import LanguageModel
 
 CONFIG = ModelConfig(
     vocabulary_size=13,
@@ -37,7 +39,7 @@ CONFIG = ModelConfig(
 IDS = np.repeat([3, 1, 3], 11)  # the first id comes back, as another segment
 RUNS = np.repeat([0, 1, 2], 11)
 T = len(IDS)
-DEPARTURES = {
+CHANGES = {  # of the model and of where it departs from the paper's, by the field's name
     "sum": {"branch_norm": "sum"},
     "none": {"branch_norm": "none"},
     "normed": {"feature_input": "normed"},
@@ -54,17 +56,28 @@ def draw(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape), jnp.float32)
 
 
-def make(departures: dict) -> AblatedAttention:
+def parts(changes: dict) -> tuple[ModelConfig, Departures]:
+    names = [field.name for field in dataclasses.fields(Departures)]
+    departures = Departures(**{name: value for name, value in changes.items() if name in names})
+    model = {name: value for name, value in changes.items() if name not in names}
+    return dataclasses.replace(CONFIG, **model), departures
+
+
+def ablated(changes: dict) -> LanguageModel:
+    config, departures = parts(changes)
+    return ablate(LanguageModel(config, implementation="reference", key=jax.random.key(0)), departures)
+
+
+def make(changes: dict) -> AblatedAttention:
     """The layer with every parameter away from what it begins at."""
-    config = dataclasses.replace(CONFIG, **departures)
-    layer = Block(config, "local", implementation="reference", key=jax.random.key(0)).attention
+    layer: Any = ablated(changes).blocks[0].attention
     assert isinstance(layer, AblatedAttention)
     return jax.tree.map(lambda x: x + 0.3 * draw(*x.shape) if eqx.is_array(x) else x, layer)
 
 
-@pytest.mark.parametrize("departures", DEPARTURES.values(), ids=DEPARTURES.keys())
-def test_packed_equals_separate_and_the_future_is_unseen(departures):
-    layer, x = eqx.filter_jit(make(departures)), draw(T, 16)
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
+def test_packed_equals_separate_and_the_future_is_unseen(changes):
+    layer, x = eqx.filter_jit(make(changes)), draw(T, 16)
     out = layer(x, jnp.asarray(IDS))
     pieces = [layer(x[a : a + 11], None) for a in (0, 11, 22)]
     assert relative_rms(out, jnp.concatenate(pieces)) < 1e-5
@@ -74,9 +87,19 @@ def test_packed_equals_separate_and_the_future_is_unseen(departures):
 
 
 def test_a_model_without_departures_has_the_papers_layer():
-    assert isinstance(Block(CONFIG, "local", key=jax.random.key(0)).attention, RAttention)
-    assert not CONFIG.is_ablated
-    assert all(dataclasses.replace(CONFIG, **each).is_ablated for each in DEPARTURES.values())
+    model = ablated({})
+    assert isinstance(model.blocks[0].attention, RAttention)
+    assert ablate(model, Departures()) is model
+    assert all(parts(changes)[1] != Departures() for changes in CHANGES.values())
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
+def test_ablating_leaves_every_other_parameter_and_the_global_layers_as_they_are(changes):
+    config, departures = parts(changes | {"num_layers": 2, "pattern": ("local", "global")})
+    model = LanguageModel(config, key=jax.random.key(0))
+    changed = ablate(model, departures)
+    local: Any = changed.blocks[0].attention
+    assert eqx.tree_equal(eqx.tree_at(lambda model: model.blocks[0].attention, changed, local.layer), model)
 
 
 @pytest.mark.parametrize("norm", ["group", "sum", "none"])
@@ -84,31 +107,31 @@ def test_a_model_without_departures_has_the_papers_layer():
 def test_branches_are_normed_and_added_as_defined(norm, split):
     layer = make({"branch_norm": norm, "head_split": split, "feature_map": "relu", "num_sinks": 1})
     x, of_layer = draw(T, 16), layer.layer
-    q_local, k_local, q, k, v = of_layer.inputs(x)
+    q_swa, k_swa, q_rla, k_rla, v = of_layer.inputs(x)
     options = dict(segment_ids=None, implementation="reference")
     if split:
-        near = layer._window(q_local[:, :2], k_local[:, :1], v[:, :1], **options)
-        far = layer._residual(q[:, 2:], k[:, 1:], v[:, 1:], x, 0, **options)
-        near, far = (np.concatenate(pair, axis=1) for pair in ((near, 0 * near), (0 * far, far)))
+        swa = layer._swa(q_swa[:, :2], k_swa[:, :1], v[:, :1], **options)
+        rla = layer._rla(q_rla[:, 2:], k_rla[:, 1:], v[:, 1:], x, 0, **options)
+        swa, rla = (np.concatenate(pair, axis=1) for pair in ((swa, 0 * swa), (0 * rla, rla)))
     else:
-        near = layer._window(q_local, k_local, v, **options)
-        far = layer._residual(q, k, v, x, 5, **options)
-    near, far = (np.asarray(x, np.float64) for x in (near, far))
+        swa = layer._swa(q_swa, k_swa, v, **options)
+        rla = layer._rla(q_rla, k_rla, v, x, 5, **options)
+    swa, rla = (np.asarray(x, np.float64) for x in (swa, rla))
     rms = lambda y: y / np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + 1e-6)
-    g_near, g_far = (np.asarray(gain, np.float64)[None] for gain in (layer.swa_gain, layer.rla_gain))
+    g_swa, g_rla = (np.asarray(gain, np.float64)[None] for gain in (layer.swa_gain, layer.rla_gain))
     if norm == "group":
-        expected = g_near * rms(near) + g_far * rms(far)
+        expected = g_swa * rms(swa) + g_rla * rms(rla)
     else:
-        expected = g_near * near + g_far * far
+        expected = g_swa * swa + g_rla * rla
         expected = rms(expected) if norm == "sum" else expected
     expected = np.einsum("thd,hdm->tm", expected, np.asarray(of_layer.projections.out_weight, np.float64))
     assert relative_rms(layer(x), jnp.asarray(expected)) < 1e-5
 
 
 def test_the_residual_branch_reads_normed_queries_and_keys_where_told():
-    layer = make({"feature_input": "normed", "learned_feature_scale": True}).layer
-    x = draw(T, 16)
-    raw, normed = layer.inputs(x), layer.inputs(x, "normed")
+    changed = make({"feature_input": "normed", "learned_feature_scale": True})
+    layer, x = changed.layer, draw(T, 16)
+    raw, normed = layer.inputs(x), changed.inputs(x)
     assert all(jnp.array_equal(raw[i], normed[i]) for i in (0, 1, 4))
     q, k, _ = layer.projections.project(x)
     q, k = layer.projections.norm(q, k)
@@ -171,7 +194,7 @@ def test_a_gate_begins_at_its_timescales_and_sinks_at_nothing():
 
 
 @pytest.mark.parametrize(
-    ("departures", "words"),
+    ("changes", "words"),
     [
         ({"residual": False, "decay_gate": True}, "need the residual branch"),
         ({"residual": False, "branch_norm": "sum"}, "need the residual branch"),
@@ -180,8 +203,9 @@ def test_a_gate_begins_at_its_timescales_and_sinks_at_nothing():
         ({"decay_gate": True, "num_meta_tokens": 1}, "starts from zero"),
         ({"branch_norm": "layer"}, "branch_norm must be one of group, sum, none"),
         ({"conv_width": -1}, "conv_width must be at least 0"),
+        ({"pattern": ("global",), "num_sinks": 1}, "belong to local layers"),
     ],
 )
-def test_departures_that_do_not_fit_are_refused(departures, words):
+def test_departures_that_do_not_fit_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
-        Block(dataclasses.replace(CONFIG, **departures), "local", key=jax.random.key(0))
+        ablated(changes)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +13,10 @@ import pytest
 from rattn_eqx.__main__ import main
 from rattn_eqx.ablation import grids, run
 from rattn_eqx.ablation.grids import parse_settings, product
+from rattn_eqx.ablation.layer import Departures
 from rattn_eqx.ablation.run import read_rows, run_grid, run_trial, train_trial
 from rattn_eqx.ablation.table import mean_and_half_width, paired_difference, table
-from rattn_eqx.ablation.trial import Trial
+from rattn_eqx.ablation.trial import Trial, migrated
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.training.config import TrainConfig
 
@@ -39,6 +41,7 @@ TINY = Trial(
     task_share=1,
     test_samples=4,
 )
+COMMITTED = Path(__file__).parents[2] / "data" / "runs" / "ablations.jsonl"
 QUIET: dict[str, Any] = {"show_progress": False, "implementation": "reference"}  # which compiles soonest
 
 
@@ -97,7 +100,7 @@ def test_a_grid_goes_on_where_it_stopped(tmp_path, monkeypatch, rows):
 @pytest.mark.parametrize("kind", ["all", "answers"])
 def test_the_loss_is_the_mean_that_a_trial_names(kind):
     trial = dataclasses.replace(TINY, task_share=0.5, task_loss=kind)
-    model = run._make_model(trial, "reference", jax.random.key(0))
+    model = run.make_model(trial, key=jax.random.key(0), implementation="reference")
     rng = np.random.default_rng(0)
     sequences, answers = rng.integers(0, 256, (2, 25)), np.zeros((2, 24), bool)
     sequences[:, 0] = 256
@@ -158,7 +161,8 @@ def test_text_and_samples_share_a_batch(tmp_path):
 
 
 def test_a_model_without_shares_is_attributed_all_the_same():
-    one_norm = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, branch_norm="sum", swa_gain=0.5))
+    model = dataclasses.replace(TINY.model, swa_gain=0.5)
+    one_norm = dataclasses.replace(TINY, model=model, departures=Departures(branch_norm="sum"))
     [row] = run_trial(one_norm, [0], None, attribution=True, **QUIET)
     assert row["attribution"]["residual_share"] is None
     assert row["attribution"]["exact"]["whole"] == row["tests"][0]["exact"]
@@ -182,6 +186,7 @@ def test_the_command_runs_lists_replays_and_tabulates(tmp_path, capsys, monkeypa
         (["--replay", f"{out}:2"], "a line from 1 to 1"),
         (["--grid", "nothing"], "no grid 'nothing'"),
         (["--set", "model.width=3"], "no setting 'model.width'"),
+        (["--set", "model.num_sinks=4"], "no setting 'model.num_sinks'; it is departures.num_sinks"),
         (["--set", "model.window"], "NAME=VALUE,VALUE"),
         (["--part", "3"], "must be i/n"),
         (["--table", "--out", str(out), "--baseline", "x"], "no trial 'x'"),
@@ -221,7 +226,7 @@ def test_trials_that_make_no_sense_are_refused(change, words):
 
 def test_names_of_a_grid_differ():
     with pytest.raises(ValueError, match="names must differ; got tiny, tiny"):
-        run_grid([TINY, TINY], [0], None, grids.Path("nowhere"))
+        run_grid([TINY, TINY], [0], None, Path("nowhere"))
 
 
 def test_every_grid_of_the_module_can_be_made():
@@ -258,9 +263,45 @@ def test_one_seed_has_no_interval():
 
 def test_committed_results_can_be_replayed():
     """Every line gives its trial back."""
-    rows = read_rows(grids.Path(__file__).parents[2] / "data" / "runs" / "ablations.jsonl")
+    rows = read_rows(COMMITTED)
     assert len(rows) > 40
     for row in rows:
         trial = Trial.from_json(row["name"], row["trial"])
         assert trial.to_json() == row["trial"]
         assert row["platform"] == ("cpu" if row["name"].startswith("quick") else "gpu")
+
+
+def test_committed_lines_from_when_departures_were_of_the_model_say_what_they_said():
+    old = [json.loads(text)["trial"] for text in COMMITTED.read_text().splitlines()]
+    names = [field.name for field in dataclasses.fields(Departures)]
+    seen = set()
+    for values in old:
+        now = migrated(values)
+        assert now == migrated(now) == Trial.from_json("", values).to_json()
+        assert now["model"] | now["departures"] == values["model"]
+        assert [*now["departures"]] == names
+        assert {name: value for name, value in now.items() if name not in ("model", "departures")} == {
+            name: value for name, value in values.items() if name != "model"
+        }
+        seen |= {name for name in names if now["departures"][name] != getattr(Departures(), name)}
+    assert seen == {*names}, "the lines try every departure"
+
+
+def test_a_line_without_a_younger_departure_has_its_default():
+    values = dataclasses.replace(TINY, departures=Departures(num_sinks=3)).to_json()
+    del values["departures"]["conv_width"]
+    assert Trial.from_json("", values).departures == Departures(num_sinks=3)
+    with pytest.raises(TypeError, match="num_sinks"):
+        migrated({**values, "model": values["model"] | {"num_sinks": 3}})
+
+
+@pytest.mark.parametrize("name", ["variants", "maps", "remedies"])
+def test_a_grid_started_again_finds_the_committed_lines(tmp_path, name):
+    out, trials = tmp_path / "out.jsonl", grids.load_grid(name)
+    out.write_text(COMMITTED.read_text())
+    [corpus] = {row["corpus"] for row in read_rows(out) if row["name"] == trials[0].name}
+    data = run.Data(np.zeros(0), Path(), b"", corpus)
+    said = []
+    run_grid(trials, [0, 1, 2], data, out, report=said.append)
+    assert said == [f"{trial.name}: already in {out}" for trial in trials]
+    assert out.read_text() == COMMITTED.read_text()

@@ -5,15 +5,17 @@ import json
 import math
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 from training_child import MODEL, training
 
+from rattn_eqx.data.files import write_text
 from rattn_eqx.data.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
 from rattn_eqx.training.config import RunConfig
-from rattn_eqx.training.run_folder import cut_metrics, load_config, open_run, read_metrics, write_text
+from rattn_eqx.training.run_folder import cut_metrics, load_config, open_run, read_metrics
 
 CONFIG = RunConfig(dataclasses.replace(MODEL, pattern=("local", "global")), training(), "0" * 64)
 ROWS = [
@@ -43,6 +45,21 @@ def test_a_config_comes_back_from_json(tmp_path):
     written = (folder / "config.json").read_bytes()
     open_run(folder, CONFIG, ByteTokenizer())
     assert (folder / "config.json").read_bytes() == written
+
+
+def test_a_config_from_when_models_had_departures_comes_back_unless_it_has_one(tmp_path):
+    open_run(tmp_path, CONFIG, ByteTokenizer())
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    former = {"branch_norm": "group", "feature_input": "raw", "head_split": False, "decay_gate": False}
+    values["model"] |= former | {"num_sinks": 0, "conv_width": 0}
+    path.write_text(json.dumps(values))
+    assert load_config(tmp_path) == CONFIG
+    open_run(tmp_path, CONFIG, ByteTokenizer())
+    values["model"]["num_sinks"] = 4
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"has parts exchanged \(num_sinks=4\), which only `rattn ablate` trains now"):
+        load_config(tmp_path)
 
 
 def test_a_folder_of_another_config_is_refused_by_field(tmp_path):
@@ -158,10 +175,16 @@ def test_metrics_that_end_before_the_checkpoint_are_refused(tmp_path, rows: list
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     done, replace, fsync = [], os.replace, os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append(os.fstat(descriptor).st_size), fsync(descriptor)))
+
+    def record(descriptor):
+        status = os.fstat(descriptor)
+        done.append("folder" if stat.S_ISDIR(status.st_mode) else status.st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
     monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
     write_text(tmp_path / "file", "seven\n\n")
-    assert done == [7, "replace"]
+    assert done == [7, "replace", "folder"]
     assert (tmp_path / "file").read_text() == "seven\n\n"
 
 
