@@ -1,6 +1,7 @@
 """Differentiation around the Hopper kernels: the order in which they run, and what the forward pass saves.
 
-Functions named after a pass are jitted and take a batch; `jax.vmap` of `output` becomes one launch for the whole batch.
+`output` takes one sequence; `_forward` and `_backward` take a batch, since `jax.vmap` of it becomes one launch of each
+kernel for the whole batch.
 """
 
 import dataclasses
@@ -14,13 +15,14 @@ from pallas.hopper import forward, residual_key_backward, residual_query_backwar
 from pallas.hopper.arrays import Inputs, Segments
 from pallas.hopper.forward import ForwardOutputs
 from pallas.hopper.plan import Plan
+from pallas.hopper.residual_query_backward import QueryOutputs
 from pallas.hopper.state_sweep import SweepInputs, Swept
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What the backward pass reads beside the inputs: results of the forward kernel and of the sweep over keys."""
+    """What the backward pass reads besides the inputs: results of the forward kernel and of the sweep over keys."""
 
     of_queries: ForwardOutputs
     of_keys: Swept
@@ -65,10 +67,9 @@ def _forward(plan: Plan, inputs: Inputs, segments: Segments, *, save: bool):
 
 def _as_kernels_read(plan: Plan, inputs: Inputs):
     """Features rounded to bfloat16, start states centred over each slice of f and split; and the states' means."""
-    features = {name: getattr(inputs, name) for name in ("features_q", "features_k")}
-    inputs = dataclasses.replace(
-        inputs, **{name: x.astype(jnp.bfloat16) for name, x in features.items() if x is not None}
-    )
+    if inputs.features_q is not None:
+        features_q, features_k = (x.astype(jnp.bfloat16) for x in (inputs.features_q, inputs.features_k))
+        inputs = dataclasses.replace(inputs, features_q=features_q, features_k=features_k)
     if not plan.num_start_states:
         return inputs, None
     states = inputs.start_states  # [b, n, kv, dv, f]
@@ -122,7 +123,7 @@ def _residual_backward(plan: Plan, inputs: Inputs, segments: Segments, saved: Sa
     read, start_means = _as_kernels_read(plan, inputs)
     computed = plan.map is not None
     swept, of_queries, narrow = saved.of_keys, saved.of_queries, plan.narrow()
-    features_k = swept.features if computed else read.features_k
+    queries, features_k = (read.q_rla, swept.features) if computed else (read.features_q, read.features_k)
     arrays = residual_query_backward.QueryInputs(
         q_rla=read.q_rla,
         v=read.v,
@@ -148,9 +149,8 @@ def _residual_backward(plan: Plan, inputs: Inputs, segments: Segments, saved: Sa
     found = residual_query_backward.query_gradients(arrays, narrow)
     gradients = Inputs(
         rla_gain=found.d_gain.sum(axis=1) if plan.normed else None,
-        start_states=_start_gradients(plan, inputs, segments, found) if plan.num_start_states else None,
+        start_states=_start_gradients(plan, inputs, queries, segments, found) if plan.num_start_states else None,
     )
-    queries = read.q_rla if computed else read.features_q
     if plan.reaches_back:
         reverse = Swept()
         if plan.num_states > 1:
@@ -179,10 +179,9 @@ def _residual_backward(plan: Plan, inputs: Inputs, segments: Segments, saved: Sa
     return dataclasses.replace(gradients, features_q=found.dq, features_k=dk, v=dv)
 
 
-def _start_gradients(plan: Plan, inputs: Inputs, segments: Segments, found: residual_query_backward.QueryOutputs):
-    """[b, n, kv, dv, f]: of each start state the sum over the queries that read it."""
-    x = inputs.q_rla if plan.map is not None else inputs.features_q.astype(jnp.bfloat16)
-    factors = [(x, found.d_rla, found.d_rla_lo)]
+def _start_gradients(plan: Plan, inputs: Inputs, queries, segments: Segments, found: QueryOutputs):
+    """[b, n, kv, dv, f]: of each start state the sum over the queries that read it. queries: as kernels read them."""
+    factors = [(queries, found.d_rla, found.d_rla_lo)]
     if plan.precise_starts:
         factors.append((_split(inputs.features_q)[1], found.d_rla, None))
     keeps = [None]

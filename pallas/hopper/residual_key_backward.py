@@ -68,15 +68,15 @@ def key_gradients(arrays: KeyInputs, plan: Plan) -> KeyOutputs:
         "v_tile": tile(ROWS, d),
         "features_tile": tile(count, ROWS, d),
         "state_tile": tile(count, d, d),
-        "loaded": plgpu.Barrier(num_arrivals=1 + count),
-        "state_full": plgpu.Barrier(num_arrivals=count),
-        "final": plgpu.Barrier(num_barriers=count),
+        "loaded": plgpu.Barrier(num_arrivals=1 + count),  # v and features are there
+        "state_full": plgpu.Barrier(num_arrivals=count),  # the state's gradient is there: hi, then lo
+        "final": plgpu.Barrier(num_barriers=count),  # k_rla is there, in the place of features
     }
     if plan.map is None:
-        scratch["state_free"] = plgpu.Barrier(num_arrivals=count)
+        scratch["state_free"] = plgpu.Barrier(num_arrivals=count)  # hi has been read
     else:
         scratch["phi_tile"] = tile(count, ROWS, d)
-        scratch["exchanged"] = plgpu.Barrier(num_arrivals=count)
+        scratch["exchanged"] = plgpu.Barrier(num_arrivals=count)  # terms for the other warpgroup are there
     parts = plan.slices // count
     kv = plan.num_kv_heads
     grid = {"kv_head": kv, "block": plan.num_keys // ROWS, "part": parts, "batch": batch}
@@ -101,7 +101,7 @@ def _residual_key_gradients(inputs: KeyInputs, outputs: KeyOutputs, ring: Ring, 
     first_slice = axis_index("part") * count
     key = axis_index("block") * ROWS
     begin, end = (x * group for x in plan.residual_queries(key))
-    state = key // plan.spacing + 1  # the first that holds these keys
+    state = key // plan.spacing + 1  # the first saved one whose sum includes these keys
     read = int32(state < plan.num_states) if plan.num_states > 1 else None
     place = lambda step: (pl.ds(step // group * ROWS, ROWS), kv_head * group + step % group)
     where = batch, kv_head, first_slice, key, begin, end, state, read, place

@@ -247,9 +247,9 @@ def change_source(monkeypatch, name: str, *changes: tuple[str, str]):
                 if not member.startswith("__") and (inspect.isfunction(function) or isinstance(function, property)):
                     monkeypatch.setattr(getattr(original, attribute), member, function)
         else:
-            right = getattr(original, attribute)
+            old = getattr(original, attribute)
             for importer in importers:
-                if getattr(importer, attribute, None) is right:  # other files have functions of that name
+                if getattr(importer, attribute, None) is old:  # other files have functions of that name
                     monkeypatch.setattr(importer, attribute, value)
 
 
@@ -472,9 +472,8 @@ def test_a_layer_on_the_device_is_the_layer_on_a_cpu(device, num_heads, head_siz
             layer = RAttention(96, **sizes, window=32, feature_map=phi, implementation="chunked", key=keys[1])
             x = jax.random.normal(keys[2], (128, 96))
             arrays, static = eqx.partition(layer, eqx.is_array)
-            out, pull_back = jax.vjp(
-                jax.jit(lambda arrays, x, static=static: eqx.combine(arrays, static)(x)), arrays, x
-            )
+            apply = jax.jit(lambda arrays, x, static=static: eqx.combine(arrays, static)(x))
+            out, pull_back = jax.vjp(apply, arrays, x)
             found.append([np.asarray(leaf) for leaf in jax.tree.leaves((out, pull_back(jnp.cos(out))))])
     for got, expected in zip(*found, strict=True):
         assert relative_rms(got, expected) < 1e-5

@@ -55,7 +55,8 @@ def body(x, keys, values, out, x_tile, key_tile, value_tile, keys_there, values_
 def kernel(wait_first: bool):
     tile = plgpu.SMEM((64, 64), jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
     named = functools.partial(body, wait_first=wait_first)
-    named.__name__ = "waits_first" if wait_first else "waits_between"
+    name = "waits_first" if wait_first else "waits_between"
+    named.__name__ = name  # pyright: ignore[reportAttributeAccessIssue]
     scratch = [tile, tile, tile, plgpu.Barrier(), plgpu.Barrier()]
     out = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
     return plgpu.kernel(named, out_type=out, scratch_types=scratch, grid=(1,), grid_names=("block",))
