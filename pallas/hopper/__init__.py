@@ -1,8 +1,9 @@
 """Kernels for Hopper GPUs (compute capability 9.0), in Pallas's Mosaic GPU dialect: `ops` is what the dispatch calls.
 
-From a call to the card: `ops` pads and plans (`plan`), `gradients` ties the kernels to differentiation, `state_sweep`
-sums the residual branch's state, `forward` computes both branches and their sum, `window_backward`,
-`residual_query_backward` and `residual_key_backward` differentiate. `warpgroup` holds what kernels share.
+From a call to the GPU: `ops` pads (`arrays`) and plans (`plan`), `gradients` ties the kernels to differentiation. The
+kernels: `state_sweep` sums the residual branch's states; `forward` computes both branches (`window_forward` and
+`residual_forward`) and their sum; `window_backward`, `residual_query_backward` and `residual_key_backward`
+differentiate. `warpgroup` is what kernels share.
 """
 
 import jax

@@ -21,7 +21,7 @@ def round_up(x: int, multiple: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Static facts of one call. Lengths are the padded ones; positions count keys, and query 0 stands at `first`."""
+    """Static facts of one call. Lengths are padded; positions count keys, and query 0 has position `first`."""
 
     window: int
     scale: float
@@ -31,19 +31,19 @@ class Plan:
     num_keys: int  # a multiple of the chunk
     num_heads: int
     num_kv_heads: int
-    head_size: int  # of q, k and v as the kernels see them: 64 or 128
-    value_size: int  # what the norms divide by
-    slices: int  # f / head_size
+    head_size: int  # of q, k and v after padding: 64 or 128
+    value_size: int  # of v before padding, over which the norms average
+    slices: int  # f / head_size: phi is computed and multiplied in slices of head_size
     feature_size: int  # f before padding
-    map_name: str | None  # a key of feature_map.IN_KERNELS, or None: features are given
+    map_name: str | None  # a key of feature_map.IN_KERNELS, or None: XLA computes phi, and features are operands
     segmented: bool
-    num_start_states: int  # 0; 1: all queries start alike; 2: initial_state and segment_state
-    local: bool
-    residual: bool
+    num_start_states: int  # 0; 1: every query reads the same one; 2: initial_state and segment_state
+    swa: bool  # is there a window?
+    rla: bool  # is there a residual branch?
     normed: bool  # divide each branch by its RMS and multiply by its gain
-    chunk: int  # keys in a block
+    chunk: int  # keys of a block, that is of a tile of the ring
     spacing: int  # keys between two saved states, a multiple of the chunk
-    stages: int
+    stages: int  # slots of the ring
     interpret: bool
 
     @property
@@ -52,12 +52,12 @@ class Plan:
 
     @property
     def pair(self) -> bool:
-        """Do two warpgroups serve two heads of a group at the same 64 queries, or one head at 128?"""
+        """Do the two consumer warpgroups take two heads of a group at the same 64 queries, or one head at 128?"""
         return self.group % 2 == 0
 
     @property
     def span(self) -> int:
-        """Queries that one block of warpgroups covers."""
+        """Queries that a thread block takes at a time."""
         return ROWS if self.pair else 2 * ROWS
 
     def first_row(self, tile, warpgroup):
@@ -69,7 +69,7 @@ class Plan:
         return heads * (self.num_queries // self.span) * batch
 
     def place(self, index, warpgroup) -> "Place":
-        """Where a warpgroup works in tile `index`: heads of a group first, so that neighbours share keys."""
+        """What a warpgroup computes in tile `index`: heads vary fastest, so that blocks running together share keys."""
         heads = self.num_heads // 2 if self.pair else self.num_heads
         tiles = self.num_queries // self.span
         head, index = lax.rem(index, jnp.int32(heads)), index // heads
@@ -102,36 +102,36 @@ class Plan:
 
     @property
     def precise(self) -> bool:
-        """Are d_rla and the normed output kept in two parts?
+        """Are d_rla and the normed output kept as hi + lo, two bfloat16 numbers (two packed ones) each?
 
-        d_rla is orthogonal to the output, and values and states lie nearly along it: of their products little is left
-        but rounding, unless the map's Jacobian removes the rest, as softmax's does.
+        d_rla is orthogonal to the output, and values and states are nearly parallel to it: their products with d_rla
+        cancel, and would be little but rounding error. Softmax's Jacobian removes that error, other maps' do not.
         """
-        return self.normed and self.residual and not self.sums_to_one
+        return self.normed and self.rla and not self.sums_to_one
 
     @property
     def state_parts(self) -> int:
-        """Tiles that a state, or its gradient, is rounded to: where features are given, what the first lost as well."""
+        """bfloat16 parts of a saved state and of its gradient: hi, and lo for a map of which nothing is known."""
         return 2 if self.map is None else 1
 
     @property
     def precise_starts(self) -> bool:
-        """Are start states read, and their gradients summed, beyond bfloat16? Where features are given."""
+        """Are start states read as hi + lo, and their gradients so summed? For a map of which nothing is known."""
         return self.num_start_states > 0 and self.map is None
 
     @property
     def num_start_tiles(self) -> int:
-        """Start states as kernels read them; precise ones are followed by what rounding took from each."""
+        """Start states as the kernels read them: all of hi and then, if `precise_starts`, all of lo."""
         return self.num_start_states * (2 if self.precise_starts else 1)
 
     def reads_start(self, tile: int, segment_start):
-        """Which queries read a start state, by where their segments start; None: all."""
+        """Which queries read a start state, from the starts of their segments; None: all."""
         if self.num_start_states == 1:
             return None
         return segment_start > 0 if tile % 2 else segment_start <= 0
 
     def features_of(self, slice_index):
-        """float32: how many features of a slice are not padding, but 1 at least."""
+        """float32: how many features of a slice are not padding, at least 1."""
         count = jnp.clip(self.feature_size - slice_index * self.head_size, 1, self.head_size)
         return lax.convert_element_type(count, jnp.float32)
 
@@ -144,14 +144,17 @@ class Plan:
     @property
     def reaches_back(self) -> bool:
         """Does any query have a residual set?"""
-        return self.residual and self.first + self.num_queries > self.window
+        return self.rla and self.first + self.num_queries > self.window
 
     def narrow(self) -> "Plan":
-        """For the backward kernels, which hold more in registers: blocks of 64 keys."""
+        """For the backward kernels, which need more registers: blocks of 64 keys."""
         return dataclasses.replace(self, chunk=ROWS, stages=6)
 
     def window_range(self, lowest, highest):
-        """For queries at positions lowest ... highest: key blocks [begin, end), of which [from, to) need no mask."""
+        """For queries at positions lowest ... highest: key blocks [begin, end), of which [from, to) need no mask.
+
+        Returned are begin, from, to, end.
+        """
         begin = jnp.maximum(lowest - self.window + 1, 0) // self.chunk
         end = highest // self.chunk + 1
         if self.segmented:
@@ -160,23 +163,25 @@ class Plan:
         return begin, unmasked, jnp.clip((lowest + 1) // self.chunk, unmasked, end), end
 
     def half_blocks(self, oldest, newest, begin, end):
-        """1 where keys oldest ... newest meet only the second half of block `begin`; only the first of `end` - 1."""
+        """Two counts, 0 or 1: do keys oldest ... newest meet only the second half of block `begin`, and only the first
+        half of block `end` - 1?"""
         some = end > begin
         first = some & (oldest >= begin * self.chunk + ROWS)
         last = some & (newest < (end - 1) * self.chunk + ROWS)
         return int32(first), int32(last)
 
     def residual_range(self, lowest, highest):
-        """The saved state that queries at lowest ... highest read, and the key blocks [begin, end) on the edge."""
+        """For queries at positions lowest ... highest: the number of the saved state that they read, and the key blocks
+        [begin, end) between that state and the end of the residual set."""
         state = jnp.minimum(jnp.maximum(lowest - self.window + 1, 0) // self.spacing, self.num_states - 1)
         begin = state * (self.spacing // self.chunk)
         end = jnp.where(highest >= self.window, jnp.maximum(highest - self.window, 0) // self.chunk + 1, begin)
         return state, begin, jnp.maximum(end, begin)
 
     def window_queries(self, key, count: int):
-        """For keys key ... key + count - 1: tiles of ROWS queries [begin, end) whose windows meet them.
+        """For keys key ... key + count - 1: tiles of ROWS queries [begin, end), of which some see some of the keys.
 
-        Of these, [from, to) see all of them and need no mask.
+        Of these, [from, to) see all of them and need no mask. Returned are begin, from, to, end.
         """
         tiles = self.num_queries // ROWS
         last = key + count - 1
@@ -188,7 +193,7 @@ class Plan:
         return begin, unmasked, jnp.clip(floor_tile(key + self.window - ROWS - self.first) + 1, unmasked, end), end
 
     def residual_queries(self, key):
-        """Tiles of ROWS queries [begin, end) that meet the keys key ... key + ROWS - 1 on the window's edge."""
+        """Tiles of ROWS queries [begin, end) that read the keys key ... key + ROWS - 1 by a product, not in a state."""
         tiles = self.num_queries // ROWS
         begin = jnp.minimum(jnp.maximum(key + self.window - self.first, 0) // ROWS, tiles)
         newest = (key // self.spacing + 1) * self.spacing + self.window - 2 - self.first
@@ -198,13 +203,13 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Which queries a warpgroup has before it. All are int32 scalars."""
+    """Which queries a warpgroup computes. All are int32 scalars."""
 
     batch: Any
     kv_head: Any
     head: Any
     row: Any  # of its first query among the queries
-    lowest: Any  # position of the first query of both warpgroups
+    lowest: Any  # position of the first query of the thread block
     position: Any  # of its own first query
 
     @property

@@ -1,16 +1,17 @@
-"""The sweep: running sums of phi(x)^T y over the sequence, saved at regular places.
+"""The sweep: running sums of phi(x)^T y over the sequence, saved at regular intervals.
 
 Forward it sums keys and values from left to right into the states that queries read; backward it sums queries and
-cotangents from right to left into the gradients of those states. So that a single long sequence fills the chip, the
+cotangents from right to left into the gradients of those states. So that a single long sequence fills the GPU, the
 sequence is cut into pieces: a first launch sums each, a second sweeps every piece from the sum of those before it.
 
-States are kept transposed, [dv, f], and centred: the mean over each slice of f (over those that are not padding) is
-taken out before rounding to bfloat16 and kept in float32. Rounding would otherwise fall on a large constant part,
-which the softmax map's Jacobian removes.
+States are kept transposed, [dv, f], and centred: the mean over each slice of f (over the features that are not padding)
+is subtracted before rounding to bfloat16 and kept in float32. Otherwise the rounding error would be that of a large
+constant part, which softmax's Jacobian removes.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.hopper.plan import Plan, cdiv
 from pallas.hopper.warpgroup import (
-    MATRIX,
     MULTIPROCESSORS,
     PER_ROW,
     ROWS,
@@ -29,11 +29,12 @@ from pallas.hopper.warpgroup import (
     axis_index,
     launch,
     multiply_add,
-    parts_of,
     send,
     sign_of,
     slice_of,
+    split,
     tile,
+    to_registers,
     zeros,
 )
 
@@ -42,10 +43,8 @@ from pallas.hopper.warpgroup import (
 class Sweep:
     """Interval i covers rows [base + i * spacing, base + (i + 1) * spacing) of x and y, as far as there are rows.
 
-    Either end is rounded up to a multiple of `tile`.
-
-    Intervals are taken in the order 0, 1, ... (forward: the state after interval i is number i + 1) or last, ..., 1
-    (reverse: the state after interval i is number i).
+    Either end is rounded up to a multiple of `tile`. Intervals are taken in the order 0, 1, ... (forward: the state
+    after interval i is number i + 1) or last, ..., 1 (reverse: the state after interval i is number i).
     """
 
     plan: Plan
@@ -54,7 +53,7 @@ class Sweep:
     group: int  # heads of x and y for each key/value head
     base: int
     tile: int
-    num_intervals: int  # that are swept
+    num_intervals: int  # to be swept
     num_states: int
 
     @property
@@ -77,59 +76,76 @@ def key_sweep(plan: Plan) -> Sweep:
 
 
 def query_sweep(plan: Plan) -> Sweep:
-    base = plan.window - 1 - plan.first  # a tile's queries all read the state that its lowest one needs
+    base = plan.window - 1 - plan.first  # all queries of a tile read the state that the first of them needs
     return Sweep(plan, True, plan.num_queries, plan.group, base, plan.span, plan.num_states - 1, plan.num_states)
 
 
-def sweep(sweep: Sweep, x, y, *, y_rest=None, row_keep=None, carry_keep=None, save_features: bool = False) -> dict:
-    """states [b, num_states, kv, dv, f] (number 0 is not written), means [b, num_states, kv, slices, dv], features.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SweepInputs:
+    x: Any  # [b, rows, heads, d], or features [b, rows, heads, f]
+    y: Any  # [b, rows, heads, d]
+    y_lo: Any = None  # the second part of y, where that is hi + lo
+    row_keep: Any = None  # [b, rows] and [b, intervals]: 0 where a segment ends, else 1 (arrays.py)
+    carry_keep: Any = None
+    before: Any = None  # [b, pieces, kv, d, f] float32: the sum that each piece starts from; None: 0
 
-    With two `plan.state_parts` also state_rests, what rounding took from the states.
 
-    x: [b, rows, heads, d], or features [b, rows, heads, f]; y: [b, rows, heads, d], y_rest what rounding took from it;
-    row_keep [b, rows] and carry_keep [b, intervals]: 0 where a segment ends, else 1.
-    """
-    plan, batch = sweep.plan, x.shape[0]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Swept:
+    """The results of a sweep: the totals of its pieces, or everything else."""
+
+    totals: Any = None  # [b, pieces, kv, dv, f] float32
+    states: Any = None  # [b, num_states, kv, dv, f] bfloat16, centred; number 0, always 0, is not written
+    means: Any = None  # [b, num_states, kv, slices, dv] float32
+    states_lo: Any = None  # the second part of states, with two `plan.state_parts`
+    features: Any = None  # [b, rows, kv, f] bfloat16: phi(x)
+
+
+def sweep(sweep: Sweep, arrays: SweepInputs, *, save_features: bool = False) -> Swept:
+    """The states, and phi(x) with `save_features`; arrays.before is computed here."""
+    plan, batch = sweep.plan, arrays.x.shape[0]
     d, f, kv = plan.head_size, plan.num_features, plan.num_kv_heads
-    arrays = {"x": x, "y": y, "y_rest": y_rest, "row_keep": row_keep, "carry_keep": carry_keep}
     blocks = batch * kv * (plan.slices // sweep.warpgroups)
-    length = cdiv(
-        sweep.num_intervals, max(1, min(sweep.num_intervals, MULTIPROCESSORS // blocks))
-    )  # intervals of a piece
-    pieces = cdiv(sweep.num_intervals, length)
-    before = None
+    length, pieces = _cut(sweep.num_intervals, blocks)
     if pieces > 1:
-        totals = jax.ShapeDtypeStruct((batch, pieces, kv, d, f), jnp.float32)
-        totals = _launch(sweep, arrays, {"totals": totals}, length, pieces)["totals"]
-        kept = None if carry_keep is None else _kept(sweep, carry_keep, length, pieces)
-        before = _sums_before(totals, kept)
-    outputs = {
-        "states": jax.ShapeDtypeStruct((batch, sweep.num_states, kv, d, f), jnp.bfloat16),
-        "means": jax.ShapeDtypeStruct((batch, sweep.num_states, kv, plan.slices, d), jnp.float32),
-    }
-    if plan.state_parts > 1:
-        outputs["state_rests"] = outputs["states"]
-    if save_features:
-        outputs["features"] = jax.ShapeDtypeStruct((batch, sweep.num_rows, kv, f), jnp.bfloat16)
-    return _launch(sweep, arrays | {"before": before}, outputs, length, pieces)
+        totals = Swept(totals=jax.ShapeDtypeStruct((batch, pieces, kv, d, f), jnp.float32))
+        totals = _launch(sweep, arrays, totals, length, pieces).totals
+        kept = None if arrays.carry_keep is None else _kept(sweep, arrays.carry_keep, length, pieces)
+        arrays = dataclasses.replace(arrays, before=_sums_before(totals, kept))
+    states = jax.ShapeDtypeStruct((batch, sweep.num_states, kv, d, f), jnp.bfloat16)
+    features = jax.ShapeDtypeStruct((batch, sweep.num_rows, kv, f), jnp.bfloat16)
+    results = Swept(
+        states=states,
+        means=jax.ShapeDtypeStruct((batch, sweep.num_states, kv, plan.slices, d), jnp.float32),
+        states_lo=states if plan.state_parts > 1 else None,
+        features=features if save_features else None,
+    )
+    return _launch(sweep, arrays, results, length, pieces)
 
 
-def total(plan: Plan, x, y, *, y_rest=None, row_keep=None):
+def total(plan: Plan, x, y, *, y_lo=None, row_keep=None):
     """The sum of phi(x)^T y over all rows, transposed: [b, kv, dv, f] float32."""
     intervals = cdiv(plan.num_queries, plan.spacing)
     whole = Sweep(plan, False, plan.num_queries, plan.group, 0, ROWS, intervals, intervals)
     batch = x.shape[0]
-    length = cdiv(intervals, max(1, min(intervals, MULTIPROCESSORS // (batch * plan.num_kv_heads))))
-    pieces = cdiv(intervals, length)
+    length, pieces = _cut(intervals, batch * plan.num_kv_heads)
     ones = None if row_keep is None else jnp.ones((batch, intervals), jnp.float32)
-    arrays = {"x": x, "y": y, "y_rest": y_rest, "row_keep": row_keep, "carry_keep": ones}
+    arrays = SweepInputs(x, y, y_lo, row_keep, carry_keep=ones)
     shape = (batch, pieces, plan.num_kv_heads, plan.head_size, plan.num_features)
-    outputs = {"totals": jax.ShapeDtypeStruct(shape, jnp.float32)}
-    return _launch(whole, arrays, outputs, length, pieces)["totals"].sum(axis=1)
+    totals = Swept(totals=jax.ShapeDtypeStruct(shape, jnp.float32))
+    return _launch(whole, arrays, totals, length, pieces).totals.sum(axis=1)
+
+
+def _cut(intervals: int, blocks: int) -> tuple[int, int]:
+    """(intervals of a piece, pieces) with which a launch of `blocks` blocks for each piece fills the GPU."""
+    length = cdiv(intervals, max(1, min(intervals, MULTIPROCESSORS // blocks)))
+    return length, cdiv(intervals, length)
 
 
 def _kept(sweep: Sweep, carry_keep, length: int, pieces: int):
-    """[b, pieces]: 1 where what comes into a piece also comes out of it, 0 where a segment ends inside."""
+    """[b, pieces]: 0 where a segment ends inside a piece, so that nothing is carried through it, else 1."""
     order = carry_keep[:, jnp.array([sweep.interval(n) for n in range(sweep.num_intervals)])]
     padding = length * pieces - sweep.num_intervals
     order = jnp.pad(order, ((0, 0), (0, padding)), constant_values=1.0)
@@ -137,7 +153,7 @@ def _kept(sweep: Sweep, carry_keep, length: int, pieces: int):
 
 
 def _sums_before(totals, kept):
-    """[b, pieces, ...]: the sum that each piece starts from. A short chain of additions, or one small product."""
+    """[b, pieces, ...]: the sum that each piece starts from, by additions if there are few, else by one product."""
     pieces = totals.shape[1]
     if pieces <= 8:
         before = [jnp.zeros_like(totals[:, 0])]
@@ -152,11 +168,11 @@ def _sums_before(totals, kept):
     return jnp.einsum("bpq,bqkvf->bpkvf", earlier, totals, precision="highest")
 
 
-def _launch(sweep: Sweep, arrays: dict, outputs: dict, length: int, pieces: int) -> dict:
+def _launch(sweep: Sweep, arrays: SweepInputs, results: Swept, length: int, pieces: int) -> Swept:
     plan, d = sweep.plan, sweep.plan.head_size
     count = sweep.warpgroups
     scratch = {
-        "ring": Ring.scratch(tile(6, ROWS, d), consumers=count),
+        "ring": Ring.scratch(tile(6, ROWS, d), count, plan.interpret),
         "phi_tile": tile(count, ROWS, d),
         "state_tile": tile(count, d, d),
     }
@@ -164,22 +180,23 @@ def _launch(sweep: Sweep, arrays: dict, outputs: dict, length: int, pieces: int)
         "kv_head": plan.num_kv_heads,
         "piece": pieces,
         "slices": plan.slices // count,
-        "batch": arrays["x"].shape[0],
+        "batch": arrays.x.shape[0],
     }
-    body = functools.partial(_sweep_piece, sweep=sweep, length=length, outputs=tuple(outputs))
-    return launch(body, arrays, outputs, scratch, grid=grid, warpgroups=count + 1, interpret=plan.interpret)
+    body = functools.partial(_sweep_piece, sweep=sweep, length=length)
+    return launch(body, arrays, results, scratch, grid=grid, warpgroups=count + 1, interpret=plan.interpret)
 
 
-def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, outputs: tuple):
+def _sweep_piece(
+    inputs: SweepInputs, outputs: Swept, ring: Ring, phi_tile, state_tile, sweep: Sweep, length: int
+) -> None:
+    """One piece of the sequence, one or two slices of f: each consumer warpgroup sums one slice."""
     plan, count, d = sweep.plan, sweep.warpgroups, sweep.plan.head_size
     warpgroup, batch, kv_head = (axis_index(name) for name in ("warpgroup", "batch", "kv_head"))
     piece, first_slice = axis_index("piece"), axis_index("slices") * count
-    ring = Ring(*ring, plan.interpret)
     begin = piece * length
     end = jnp.minimum(begin + length, sweep.num_intervals)
-    given = plan.map is None
-    of_y = [name for name in ("y", "y_rest") if name in refs]
-    uses = (count if given else 1) + len(of_y)  # tiles of one step: x (or its slices), then y
+    of_y = [ref for ref in (inputs.y, inputs.y_lo) if ref is not None]
+    uses = (count if plan.map is None else 1) + len(of_y)  # tiles of one step: x (or its slices), then y
 
     def steps(n):
         low, high = sweep.rows_of(n)
@@ -194,14 +211,14 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
 
             def step(i, use):
                 rows, head = pl.ds(low + i // sweep.group * ROWS, ROWS), kv_head * sweep.group + i % sweep.group
-                if given:
+                if plan.map is None:
                     for slice_ in range(count):
                         columns = pl.ds((first_slice + slice_) * d, d)
-                        ring.load(use + slice_, refs["x"].at[batch, rows, head, columns])
+                        ring.load(use + slice_, inputs.x.at[batch, rows, head, columns])
                 else:
-                    ring.load(use, refs["x"].at[batch, rows, head])
-                for i, name in enumerate(of_y):
-                    ring.load(use + uses - len(of_y) + i, refs[name].at[batch, rows, head])
+                    ring.load(use, inputs.x.at[batch, rows, head])
+                for i, ref in enumerate(of_y):
+                    ring.load(use + uses - len(of_y) + i, ref.at[batch, rows, head])
                 return use + uses
 
             return lax.fori_loop(0, num_steps, step, use)
@@ -220,31 +237,31 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
             low, num_steps = steps(n)
             index = sweep.interval(n)
             if plan.segmented:
-                total = total * refs["carry_keep"][batch, index]
+                total = total * inputs.carry_keep[batch, index]
 
             def step(i, carry):
                 total, use = carry
                 rows = pl.ds(low + i // sweep.group * ROWS, ROWS)
                 tiles = [ring.wait(use + j) for j in range(uses)]
-                if given:
+                if plan.map is None:
                     right = ring.slots.at[lax.rem(use + warpgroup, jnp.int32(ring.size))]
-                    features = plgpu.load(right, layout=MATRIX) if plan.segmented else None
+                    features = to_registers(right) if plan.segmented else None
                 else:
-                    x = plgpu.load(tiles[0], layout=MATRIX).astype(jnp.float32)
+                    x = to_registers(tiles[0]).astype(jnp.float32)
                     features = slice_of(plan.map, x * sign_of(slice_)).astype(jnp.bfloat16)
                     right = phi
                 if features is not None:
                     right = phi
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    if "features" in outputs:
+                    if outputs.features is not None:
                         phi[...] = features
                         plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(phi, refs["features"].at[batch, rows, kv_head, columns])
+                        plgpu.copy_smem_to_gmem(phi, outputs.features.at[batch, rows, kv_head, columns])
                     if plan.segmented:
-                        keep = plgpu.load(refs["row_keep"].at[batch, rows], layout=PER_ROW, optimized=False)
+                        keep = to_registers(inputs.row_keep.at[batch, rows], PER_ROW, optimized=False)
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         features = (features.astype(jnp.float32) * across(keep, d)).astype(jnp.bfloat16)
-                    if plan.segmented or "features" not in outputs:
+                    if plan.segmented or outputs.features is None:
                         phi[...] = features
                         plgpu.commit_smem()
                 ys = [y.transpose((1, 0)) for y in tiles[uses - len(of_y) :]]
@@ -254,25 +271,25 @@ def _sweep_piece(refs, ring, phi_tile, state_tile, sweep: Sweep, length: int, ou
                 return total, use + uses
 
             total, use = lax.fori_loop(0, num_steps, step, (total, use))
-            if "states" in outputs:
+            if outputs.states is not None:
                 slot = index if sweep.reverse else index + 1
 
                 @pl.when(slot < sweep.num_states)
                 def _():
                     mean = total.sum(axis=1) / plan.features_of(slice_)
                     centred = total - across(mean, d)
-                    tiles = parts_of(centred, "state_rests" in outputs)
-                    for name, part in zip(("states", "state_rests"), tiles, strict=False):
-                        send(state, part, refs[name].at[batch, slot, kv_head, :, columns])
-                    refs["means"].at[batch, slot, kv_head, slice_][...] = mean
+                    parts = split(centred, outputs.states_lo is not None)
+                    for ref, part in zip((outputs.states, outputs.states_lo), parts, strict=False):
+                        send(state, part, ref.at[batch, slot, kv_head, :, columns])
+                    outputs.means.at[batch, slot, kv_head, slice_][...] = mean
 
             return total, use
 
         start = zeros(d, d)
-        if "before" in refs:
-            before = refs["before"].at[batch, piece, kv_head, :, columns]
-            start = plgpu.load(before, layout=MATRIX, optimized=False)
+        if inputs.before is not None:
+            before = inputs.before.at[batch, piece, kv_head, :, columns]
+            start = to_registers(before, optimized=False)
         total, _ = lax.fori_loop(begin, end, interval, (start, jnp.int32(0)))
-        if "totals" in outputs:
-            refs["totals"].at[batch, piece, kv_head, :, columns][...] = total
+        if outputs.totals is not None:
+            outputs.totals.at[batch, piece, kv_head, :, columns][...] = total
         plgpu.wait_smem_to_gmem(0)

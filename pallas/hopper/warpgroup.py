@@ -1,9 +1,11 @@
-"""What the Hopper kernels share: tiles, products on the tensor cores, a ring of copies in flight, phi in registers.
+"""What the Hopper kernels share: tiles, wgmma products, a ring of TMA copies in flight, phi in registers.
 
-A block runs two compute warpgroups and one that issues copies. Refs are not arrays, so shapes stand in comments.
+A thread block has one or two consumer warpgroups, which compute, and a producer warpgroup, which issues the TMA copies
+from device memory. Refs are not arrays, so shapes stand in comments.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,46 +19,58 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas.feature_map import KernelMap, softmax
 
 ROWS = 64  # query rows of one warpgroup: the M of a wgmma instruction
-MULTIPROCESSORS = 132  # of an H100; blocks of a launch that are resident at once, one on each
+MULTIPROCESSORS = 132  # of an H100: a kernel that loops over tiles launches that many blocks, one on each
 LOG2E = math.log2(math.e)
-LARGEST = 32000.0  # of the integers that hold what is normed
-MAGIC = 1.5 * 2.0**23  # added to a float32 of less than 2^22, leaves it rounded to an integer in the low bits
-MASKED = -1e30  # finite, so that a wholly masked row of scores gives no NaN
-MATRIX = plgpu.Layout.WGMMA
+LARGEST = 32000.0  # of the 16-bit integers that normed outputs are saved in
+MAGIC = 1.5 * 2.0**23  # added to a float32 below 2^22 in size, it leaves the nearest integer in the low bits
+MASKED = -1e30  # finite, so that a row of scores that is all masked gives no NaN
+MATRIX = plgpu.Layout.WGMMA  # of a wgmma accumulator; below, of what is reduced over its columns and over its rows
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # jax 0.10 does not export it
 
 
-def tile(*shape: int) -> plgpu.SMEM:
-    """Shared memory for bfloat16 tiles [..., rows, columns], laid out as wgmma and the copy engine want it."""
+def tile(*shape: int) -> Any:
+    """Shared memory for bfloat16 tiles [..., rows, columns], tiled and swizzled as wgmma and TMA want it."""
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
-def step_of_normed(r, value_size: int, eps: float):
-    """[rows]: what 1 stands for where x r, r = 1 / sqrt(mean(x^2) + eps), is saved in integers of 16 bits.
+def to_registers(ref, layout: Any = MATRIX, *, optimized: bool = True) -> Any:
+    """A ref's array in registers. From device memory, optimized=False: no vectorized load is insisted on."""
+    return plgpu.load(ref, layout=layout, optimized=optimized)  # pyright: ignore[reportCallIssue]  # jax 0.10: an index
 
-    No entry is larger than sqrt(d) times its row's rms, which is sqrt(1 - eps r^2), to which 1e-6 are added for its
-    rounding: where eps dwarfs x, the error is 3e-8 sqrt(d) at most. NaN where r is 0: x, or its square, is infinite.
+
+def step_of_normed(r, value_size: int, eps: float):
+    """[rows]: the quantization step of y = x r, r = 1 / sqrt(mean(x^2) + eps), saved in integers of 16 bits.
+
+    No entry of y is larger than sqrt(value_size) times the rms of its row. That rms is sqrt(1 - eps r^2); 1e-6 is added
+    to its square because the difference is rounded, which costs an error of 3e-8 sqrt(value_size) at most, where eps is
+    much larger than mean(x^2). NaN where r is 0, that is where x or its square is infinite.
     """
     largest = value_size * (jnp.maximum(1.0 - eps * r * r, 0.0) + 1e-6) * (r / r)
     return largest * lax.rsqrt(largest) * (1.0 / LARGEST)
 
 
+def lo_step(step):
+    """The step of a second packed part, which holds the rounding error of the first."""
+    return step * (1.0 / LARGEST)
+
+
 def pack_normed(y, step):
-    """float32 in steps [rows] of 16-bit integers, as bfloat16's bits: half of float16's error where eps is small."""
+    """float32 as 16-bit integers, multiples of step [rows], in arrays of bfloat16: half of float16's error."""
     steps = y * across(1.0 / step, y.shape[1]) + MAGIC
     return lax.bitcast_convert_type(lax.bitcast_convert_type(steps, jnp.int32).astype(jnp.int16), jnp.bfloat16)
 
 
 def unpack_normed(packed, step):
-    """float32, from what `pack_normed` made."""
+    """The inverse of `pack_normed`, in float32."""
     steps = lax.bitcast_convert_type(packed, jnp.int16).astype(jnp.float32)
     return steps * across(step, packed.shape[1])
 
 
 def load_normed(ref, step):
-    """float32, from a tile that `pack_normed` made."""
-    return unpack_normed(plgpu.load(ref, layout=MATRIX), step)
+    """Likewise, of a tile in shared memory."""
+    return unpack_normed(to_registers(ref), step)
 
 
 def zeros(rows: int, columns: int):
@@ -82,13 +96,14 @@ def iota(rows: int, columns: int, axis: int):
 
 
 def multiply_add(interpret: bool, *sums) -> Any:
-    """For each (accumulator or its shape, [(a, b), ...]): accumulator + sum of a @ b, all in flight together.
+    """For each (accumulator or its shape, [(a, b), ...]): accumulator + sum of a @ b, by wgmmas all in flight together.
 
-    a: a ref or an array in registers; b: a ref. The interpreter knows no products of registers, so it gets jnp.dot.
+    A shape stands for an accumulator of zeros. a: a ref, or an array in registers; b: a ref. The interpreter has no
+    wgmma with an operand in registers: it gets jnp.dot.
 
-    In a loop with an `a` that was made before the loop, no other `a` may be made before a wait and multiplied after it:
-    ptxas 13.0 keeps both in the same registers, and from the second turn on the first is lost (LOG.md, 2026-11-27).
-    `python -m pallas compile` looks for this in the machine code.
+    Where a loop reads an `a` made before the loop, no other `a` may be made before a barrier wait and multiplied after
+    it: ptxas 13.0 puts both in the same registers, and the first is lost from the second iteration on. The least such
+    kernel is tests/tools/register_operands.py, and `python -m pallas compile` looks for this in the machine code.
     """
     if interpret:
         results = []
@@ -112,34 +127,38 @@ def multiply_add(interpret: bool, *sums) -> Any:
             body((ref,))
             return ref[...]
 
-        return pl.run_scoped(fresh, plgpu.ACC(sums[0][0], jnp.float32))
-    results = pl.run_state(body)(tuple(plgpu.ACC.init(start) for start in starts))
+        return pl.run_scoped(fresh, ACC(sums[0][0], jnp.float32))
+    results = pl.run_state(body)(tuple(ACC.init(start) for start in starts))
     return results[0] if len(results) == 1 else tuple(results)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Tiles on their way from device memory, used in the order in which they were asked for.
+    """A circular buffer of tiles in shared memory, filled by TMA, each with a pair of mbarriers.
 
-    Use number i lives in slot i % size. `full` is awaited by every consumer; every consumer frees each use.
+    Producer and consumers count uses alike: use number i is the i-th tile asked for, in slot i % size. Every consumer
+    waits for `full` and, done with a use, arrives at `free`, on which the producer waits before it reuses the slot.
     """
 
     slots: Any  # [size, rows, columns] of bfloat16, or as the kernel laid it out
     full: Any  # [size] barriers, one arrival: the copy's
     free: Any  # [size] barriers, one arrival for each consumer
-    interpret: bool
+    interpret: bool = dataclasses.field(metadata={"static": True})
 
     @staticmethod
-    def scratch(slots: plgpu.SMEM, consumers: int) -> tuple:
+    def scratch(slots: Any, consumers: int, interpret: bool) -> "Ring":
+        """What a kernel asks for, to be handed the ring itself."""
         size = slots.shape[0]
-        return slots, plgpu.Barrier(num_barriers=size), plgpu.Barrier(num_barriers=size, num_arrivals=consumers)
+        full, free = plgpu.Barrier(num_barriers=size), plgpu.Barrier(num_barriers=size, num_arrivals=consumers)
+        return Ring(slots, full, free, interpret)
 
     @property
     def size(self) -> int:
         return self.slots.shape[0]
 
     def load(self, use, source, rows: int | None = None) -> None:
-        """Producer: copy `source` as soon as its slot is free; `rows`, if it has fewer than a slot."""
+        """Producer: copy `source` as soon as the slot is free. rows: of `source`, where it has fewer than a slot."""
         slot = lax.rem(use, jnp.int32(self.size))
 
         @pl.when(use >= self.size)
@@ -149,13 +168,13 @@ class Ring:
         plgpu.copy_gmem_to_smem(source, self.tile_of(use, rows), self.full.at[slot])
 
     def wait(self, use, rows: int | None = None):
-        """Consumer: the tile of this use, once it is there."""
+        """Consumer: the tile of this use, once its copy has landed."""
         plgpu.barrier_wait(self.full.at[lax.rem(use, jnp.int32(self.size))])
         return self.tile_of(use, rows)
 
     def wait_all(self, use, count: int, rows: int | None = None) -> list:
-        """Consumer: the tiles of `count` uses. Before the first product of a step: see `multiply_add`."""
-        assert count <= self.size, f"{count} tiles cannot stand in {self.size} slots at once"
+        """Consumer: the tiles of `count` uses, awaited before a step's first product: see `multiply_add`."""
+        assert count <= self.size, f"{count} tiles do not fit in {self.size} slots at once"
         return [self.wait(use + i, rows) for i in range(count)]
 
     def tile_of(self, use, rows: int | None = None):
@@ -163,13 +182,14 @@ class Ring:
         return slot if rows in (None, self.slots.shape[1]) else slot.at[pl.ds(0, rows)]
 
     def release(self, use) -> None:
-        # The interpreter reads a product's operands as loads do, and must see them done before the next copy.
+        """Consumer: its reads of this use are done."""
+        # The interpreter reads wgmma's operands by loads, and must see them finished before the next copy.
         if self.interpret:
             plgpu.commit_smem()
         plgpu.barrier_arrive(self.free.at[lax.rem(use, jnp.int32(self.size))])
 
     def drain(self, uses) -> None:
-        """Producer, last: see every use freed."""
+        """Producer, at the end: wait until every use is freed."""
 
         def one(use, _):
             plgpu.barrier_wait(self.free.at[lax.rem(use, jnp.int32(self.size))])
@@ -178,16 +198,16 @@ class Ring:
 
 
 def slice_of(row: KernelMap, x):
-    """A slice of phi, [rows, d] in registers, of the signed x."""
+    """A slice of phi(x), [rows, d] in registers. x: already multiplied by `sign_of` the slice."""
     return _softmax(x) if row is softmax else row.value(x)
 
 
 def pull_back(row: KernelMap, x, phi, g):
-    """g through the slice's transposed Jacobian at the signed x, where phi is the slice."""
+    """The transposed Jacobian of `slice_of` at x, times g. phi: the slice itself."""
     return _softmax_pull_back(phi, g) if row is softmax else row.pull_back(x, phi, g)
 
 
-def _softmax(x):  # sums over a row leave its layout, and have no axis of size 1
+def _softmax(x):  # Mosaic's reductions drop the axis: no keepdims
     columns = x.shape[1]
     x = x * LOG2E
     weights = jnp.exp2(x - across(x.max(axis=1), columns))
@@ -204,9 +224,9 @@ def sign_of(slice_index):
 
 
 def one_after_the_other(gates, warpgroup, is_first, compute: Callable):
-    """`compute()` by warpgroup 0, then by warpgroup 1: the compiler gives sums across warps one scratch for both.
+    """`compute()` by warpgroup 0, then by warpgroup 1: Mosaic gives both one scratch for reductions across warps.
 
-    gates: two barriers of one arrival. `is_first`: the first time in this block. `close_gates` comes last.
+    gates: two barriers of one arrival. is_first: is this the first call in this block? `close_gates` follows the last.
     """
     pl.when((warpgroup == 0) & jnp.logical_not(is_first))(lambda: plgpu.barrier_wait(gates.at[1]))
     pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(gates.at[0]))
@@ -217,35 +237,33 @@ def one_after_the_other(gates, warpgroup, is_first, compute: Callable):
 
 
 def close_gates(gates, warpgroup) -> None:
+    """Wait for the last arrival, so that no barrier is left with one that nobody awaits."""
     pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(gates.at[1]))
 
 
-def parts_of(x, precise: bool) -> list:
-    """float32 as the sum of bfloat16 arrays: of one, or of two, the second being what rounding took from the first.
-
-    For kernels: outside them, `hopper.ops._parts`.
-    """
-    first = x.astype(jnp.bfloat16)
-    return [first, (x - first.astype(jnp.float32)).astype(jnp.bfloat16)] if precise else [first]
+def split(x, precise: bool) -> list:
+    """float32 as [hi] or, if precise, as [hi, lo] of bfloat16: lo is the rounding error of hi. For use in kernels."""
+    hi = x.astype(jnp.bfloat16)
+    return [hi, (x - hi.astype(jnp.float32)).astype(jnp.bfloat16)] if precise else [hi]
 
 
 def norm_backward(d_tile, y_tiles, r, gain, value_size: int, eps: float, sum_rows: Callable):
-    """Through gain * y, y = x r, r = 1 / sqrt(mean(x^2) + eps): the gradients of x and of the gain, and x's times y.
+    """Backward of gain * y, y = x r, r = 1 / sqrt(mean(x^2) + eps): (d_x as [hi, lo], d_gain, the row sums of d_x y).
 
-    d_tile, y_tiles (packed, y is their sum): refs [rows, columns]; r [rows], gain [columns] in registers. The gradient
-    of x is in two `parts_of`; its product with y is summed over columns; `sum_rows` sums the gain's gradient over rows.
+    d_tile, the cotangent, and y_tiles: refs [rows, columns]; y is packed, in a second tile its second part. r [rows],
+    gain [columns]: in registers. sum_rows: how a tile is summed over its rows, for d_gain.
     """
     rows, columns = d_tile.shape
     step = step_of_normed(r, value_size, eps)
-    d_out, y = plgpu.load(d_tile, layout=MATRIX).astype(jnp.float32), load_normed(y_tiles[0], step)
-    for rest in y_tiles[1:]:
-        y += load_normed(rest, step * (1.0 / LARGEST))
+    d_out, y = to_registers(d_tile).astype(jnp.float32), load_normed(y_tiles[0], step)
+    for y_lo in y_tiles[1:]:
+        y += load_normed(y_lo, lo_step(step))
     d_gain = sum_rows(d_out * y)
     d_out = d_out * down(gain, rows)
     projection = (d_out * y).sum(axis=1) * (1.0 / value_size)
     exact = (d_out - y * across(projection, columns)) * across(r, columns)
-    d_x, rest = parts_of(exact, True)
-    return (d_x, rest), d_gain, (d_x.astype(jnp.float32) * y).sum(axis=1)
+    hi, lo = split(exact, True)
+    return (hi, lo), d_gain, (hi.astype(jnp.float32) * y).sum(axis=1)
 
 
 def where_rows(condition):
@@ -254,7 +272,7 @@ def where_rows(condition):
 
 
 def send(stage, value, target=None) -> None:
-    """Into shared memory, once the copy before has left it, and from there to device memory, if there is a target."""
+    """Write to `stage`, in shared memory, once the last copy out of it is done; copy it to `target` by TMA, if any."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     stage[...] = value.astype(stage.dtype)
     plgpu.commit_smem()
@@ -263,72 +281,71 @@ def send(stage, value, target=None) -> None:
 
 
 def load_next(load: Callable, plan, index, is_last, warpgroup) -> None:
-    """Ask for what `load(place)` brings for this block's next tile: all threads are done with what lies there."""
+    """Prefetch what `load(place)` copies for this block's next tile. All threads have read what is there now."""
     plgpu.commit_smem()
     pl.when(jnp.logical_not(is_last))(lambda: load(plan.place(index + lax.axis_size(axis("block")), warpgroup)))
 
 
 def axis(name: str) -> str:
-    """A kernel's own name of an axis: one such as "batch" may name an axis of the device mesh around it, and would then
-    be read as the device's place there."""
+    """A kernel's own name of an axis: inside shard_map a plain "batch" could name an axis of the mesh of devices."""
     return f"rattention {name}"
 
 
 def axis_index(name: str):
-    """This block's place along an axis of the grid, or this warpgroup's in its block."""
+    """This block's index along an axis of the grid, or this warpgroup's in its block."""
     return lax.axis_index(axis(name))
 
 
-def named_refs(body: Callable, inputs: dict, outputs: dict):
-    """`body(refs by name, **scratch)` as plgpu.kernel calls it: arrays that are None take no part."""
-    names = [name for name, value in inputs.items() if value is not None] + list(outputs)
-
-    def kernel(*refs, **scratch):
-        body(dict(zip(names, refs, strict=True)), **scratch)
-
-    return kernel
-
-
 def for_each_tile(num_tiles: int, body: Callable, carry):
-    """`body(index, is_last, carry)` for every tile of this block: resident blocks deal the tiles out among them."""
+    """`body(index, is_last, carry)` for this block's tiles, block, block + blocks, ...: the kernel is persistent."""
     block, blocks = axis_index("block"), lax.axis_size(axis("block"))
     count = (num_tiles - 1 - block) // blocks + 1
     return lax.fori_loop(0, count, lambda i, carry: body(block + i * blocks, i == count - 1, carry), carry)
 
 
 def resident_blocks(num_tiles: int, interpret: bool) -> int:
+    """The grid of a persistent kernel."""
     return min(num_tiles, 3 if interpret else MULTIPROCESSORS)
 
 
 def launch(
-    body,
-    inputs: dict,
-    outputs: dict,
+    body: functools.partial,
+    inputs,
+    outputs,
     scratch: dict,
     *,
     grid: dict[str, int],
     warpgroups: int,
     interpret: bool,
     reduction_bytes: int = 2048,
-) -> dict:
-    """Run a kernel on the arrays of `inputs` that are not None; the results, by name.
+) -> Any:
+    """Run a kernel: `body(inputs, outputs, **scratch)` with refs for arrays. The results, in the place of their shapes.
 
+    inputs: a pytree of arrays, those that are None being no operands; outputs: of shapes, likewise.
     reduction_bytes: shared memory for sums over the rows of a tile, which cross warps.
     """
-    # XLA would hand over a place inside another array, or take one for the result, where a caller cuts along the first
-    # axis or writes into it; the kernels' copies need arrays of their own, which begin at multiples of 256 bytes.
+    # XLA would hand over a view of another array, or take one for the result, where a caller cuts along the first
+    # axis or writes into it; TMA needs arrays of their own, which begin at multiples of 256 bytes.
     whole = (lambda x: x) if interpret else lax.optimization_barrier
-    kernel = named_refs(body, inputs, outputs)
+    arrays, inputs_tree = jax.tree.flatten(inputs)
+    shapes, outputs_tree = jax.tree.flatten(outputs)
+
+    def kernel(*refs, **scratch):
+        in_refs, out_refs = refs[: len(arrays)], refs[len(arrays) :]
+        body(jax.tree.unflatten(inputs_tree, in_refs), jax.tree.unflatten(outputs_tree, out_refs), **scratch)
+
     kernel.__name__ = body.func.__name__.removeprefix("_")
+    # jax 0.10's stubs lack the interpreter's parameters
+    interpreter = plgpu.InterpretGPUParams() if interpret else None  # pyright: ignore[reportAttributeAccessIssue]
     results = plgpu.kernel(
         kernel,
-        out_type=tuple(outputs.values()),
+        out_type=tuple(shapes),
         scratch_types=scratch,
         grid=tuple(grid.values()),
         grid_names=tuple(map(axis, grid)),
         num_threads=warpgroups,
         thread_name=axis("warpgroup"),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=reduction_bytes),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(*whole([value for value in inputs.values() if value is not None]))
-    return dict(zip(outputs, whole(results), strict=True))
+        interpret=interpreter,
+    )(*whole(arrays))
+    return jax.tree.unflatten(outputs_tree, whole(results))

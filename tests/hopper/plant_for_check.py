@@ -18,13 +18,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "pallas"
 BUGS = {  # name: file, what is right, what is wrong
-    "mask": ("hopper/forward", "(ahead < plan.window)", "(ahead <= plan.window)"),
-    "edge": ("hopper/residual_key_backward", "ahead >= plan.window", "ahead > plan.window"),
-    "keep": ("hopper/state_sweep", 'total = total * refs["carry_keep"][batch, index]', "pass"),
+    "mask": ("hopper/window_forward", "(distance < plan.window)", "(distance <= plan.window)"),
+    "edge": ("hopper/residual_key_backward", "distance >= plan.window", "distance > plan.window"),
+    "keep": ("hopper/state_sweep", "total = total * inputs.carry_keep[batch, index]", "pass"),
     "state": ("hopper/state_sweep", "else index + 1", "else index + 2"),
     "group": ("hopper/plan", "position=self.first + row", "position=self.first + tile * self.span"),  # odd ones
     "row sums": (
-        "hopper/forward",
+        "hopper/residual_forward",
         "return phi, phi.astype(jnp.float32).sum(axis=1)",
         "return phi, zero_rows(ROWS, 1.0)",
     ),
@@ -50,7 +50,7 @@ BUGS = {  # name: file, what is right, what is wrong
 }
 
 
-def find(name: str, minutes: float, rest: list[str]) -> bool:
+def find(name: str, minutes: float, options: list[str]) -> bool:
     """Has check find one; prints what it found, and the least call that fails."""
     file, right, wrong = BUGS[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +61,7 @@ def find(name: str, minutes: float, rest: list[str]) -> bool:
             raise SystemExit(f"the line to change is gone: {right}")
         changed.write_text(source.replace(right, wrong))
         command = [sys.executable, "-m", "pallas", "check", "--implementation", "gpu", "--exitfirst"]
-        command += ["--minutes", str(minutes), *rest]
+        command += ["--minutes", str(minutes), *options]
         paths = [folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
         began = time.time()
@@ -80,8 +80,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="BUG", help=", ".join(BUGS))
     parser.add_argument("--minutes", default="6")
-    given, rest = parser.parse_known_args()
-    missed = [name for name in given.names or BUGS if not find(name, float(given.minutes), rest)]
+    arguments, options = parser.parse_known_args()
+    missed = [name for name in arguments.names or BUGS if not find(name, float(arguments.minutes), options)]
     print(f"not found: {', '.join(missed)}" if missed else "every one was found")
     return 1 if missed else 0
 

@@ -19,14 +19,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-MATRIX, ACC = plgpu.Layout.WGMMA, plgpu.ACC  # pyright: ignore
+MATRIX = plgpu.Layout.WGMMA
+ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # jax 0.10 does not export it
 ITERATIONS = 3
 
 
 def body(x, keys, values, out, x_tile, key_tile, value_tile, keys_there, values_there, *, wait_first: bool):
     plgpu.copy_gmem_to_smem(x, x_tile, keys_there)
     plgpu.barrier_wait(keys_there)
-    kept = plgpu.load(x_tile, layout=MATRIX)  # pyright: ignore
+    kept = plgpu.load(x_tile, layout=MATRIX)  # pyright: ignore[reportCallIssue]  # jax 0.10: an index
 
     def iteration(j, total):
         plgpu.copy_gmem_to_smem(keys.at[j], key_tile, keys_there)
@@ -54,7 +55,8 @@ def body(x, keys, values, out, x_tile, key_tile, value_tile, keys_there, values_
 def kernel(wait_first: bool):
     tile = plgpu.SMEM((64, 64), jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
     named = functools.partial(body, wait_first=wait_first)
-    named.__name__ = "waits_first" if wait_first else "waits_between"  # type: ignore
+    name = "waits_first" if wait_first else "waits_between"
+    named.__name__ = name  # pyright: ignore[reportAttributeAccessIssue]
     scratch = [tile, tile, tile, plgpu.Barrier(), plgpu.Barrier()]
     out = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
     return plgpu.kernel(named, out_type=out, scratch_types=scratch, grid=(1,), grid_names=("block",))
