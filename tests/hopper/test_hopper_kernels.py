@@ -1,15 +1,8 @@
 """The Hopper kernels: what tests/ops/test_ops.py cannot ask of them. Interpreted where there is no GPU."""
 
-import contextlib
 import dataclasses
-import functools
-import importlib
-import inspect
-import types
-from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,15 +10,17 @@ import pytest
 from conformance import BOTH, RLA, SWA, Case, assert_conforms, bounds, compiled, errors, reference, values_and_gradients
 
 import pallas
-from pallas import feature_map, hopper
+from pallas import hopper
 from pallas.block_sizes import BlockSizes
 from pallas.hopper import gradients, ops, warpgroup
 from pallas.numerics import relative_rms
 from pallas.ops import choose
 from pallas.tools import cases
-from rattn_eqx import RAttention
 
 pytest.importorskip("jax", "0.11", reason="the kernels need jax 0.11 (Python 3.12)")
+
+
+pytestmark = pytest.mark.kernel
 
 
 def blocks(kernel_chunk: int, chunks_per_state: int) -> tuple[str, BlockSizes]:
@@ -52,14 +47,24 @@ CASES = [  # head sizes 64 and 128 form phi in the kernel, others outside it
     Case(BOTH, 200, 64, sizes=ODD, mean=1.0, static=(blocks(128, 2),)),
     Case(BOTH, 200, 30, s=263, sizes=PAIR, segments=(70, 1, 130, 62), static=(blocks(64, 3),)),
 ]
+LONG = [
+    CASES[i] for i in (1, 4, 7, 10, 11, 13)
+]  # what these would find, another case or a planted bug's call finds too
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.long) if case in LONG else case for case in CASES], ids=str
+)
 def test_conforms(case):
     assert_conforms(case, "bfloat16", "gpu")
 
 
-@pytest.mark.parametrize("name", ["relu", "identity", "elu_plus_one", "exp", "squared_relu"])
+def quick(first, *others):
+    """Parameters of which the first alone is for .ci/run: the interpreter takes many seconds for each."""
+    return [first, *(pytest.param(value, marks=pytest.mark.long) for value in others)]
+
+
+@pytest.mark.parametrize("name", quick("squared_relu", "relu", "identity", "elu_plus_one", "exp"))
 def test_maps_formed_in_the_kernel(name):
     feature_map = ("feature_map", getattr(pallas.feature_map, name))
     assert_conforms(Case(RLA, 140, 20, sizes=PAIR, static=(feature_map, blocks(64, 1))), "bfloat16", "gpu")
@@ -70,7 +75,7 @@ def test_features_in_several_slices():
     assert_conforms(Case(RLA, 140, 20, sizes=(2, 1, 16, 16), static=(feature_map, blocks(64, 1))), "bfloat16", "gpu")
 
 
-@pytest.mark.parametrize("op", [SWA, RLA, BOTH])
+@pytest.mark.parametrize("op", quick(BOTH, SWA, RLA))
 def test_vmap(op):
     case = Case(op, 70, 16, sizes=PAIR)
     several = [case.arrays("bfloat16", seed) for seed in range(3)]
@@ -215,265 +220,3 @@ def test_too_few_threads_for_the_interpreter_are_an_error_not_a_hang(monkeypatch
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     with pytest.raises(RuntimeError, match="PJRT_NPROC=8"):
         pallas.sliding_window_attention(*(jnp.ones((3, 2, 8), jnp.bfloat16),) * 3, window=2, implementation="gpu")
-
-
-MODULES = ("plan", "warpgroup", "forward", "window_forward", "residual_forward", "state_sweep", "window_backward")
-MODULES += ("residual_query_backward", "residual_key_backward")
-
-
-@pytest.fixture
-def plant(monkeypatch):
-    """Plants bugs, and has nothing traced before or with them used."""
-    jax.clear_caches()
-    yield functools.partial(change_source, monkeypatch)
-    jax.clear_caches()
-
-
-def change_source(monkeypatch, name: str, *changes: tuple[str, str]):
-    """Change lines of a kernel's source, and with them every function and method of that file, wherever imported."""
-    original = importlib.import_module(f"pallas.hopper.{name}")
-    source = Path(str(original.__file__)).read_text()
-    for right, wrong in changes:
-        assert right in source, f"the line to change is gone: {right}"
-        source = source.replace(right, wrong)
-    changed = types.ModuleType(f"{name}_with_a_bug")
-    exec(compile(source, changed.__name__, "exec"), changed.__dict__)
-    importers = [importlib.import_module(f"pallas.hopper.{module}") for module in MODULES]
-    for attribute, value in vars(changed).items():
-        if getattr(value, "__module__", None) != changed.__name__:
-            continue
-        if inspect.isclass(value):
-            for member, function in vars(value).items():
-                if not member.startswith("__") and (inspect.isfunction(function) or isinstance(function, property)):
-                    monkeypatch.setattr(getattr(original, attribute), member, function)
-        else:
-            old = getattr(original, attribute)
-            for importer in importers:
-                if getattr(importer, attribute, None) is old:  # other files have functions of that name
-                    monkeypatch.setattr(importer, attribute, value)
-
-
-def small(op: str, *segments: int, window: int = 40) -> Case:
-    return Case(op, 200, window, sizes=PAIR, segments=segments, states=(), static=(blocks(64, 1),))
-
-
-BUGS = {
-    "window one too long, forward": (
-        small(SWA),
-        "window_forward",
-        "(distance < plan.window)",
-        "(distance <= plan.window)",
-    ),
-    "window one too short, backward": (
-        small(SWA),
-        "window_backward",
-        "(distance < plan.window)",
-        "(distance < plan.window - 1)",
-    ),
-    "edge of the residual set strict, forward": (
-        small(RLA),
-        "residual_forward",
-        ">= plan.window",
-        "> plan.window",
-    ),
-    "edge of the residual set strict, backward": (
-        small(RLA),
-        "residual_key_backward",
-        "distance >= plan.window",
-        "distance > plan.window",
-    ),
-    "edge blocks begin a state early": (
-        small(RLA),
-        "plan",
-        "begin = state * (self.spacing // self.chunk)",
-        "begin = jnp.maximum(state - 1, 0) * (self.spacing // self.chunk)",
-    ),
-    "state saved one place late": (small(RLA), "state_sweep", "else index + 1", "else index + 2"),
-    "keys miss the queries before the next state": (
-        small(RLA),
-        "plan",
-        "newest = (key // self.spacing + 1)",
-        "newest = (key // self.spacing)",
-    ),
-    "window's keys see another segment's queries": (
-        small(SWA, 70, 1, 129),
-        "window_backward",
-        "seen &= iota(*square, 0) + key >= down(start, ROWS)",
-        "seen &= down(start, ROWS) >= 0",
-    ),
-    "residual keys see another segment's queries": (
-        small(RLA, 70, 1, 129),
-        "residual_key_backward",
-        "seen &= iota(*square, 0) + key >= down(start, ROWS)",
-        "seen &= down(start, ROWS) >= 0",
-    ),
-    "state carried into the next segment": (
-        small(RLA, 70, 1, 129),
-        "state_sweep",
-        "total = total * inputs.carry_keep[batch, index]",
-        "pass",
-    ),
-    "no mask after the unmasked blocks": (
-        small(SWA, window=190),
-        "window_forward",
-        "lax.fori_loop(masked_again, end, masked, carry)",
-        "lax.fori_loop(masked_again, end, plain, carry)",
-    ),
-    "mean of a centred state left out, forward": (small(RLA), "residual_forward", "down(means[0], ROWS)", "0.0"),
-    "mean of a centred gradient left out": (small(RLA), "residual_key_backward", "dv += down(mean, ROWS)", "pass"),
-    "delta dropped for queries": (
-        small(SWA),
-        "window_backward",
-        "(d_weights - across(delta, plan.chunk))",
-        "d_weights",
-    ),
-    "delta dropped for keys": (small(SWA), "window_backward", "(d_weights - down(delta, ROWS))", "d_weights"),
-    "second softmax of x, not of -x": (small(RLA), "residual_forward", "-x if i else x", "x"),
-    "window's keys sum one head of the group": (
-        small(SWA),
-        "window_backward",
-        "kv_head * group + step % group",
-        "kv_head * group",
-    ),
-    "residual keys sum one head of the group": (
-        small(RLA),
-        "residual_key_backward",
-        "kv_head * group + step % group",
-        "kv_head * group",
-    ),
-    "the second part of the output is saved as 0": (
-        Case(SWA, 200, 40, sizes=PAIR, mean=4.0, static=(blocks(64, 1),)),
-        "forward",
-        "self.put(split(out, True)[1], ",
-        "self.put(0.0 * out, ",
-    ),
-    "gain's gradient without y": (
-        small(BOTH),
-        "warpgroup",
-        "sum_rows(d_out * y)",
-        "sum_rows(d_out)",
-    ),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_caught(plant, bug):
-    case, module, right, wrong = BUGS[bug]
-    arrays = case.arrays("bfloat16")
-    plant(module, (right, wrong))
-    got = values_and_gradients(case, arrays, "bfloat16", implementation="gpu")
-    expected = reference(case, arrays)
-    allowed = bounds(case, "bfloat16", "gpu", arrays, expected)
-    excess = {name: error / (allowed[name] or 1) for name, error in errors(case, got, expected).items()}
-    assert not all(ratio <= 3 for ratio in excess.values()), excess  # NaN is caught too
-
-
-WAIT = "plgpu.barrier_wait(self.full.at[lax.rem(use, jnp.int32(self.size))])"
-FREE = "plgpu.barrier_wait(self.free.at[slot])"
-RELEASE = "plgpu.barrier_arrive(self.free.at[lax.rem(use, jnp.int32(self.size))])"
-WINDOW = Case(SWA, 400, 400, sizes=PAIR, static=(blocks(64, 1),))
-PACKED = Case(BOTH, 200, 40, sizes=PAIR, segments=(70, 130), static=(blocks(64, 1),))
-RACES = {
-    "read before the copy has landed": (WINDOW, (WAIT, "pass")),
-    "freed before it is read": (WINDOW, (RELEASE, "pass"), (WAIT, f"{WAIT}; plgpu.commit_smem(); {RELEASE}")),
-    "overwritten before it is free": (WINDOW, (FREE, "pass")),
-    "sent anew before the copy before has left": (
-        PACKED,
-        ("plgpu.wait_smem_to_gmem(0, wait_read_only=True)\n    stage", "stage"),
-    ),
-    "the next tile's queries loaded over these": (PACKED, ("plgpu.commit_smem()\n    pl.when", "pl.when")),
-}
-
-
-def look_for_races(plant, case: Case, *changes):
-    plgpu = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
-    plant("warpgroup", *changes)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        values_and_gradients(case, case.arrays("bfloat16"), "bfloat16", implementation="gpu")
-
-
-OPERANDS = Case(BOTH, 130, 40, sizes=(2, 1, 8, 8), segments=(70, 60))
-
-
-@pytest.mark.parametrize("case", [PACKED, Case(SWA, 200, 40, sizes=PAIR, static=(blocks(64, 1),)), OPERANDS], ids=str)
-def test_no_races(plant, capsys, case):
-    look_for_races(plant, case)
-    assert "RACE DETECTED" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("race", RACES)
-def test_a_planted_race_is_found(plant, capsys, race):
-    case, *changes = RACES[race]
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the interpreter may fail too
-        look_for_races(plant, case, *changes)
-    assert "RACE DETECTED" in capsys.readouterr().out
-
-
-@pytest.fixture
-def device():
-    if jax.default_backend() != "gpu":
-        pytest.skip("needs a Hopper GPU")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(SWA, 500, 100, s=563, sizes=(4, 2, 128, 128), segments=(70, 1, 130, 300, 62), mean=1.0),
-        Case(RLA, 500, 0, sizes=(3, 1, 64, 40), segments=(128, 1, 200, 171)),
-        Case(BOTH, 1, 64, sizes=PAIR),
-        Case(BOTH, 500, 100, sizes=(4, 2, 128, 128), mean=1.0, static=(blocks(64, 2),)),
-        Case(BOTH, 500, 100, s=563, sizes=(4, 2, 64, 64), segments=(70, 1, 130, 362)),
-        Case(BOTH, 300, 64, sizes=(3, 1, 8, 8), segments=(70, 230)),
-        Case(BOTH, 4096, 512, sizes=WIDE, mean=1.0),
-        Case(BOTH, 500, 1, sizes=(6, 2, 64, 64), segments=(238, 41, 150, 71), map="relu", mean=1.0),
-        Case(SWA, 65, 9, s=128, sizes=(1, 1, 64, 64), segments=(60, 68)),
-    ],
-    ids=str,
-)
-def test_on_the_device(device, case):
-    assert_conforms(case, "bfloat16", "gpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("segments", [(), (100, 412, 1, 511)], ids=["whole", "packed"])
-def test_two_runs_on_the_device_are_bitwise_equal(device, segments):
-    case = Case(BOTH, 1024, 512, sizes=(16, 4, 128, 128), segments=segments)
-    several = [case.arrays("bfloat16", seed) for seed in range(2)]
-    arrays = {name: jnp.stack([one[name] for one in several]) for name in several[0]}
-    ids = None if not segments else jnp.asarray(case.ids())
-
-    @jax.jit
-    def run(arrays):
-        def op(arrays):
-            return pallas.rattention(**arrays, window=case.window, segment_ids=ids, implementation="gpu")
-
-        out, pull_back = jax.vjp(jax.vmap(op), arrays)
-        return out, pull_back(arrays["q"])[0]
-
-    first, second = run(arrays), run(arrays)
-    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-    assert all(np.all(np.isfinite(np.asarray(x, np.float32))) for x in jax.tree.leaves(first))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["softmax", "hedgehog"])
-@pytest.mark.parametrize(("num_heads", "head_size"), [(3, 64), (12, 64), (12, 128)])
-def test_a_layer_on_the_device_is_the_layer_on_a_cpu(device, num_heads, head_size, kind):
-    """What XLA makes of projections, norms, rotary embedding and feature maps, in float32."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    found = []
-    for backend in ("gpu", "cpu"):
-        with jax.default_device(jax.local_devices(backend=backend)[0]), jax.default_matmul_precision("highest"):
-            phi = feature_map.Hedgehog(head_size, key=keys[0]) if kind == "hedgehog" else feature_map.softmax
-            sizes = dict(num_heads=num_heads, num_kv_heads=num_heads // 3, head_size=head_size)
-            layer = RAttention(96, **sizes, window=32, feature_map=phi, implementation="chunked", key=keys[1])
-            x = jax.random.normal(keys[2], (128, 96))
-            arrays, static = eqx.partition(layer, eqx.is_array)
-            apply = jax.jit(lambda arrays, x, static=static: eqx.combine(arrays, static)(x))
-            out, pull_back = jax.vjp(apply, arrays, x)
-            found.append([np.asarray(leaf) for leaf in jax.tree.leaves((out, pull_back(jnp.cos(out))))])
-    for got, expected in zip(*found, strict=True):
-        assert relative_rms(got, expected) < 1e-5

@@ -236,8 +236,7 @@ BUGS: dict[str, tuple[Case, list[tuple[Any, str, Any]]]] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", quick(*BUGS))
 def test_a_planted_bug_is_caught(fresh, monkeypatch, bug):
     case, changes = BUGS[bug]
     arrays = case.arrays("bfloat16")
