@@ -1,5 +1,6 @@
 """Strict promotion, one cache of compiled programs for all workers, the implementations under test, hypothesis."""
 
+import functools
 import os
 import shutil
 import tempfile
@@ -47,14 +48,24 @@ def pytest_configure_node(node) -> None:
     node.workerinput["compiled"] = node.config.compiled
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share what their module builds once run in one worker (`--dist loadgroup`), which builds it once."""
-    for item in items:
-        fixtures = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
-        shared = [name for name, found in fixtures.items() if found[-1].scope == "module" and name[0] != "_"]
-        if shared:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Of pytest-xdist: a file whose tests share what it builds once runs in one worker; others are dealt out by test.
+
+    `--dist loadgroup` would do it by marks, but pytest 9.2 does not see the groups that pytest-xdist 3.8 writes.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFileWhereShared(LoadScopeScheduling):
+        @functools.cache  # noqa: B019 (one scheduler a session)
+        def shares(self, file: str) -> bool:
+            return 'scope="module"' in (config.rootpath / file).read_text(encoding="utf-8")
+
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if self.shares(file) else nodeid
+
+    return ByFileWhereShared(config, log)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

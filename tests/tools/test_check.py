@@ -140,6 +140,7 @@ def plant(monkeypatch):
     monkeypatch.setattr(chunked, "_rla", wrong)
 
 
+@pytest.mark.slow
 def test_a_call_is_held_and_a_wrong_one_made_smaller(monkeypatch):
     (right,) = hold([SMALL], "chunked")
     assert right.wrong == ""
