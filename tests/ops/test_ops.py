@@ -50,9 +50,9 @@ FEW = [
 INTERPRETED = {
     "gpu": [
         Case(SWA, 500, 100, s=563, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 300, 62)),
-        Case(RLA, 63, 1, s=64, sizes=(3, 3, 4, 6)),
+        Case(RLA, 500, 100, s=563, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 300, 62)),
         Case(BOTH, 1, 64),
-        Case(BOTH, 500, 100, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 299), static=(("scale", 0.7), ("eps", 0.1))),
+        Case(BOTH, 63, 64, s=200, sizes=(4, 2, 8, 5)),
     ],
     "tpu": [
         Case(SWA, 63, 64, sizes=(4, 2, 8, 5)),
