@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "evaluate", help="score a trained run on a recall task, by length and distance", formatter_class=_Help,
         description="Score a trained run on a task whose answers lie a known distance back, beside chance. Each task's "
-        "exact definition is in its docstring, in rattn_eqx/recall.py and recall_text.py.",
+        "exact definition is in its docstring, in rattn_eqx/tasks/recall.py and recall_text.py.",
     )  # fmt: skip
     command.set_defaults(run=_evaluate)
     add = command.add_argument

@@ -257,7 +257,7 @@ def require_counts(op: str, **counts: int) -> None:
             raise ValueError(f"{op}: {name} must be at least 1; got {count}")
 
 
-if __name__ == "__main__":  # `python -m rattn_eqx.recall` prints how fast samples are made
+if __name__ == "__main__":  # `python -m rattn_eqx.tasks.recall` prints how fast samples are made
     import time
 
     seconds = []
