@@ -100,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_evaluate)
     add = command.add_argument
     add("--run", dest="folder", type=Path, required=True, help="run folder that `rattn pretrain` left")
-    add("--task", required=True, help="mqar, bigrams (token ids); needle (bytes); variables, common_words or "
-        "frequent_words (bytes, or token ids with --option level=token)")  # fmt: skip
+    add("--task", required=True, help="a task of rattn_eqx/evaluation/recall.py, such as mqar (token ids), needle "
+        "(bytes) or variables (bytes, or token ids with --option level=token)")  # fmt: skip
     add("--lengths", default="512,1k,2k", help="tokens in a sample, k for 1,024")
     add("--samples", type=int, default=64, help="samples of each length")
     add("--seed", type=int, default=0, help="of the samples")

@@ -35,12 +35,12 @@ from pallas.hopper.warpgroup import (
     pack_normed,
     resident_blocks,
     send,
-    split,
     step_of_normed,
     tile,
     to_registers,
     unpack_normed,
 )
+from pallas.numerics import split
 
 
 @jax.tree_util.register_dataclass

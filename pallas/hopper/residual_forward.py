@@ -21,12 +21,12 @@ from pallas.hopper.warpgroup import (
     iota,
     multiply_add,
     slice_of,
-    split,
     to_registers,
     where_rows,
     zero_rows,
     zeros,
 )
+from pallas.numerics import split
 
 
 def _rounds(plan: Plan) -> list:

@@ -35,12 +35,12 @@ from pallas.hopper.warpgroup import (
     resident_blocks,
     send,
     slice_of,
-    split,
     tile,
     to_registers,
     where_rows,
     zeros,
 )
+from pallas.numerics import split
 
 
 @jax.tree_util.register_dataclass

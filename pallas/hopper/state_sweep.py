@@ -32,11 +32,11 @@ from pallas.hopper.warpgroup import (
     send,
     sign_of,
     slice_of,
-    split,
     tile,
     to_registers,
     zeros,
 )
+from pallas.numerics import split
 
 
 @dataclasses.dataclass(frozen=True)

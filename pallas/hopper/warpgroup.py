@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.feature_map import KernelMap, softmax
+from pallas.numerics import split
 
 ROWS = 64  # query rows of one warpgroup: the M of a wgmma instruction
 MULTIPROCESSORS = 132  # of an H100: a kernel that loops over tiles launches that many blocks, one on each
@@ -239,12 +240,6 @@ def one_after_the_other(gates, warpgroup, is_first, compute: Callable):
 def close_gates(gates, warpgroup) -> None:
     """Wait for the last arrival, so that no barrier is left with one that nobody awaits."""
     pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(gates.at[1]))
-
-
-def split(x, precise: bool) -> list:
-    """float32 as [hi] or, if precise, as [hi, lo] of bfloat16: lo is the rounding error of hi. For use in kernels."""
-    hi = x.astype(jnp.bfloat16)
-    return [hi, (x - hi.astype(jnp.float32)).astype(jnp.bfloat16)] if precise else [hi]
 
 
 def norm_backward(d_tile, y_tiles, r, gain, value_size: int, eps: float, sum_rows: Callable):

@@ -94,6 +94,21 @@ def test_a_model_without_departures_has_the_papers_layer():
 
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
+def test_every_departure_changes_the_layer_and_every_parameter_of_it_counts(changes):
+    layer, x = make(changes), draw(T, 16)
+    weights = draw(T, 16)
+
+    @eqx.filter_jit
+    def outputs_and_gradient(layer):
+        return layer(x), layer.layer(x), eqx.filter_grad(lambda layer: jnp.sum(weights * layer(x)))(layer)
+
+    out, of_the_paper, gradient = outputs_and_gradient(layer)
+    assert relative_rms(out, of_the_paper) > 1e-3
+    added = eqx.tree_at(lambda layer: layer.layer, gradient, None)
+    assert all(float(jnp.abs(each).max()) > 1e-3 for each in jax.tree.leaves(added))
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
 def test_ablating_leaves_every_other_parameter_and_the_global_layers_as_they_are(changes):
     config, departures = parts(changes | {"num_layers": 2, "pattern": ("local", "global")})
     model = LanguageModel(config, key=jax.random.key(0))

@@ -272,19 +272,23 @@ def test_committed_results_can_be_replayed():
 
 
 def test_committed_lines_from_when_departures_were_of_the_model_say_what_they_said():
-    old = [json.loads(text)["trial"] for text in COMMITTED.read_text().splitlines()]
+    lines = [json.loads(text)["trial"] for text in COMMITTED.read_text().splitlines()]
+    old = [values for values in lines if "departures" not in values]
     names = [field.name for field in dataclasses.fields(Departures)]
+    of_the_model = {"branch_norm", "feature_input", "head_split", "decay_gate", "num_sinks", "conv_width"}
+    younger = {name: getattr(Departures(), name) for name in names if name not in of_the_model}
+    assert len(old) == 326
     seen = set()
     for values in old:
         now = migrated(values)
         assert now == migrated(now) == Trial.from_json("", values).to_json()
-        assert now["model"] | now["departures"] == values["model"]
+        assert now["model"] | now["departures"] == values["model"] | younger
         assert [*now["departures"]] == names
         assert {name: value for name, value in now.items() if name not in ("model", "departures")} == {
             name: value for name, value in values.items() if name != "model"
         }
         seen |= {name for name in names if now["departures"][name] != getattr(Departures(), name)}
-    assert seen == {*names}, "the lines try every departure"
+    assert seen == of_the_model, "the lines try every departure of then"
 
 
 def test_a_line_without_a_younger_departure_has_its_default():
@@ -299,6 +303,9 @@ def test_a_line_without_a_younger_departure_has_its_default():
 def test_a_grid_started_again_finds_the_committed_lines(tmp_path, name):
     out, trials = tmp_path / "out.jsonl", grids.load_grid(name)
     out.write_text(COMMITTED.read_text())
+    measured = {row["name"] for row in read_rows(out)}
+    trials = [trial for trial in trials if trial.name in measured]  # a variant without lines is still to be run
+    assert len(trials) >= 4
     [corpus] = {row["corpus"] for row in read_rows(out) if row["name"] == trials[0].name}
     data = run.Data(np.zeros(0), Path(), b"", corpus)
     said = []

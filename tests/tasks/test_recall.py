@@ -285,7 +285,7 @@ def test_share_beyond_counts_the_querys_own_key_to_the_window():
         score(nothing, nothing.targets)
 
 
-@pytest.mark.parametrize("generator", [mqar, bigrams, needle, variables, common_words, frequent_words])
+@pytest.mark.parametrize("generator", dict.fromkeys(generator for generator, *_ in CASES.values()))
 def test_docstrings_give_the_share_beyond_a_window(generator):
     batch = generator(5, 500, 1024, **{"window": 64} if generator is bigrams else {})
     stated = re.search(r"1,024.*: ([\d.]+)% of 64, ([\d.]+)% of 256, ([\d.]+)% of 512\.", generator.__doc__)
