@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas.ops import KERNELS, family
 from pallas.tools import case_errors, cases
 from pallas.tools.case_errors import BOUND, FLOOR, errors
 from pallas.tools.cases import ARRAYS, BOTH, RLA, STATES, SWA, Case, options_of_compiler, precision
@@ -29,7 +30,7 @@ def compiled(case: Case, dtype, *, implementation, window=None, wrap=lambda op, 
     def op(arrays):
         return cases.call(case, arrays, ids, implementation, **static)
 
-    on = None if implementation == "gpu" else "cpu"
+    on = None if implementation in KERNELS and family(implementation).present() else "cpu"
 
     @functools.partial(jax.jit, compiler_options=options_of_compiler(on))
     def pulled_back(arrays):

@@ -23,10 +23,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pallas.ops import KERNELS, choose, family
 from pallas.tools import provenance
 from pallas.tools.case_errors import allowed, errors
 from pallas.tools.cases import Case, compiled, parse, to_line
-from pallas.tools.random_cases import LONGEST, LONGEST_ON_DEVICE, draw, options, redraw, simpler
+from pallas.tools.random_cases import LONGEST, LONGEST_OF_OTHERS, LONGEST_ON_DEVICE, draw, options, redraw, simpler
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu")
 PROGRAMS_OF_A_WORKER = 24
@@ -56,13 +57,12 @@ def about() -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from pallas.ops import choose
-
     q = jnp.ones((1, 1, 64), jnp.bfloat16)
     device = jax.devices()[0]
     kind, chosen = device.device_kind, choose("check", None, q, q, q)
     driver = str(getattr(device.client, "platform_version", "")).split("\n")[0]
-    return dict(device=kind, platform=device.platform, driver=driver, chosen=chosen)
+    present = [name for name in KERNELS if family(name).present()]
+    return dict(device=kind, platform=device.platform, driver=driver, chosen=chosen, present=present)
 
 
 def hold(cases: list[Case], implementation: str, until: float = float("inf")) -> list[Held]:
@@ -243,7 +243,7 @@ def jobs_of(
 
 def draws_of(case: Case, longest: int) -> int:
     """More where they are quick: the definition forms every pair."""
-    if longest in LONGEST.values():
+    if longest in (*LONGEST.values(), LONGEST_OF_OTHERS):
         return 4
     pairs = case.t * case.num_keys * case.sizes[0] * max(case.batch, 1)
     return 30 if pairs < 5e5 else 20 if pairs < 2e6 else 6
@@ -267,7 +267,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--seed", type=int, help="of the first program; default: the one after the last in --out, or 0")
     add("--programs", type=int, help="at most so many")
     add("--draws", type=int, help="numbers, segments and sizes that each program is given; default: as is quick")
-    add("--implementation", choices=["chunked", "gpu", "tpu"], help="default: what None picks on this machine")
+    add("--implementation", choices=["chunked", *KERNELS], help="default: what None picks on this machine")
     add("--longest", type=int, help="tokens of a call; default: 4096 on a device, a few hundred where interpreted")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="worker processes")
     add("-x", "--exitfirst", action="store_true", help="stop at the first program that fails")
@@ -293,7 +293,7 @@ def main(arguments: list[str]) -> int:
         print(f"check: no device could be asked: {machine}")
         return 1
     implementation = args.implementation or machine["chosen"]
-    interpreted = implementation != "chunked" and machine["platform"] != implementation
+    interpreted = implementation in KERNELS and implementation not in machine["present"]
     where = "interpreted on a CPU" if interpreted else "on this device"
     facts: dict[str, Any] = dict(implementation=implementation, interpreted=interpreted, **machine)
     facts |= provenance.of_code(args.commit, provenance.versions(PACKAGES))
@@ -304,7 +304,9 @@ def main(arguments: list[str]) -> int:
 
     began, until = time.time(), time.time() + 60 * args.minutes
     longest = args.longest or (
-        LONGEST[implementation] if interpreted or implementation == "chunked" else LONGEST_ON_DEVICE
+        LONGEST.get(implementation, LONGEST_OF_OTHERS)
+        if interpreted or implementation == "chunked"
+        else LONGEST_ON_DEVICE
     )
     first = _next_seed(args.out) if args.seed is None else args.seed
     seeds = iter(range(first, first + (args.programs or 10**9)))

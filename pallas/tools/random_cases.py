@@ -15,10 +15,11 @@ from pallas import feature_map
 from pallas.block_sizes import BlockSizes
 from pallas.tools.cases import BOTH, LEARNED, RLA, STATES, SWA, Case
 
-LONGEST = {"gpu": 200, "tpu": 300, "chunked": 1200}  # tokens, where kernels are interpreted
+LONGEST = {"chunked": 1200, "tpu": 300}  # tokens of an interpreted call
+LONGEST_OF_OTHERS = 200
 LONGEST_ON_DEVICE = 4096
 MOST_PAIRS = 1.2e7  # of a query head and a key that the definition forms, in all
-DTYPES = {"gpu": ("bfloat16",), "tpu": ("bfloat16", "float32"), "chunked": ("float32", "bfloat16", "float64")}
+DTYPES = {"tpu": ("bfloat16", "float32"), "chunked": ("float32", "bfloat16", "float64")}  # of others bfloat16
 OPS = (RLA, BOTH, SWA, BOTH, RLA)
 MAPS = (*feature_map.named, *LEARNED)
 LENGTHS = (1, 2, 63, 64, 65, 127, 128, 129, 150, 191, 200, 256, 300, 500, 700, 1000, 1500, 2048, 3000, 4096)
@@ -35,6 +36,11 @@ MEANS, SIZES = (-1.0, 0.0, 0.5, 1.0), (0.01, 0.1, 1.0, 1.0, 3.0, 30.0)
 SIZES_OF_MAPS: dict[str, tuple[float, ...]] = dict.fromkeys(("softmax", "learned"), (0.3, 1.0, 1.0, 3.0, 10.0))
 SIZES_OF_MAPS |= dict.fromkeys(("exp", "elu_plus_one", "pair"), (1.0, 1.0, 3.0, 30.0))
 SIZES_OF_MAPS["taylor"] = (0.01, 0.1, 0.3, 1.0)  # above, 1 + x + x^2/2 is a small difference of large products
+
+
+def dtypes_of(implementation: str) -> tuple[str, ...]:
+    """The dtypes of q, k and v that it is held in."""
+    return DTYPES.get(implementation, ("bfloat16",))
 
 
 def draw(seed: int, implementation: str, longest: int) -> Case:
@@ -93,7 +99,7 @@ def draw(seed: int, implementation: str, longest: int) -> Case:
         size_qk=size_qk if op != RLA else 1.0,
         size_rla=size_rla if op != SWA else 1.0,
         map=map_name if op != SWA else "softmax",
-        dtype=pick("dtype", DTYPES[implementation]),
+        dtype=pick("dtype", dtypes_of(implementation)),
         batch=batch,
         backward=pick("backward", (True, True, True, False)),
         shared=shared,

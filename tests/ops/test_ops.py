@@ -10,6 +10,7 @@ from conftest import KERNELS
 
 import pallas
 from pallas.block_sizes import gpu_blocks
+from pallas.tools.random_cases import dtypes_of
 
 CASES = [
     Case(SWA, 63, 1, sizes=(3, 3, 8, 8)),
@@ -63,8 +64,13 @@ INTERPRETED = {
 }
 
 
+def mark_of(kernel: str, case: Case) -> pytest.MarkDecorator:
+    return pytest.mark.kernel if case in INTERPRETED.get(kernel, []) else pytest.mark.long
+
+
 def own_dtypes(implementation: str) -> list[str]:
-    return {"gpu": ["bfloat16"], "tpu": ["float32", "bfloat16"]}.get(implementation, ["float32"])
+    """Those that it multiplies in, the widest first; of `chunked` float32 alone: test_other_dtypes has the others."""
+    return ["float32"] if implementation == "chunked" else sorted(dtypes_of(implementation), reverse=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -75,7 +81,9 @@ def test_conforms(implementation, case):
 @pytest.mark.parametrize(
     ("kernel", "case"),
     [
-        pytest.param(kernel, case, marks=pytest.mark.kernel if case in INTERPRETED[kernel] else pytest.mark.long)
+        pytest.param(
+            kernel, case, marks=pytest.mark.kernel if case in INTERPRETED.get(kernel, ()) else pytest.mark.long
+        )
         for kernel in KERNELS
         for case in CASES
     ],
@@ -113,7 +121,7 @@ def test_a_window_off_by_one_is_far_outside_the_bounds(implementation_or_kernel,
         assert found.get(name, np.inf) > 2 * BOUND["bfloat16"], f"{name}: {found[name]:.1e}"
 
 
-@pytest.mark.parametrize("name", ["relu", "identity", "elu_plus_one", "exp", "squared_relu", "taylor"])
+@pytest.mark.parametrize("name", [name for name in pallas.feature_map.named if name != "softmax"])
 def test_feature_maps(implementation, name):
     feature_map = getattr(pallas.feature_map, name)
     case = Case(RLA, 200, 50, sizes=(2, 1, 4, 4), segments=(120, 80), static=(("feature_map", feature_map),))

@@ -179,7 +179,7 @@ def pretended(monkeypatch):
     def in_workers(count, jobs):
         for job in jobs:
             if job[0] == "about":
-                yield job, "done", dict(device="pretended", platform="cpu", driver="", chosen="chunked")
+                yield job, "done", dict(device="pretended", platform="cpu", driver="", chosen="chunked", present=[])
             elif job[0] == "shrink":
                 yield job, "done", None
             elif job[1][0].t % 3 == 2:
