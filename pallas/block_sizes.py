@@ -82,3 +82,7 @@ def default_block_sizes(window: int, t: int) -> BlockSizes:
     """
     longest = 64 if t <= 4096 else 128
     return BlockSizes(chunk=min(max(32, 2 ** (max(window, 1) - 1).bit_length()), longest))
+
+
+def round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple

@@ -13,14 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas import segments
-from pallas.block_sizes import BlockSizes
+from pallas.block_sizes import BlockSizes, round_up
 from pallas.feature_map import FeatureMap, as_pair, num_features
 from pallas.numerics import accumulation_dtype
 from pallas.reference import normed_sum
-
-
-def round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 def pad(x: Array, before: int, after: int, mode: str) -> Array:

@@ -40,7 +40,9 @@ def imports(tree: ast.Module, known: set[str]) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name the whole path"
+            assert node.module
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if {name, f"{name}.__init__"} & known else node.module for name in names}
     return {name if name in known else f"{name}.__init__" for name in found if {name, f"{name}.__init__"} & known}

@@ -23,7 +23,7 @@ def obstacle(*arrays: Array) -> str | None:
         return f"needs a Hopper GPU; this is {jax.devices()[0].device_kind}"
     dtypes = [str(x.dtype) for x in arrays]
     if "float16" in dtypes:
-        return "takes no float16, in which the states of unbounded feature maps overflow; cast to bfloat16, or"
+        return "takes no float16, in which the states of unbounded feature maps overflow: cast to bfloat16"
     if set(dtypes) != {"bfloat16"}:
         return f"takes q, k and v in bfloat16 alone; got {', '.join(dict.fromkeys(dtypes))}"
     sizes = [x.shape[-1] for x in arrays]

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas.block_sizes import CARD, BlockSizes, gpu_blocks
+from pallas.block_sizes import CARD, BlockSizes, gpu_blocks, round_up
 from pallas.feature_map import FeatureMap, KernelMap, as_pair, in_kernels
 from pallas.final_state import final_state
 from pallas.hopper import gradients
 from pallas.hopper.arrays import Inputs, Segments
-from pallas.hopper.plan import Plan, cdiv, round_up
+from pallas.hopper.plan import Plan, cdiv
 from pallas.hopper.warpgroup import ROWS
 from pallas.segments import starts
 

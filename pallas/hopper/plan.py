@@ -15,10 +15,6 @@ def cdiv(x, y: int):
     return (x + y - 1) // y
 
 
-def round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Static facts of one call. Lengths are padded; positions count keys, and query 0 has position `first`."""

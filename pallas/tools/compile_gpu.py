@@ -247,8 +247,10 @@ def show(case: Case, found: dict[str, Any]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compile the cases and print the table; returns the exit status."""
-    found_versions, target = versions(), options.target[0]
+    found_versions, (target, *others) = versions(), options.target
     refused = refusal(target, found_versions)
+    if others:
+        refused = f"compile: one GPU at a time, and TPUs apart from it; got --target {' '.join(options.target)}"
     chosen = programs.chosen(CASES, options.only)
     if refused or not chosen:
         print(refused or f"compile: no case holds {options.only!r}; there are: {', '.join(c.title for c in CASES)}")

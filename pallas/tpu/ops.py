@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas.block_sizes import BlockSizes
+from pallas.block_sizes import BlockSizes, round_up
 from pallas.feature_map import FeatureMap, as_pair, identity, in_kernels
 from pallas.final_state import final_state, state_after
 from pallas.segments import starts
 from pallas.tpu import residual
 from pallas.tpu.gradients import Call, Norms, output, sum_of_norms
-from pallas.tpu.plan import LANES, Plan, round_up
+from pallas.tpu.plan import LANES, Plan
 
 LARGEST = 2**20  # bytes of queries that one step of the grid reads, at most
 WIDE = ("v6", "tpu7", "v7")  # kinds of TPU whose MXU is 256 x 256, not 128 x 128

@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas.block_sizes import round_up
 from pallas.feature_map import IN_KERNELS, KernelMap, identity, softmax
 from pallas.numerics import split
 
@@ -186,10 +187,6 @@ class Plan:
 
     def interpreted(self):
         return pltpu.InterpretParams() if self.interpret else False
-
-
-def round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 def lanes(shape):

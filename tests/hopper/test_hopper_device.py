@@ -6,21 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conformance import BOTH, RLA, SWA, Case, assert_conforms
+from hopper_cases import PAIR, WIDE, blocks
 
 import pallas
 from pallas import feature_map
-from pallas.block_sizes import BlockSizes
 from pallas.numerics import relative_rms
 from rattn_eqx import RAttention
 
 pytest.importorskip("jax", "0.11", reason="the kernels need jax 0.11 (Python 3.12)")
-
-
-def blocks(kernel_chunk: int, chunks_per_state: int) -> tuple[str, BlockSizes]:
-    return "block_sizes", BlockSizes(kernel_chunk=kernel_chunk, chunks_per_state=chunks_per_state)
-
-
-PAIR, ODD, WIDE = (2, 1, 64, 64), (3, 1, 64, 64), (2, 1, 128, 128)
 
 
 @pytest.fixture

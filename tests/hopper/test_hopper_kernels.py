@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conformance import BOTH, RLA, SWA, Case, assert_conforms, bounds, compiled, errors, reference, values_and_gradients
+from hopper_cases import ODD, PAIR, WIDE, blocks
 
 import pallas
 from pallas import hopper
-from pallas.block_sizes import BlockSizes
 from pallas.hopper import gradients, ops, warpgroup
 from pallas.numerics import relative_rms
 from pallas.ops import choose
@@ -23,11 +23,6 @@ pytest.importorskip("jax", "0.11", reason="the kernels need jax 0.11 (Python 3.1
 pytestmark = pytest.mark.kernel
 
 
-def blocks(kernel_chunk: int, chunks_per_state: int) -> tuple[str, BlockSizes]:
-    return "block_sizes", BlockSizes(kernel_chunk=kernel_chunk, chunks_per_state=chunks_per_state)
-
-
-PAIR, ODD, WIDE = (2, 1, 64, 64), (3, 1, 64, 64), (2, 1, 128, 128)
 CASES = [  # head sizes 64 and 128 form phi in the kernel, others outside it
     Case(SWA, 1, 64, s=9, sizes=PAIR),
     Case(SWA, 65, 64, sizes=(3, 1, 64, 40), mean=1.0),

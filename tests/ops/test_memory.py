@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import AS_USERS
 
 LONG, SHORT = 65_536, 8_192
 PROGRAM = """
@@ -46,7 +47,7 @@ print(json.dumps({"peak": peak, "short": short_seconds, "long": long_seconds}))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX resource usage")
 def test_long_sequences_take_memory_and_time_in_proportion():
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"} | AS_USERS
     command = [sys.executable, "-c", PROGRAM, str(SHORT), str(LONG)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stderr

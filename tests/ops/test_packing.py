@@ -124,7 +124,11 @@ OPS = ("sliding_window_attention", "residual_linear_attention", "rattention")
     ("implementation", "op"),
     [
         *((name, op) for name in ("reference", *IMPLEMENTATIONS) for op in OPS),
-        *(pytest.param(name, "rattention", marks=pytest.mark.kernel) for name in KERNELS),  # of which each op is a part
+        *(
+            pytest.param(name, op, marks=pytest.mark.kernel if op == "rattention" else pytest.mark.long)
+            for name in KERNELS
+            for op in OPS
+        ),
     ],
 )
 def test_what_is_not_finite_stays_in_its_document(implementation, op):

@@ -90,8 +90,8 @@ def assert_resumes(implementation, cuts, boundaries, window):
     [
         ({1, 3, 4}, set(), 5),  # pieces shorter than the window
         ({60, 100}, {30, 60}, 0),  # a cut at a boundary, without a key to tell
-        ({1, 149}, {59, 61}, 1),
-        ({60}, {58, 99}, 100),
+        ({1, 60, 149}, {59, 61}, 1),
+        ({60, 100}, {58, 99}, 100),
         ({50}, {50}, LENGTH),
     ],
 )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import AS_USERS
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
@@ -22,6 +23,12 @@ from pallas.tools.programs import Case
 
 HERE: dict[str, str | None] = {name: "0.11.2" for name in compile_gpu.PACKAGES}
 SMALL = Case("small", op="sliding_window_attention", length=256, num_heads=2, num_kv_heads=1, head_size=64, window=100)
+
+
+@pytest.fixture(autouse=True)
+def _as_users_compile(monkeypatch):
+    for name, value in AS_USERS.items():
+        monkeypatch.setenv(name, value)
 
 
 def resources(shared: int, *barriers: tuple[int, int]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import pytest
+from conftest import AS_USERS
 
 from pallas.__main__ import main
 from pallas.tools import compile_tpu
@@ -56,6 +57,12 @@ MXU, XLU, VALU
 1 0 0
 0 0 2
 """
+
+
+@pytest.fixture(autouse=True)
+def _as_users_compile(monkeypatch):
+    for name, value in AS_USERS.items():
+        monkeypatch.setenv(name, value)
 
 
 def test_a_schedule_is_read_loop_by_loop():
@@ -175,7 +182,7 @@ def test_a_small_case_compiles(target):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "case",
     [
@@ -192,7 +199,7 @@ def test_other_calls_compile(case):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_longest_case_fits_a_v5e():
     """Inputs, outputs and temporaries: the compiler refuses more than the 15.75 GiB that programs may use."""
     [case] = [
