@@ -5,13 +5,22 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from pallas.feature_map import IN_KERNELS
 from pallas.ops import KERNELS, family
 from pallas.tools import case_errors, cases
 from pallas.tools.case_errors import BOUND, FLOOR, errors
 from pallas.tools.cases import ARRAYS, BOTH, RLA, STATES, SWA, Case, options_of_compiler, precision
 
 __all__ = ["ARRAYS", "BOTH", "BOUND", "FLOOR", "RLA", "STATES", "SWA", "Case", "errors"]
+
+UNLIKE_SOFTMAX = [name for name in reversed(IN_KERNELS) if name != "softmax"]  # the newest first
+
+
+def quick(first, *others):
+    """Parameters of which the first alone is for .ci/run: the interpreter takes many seconds for each."""
+    return [first, *(pytest.param(value, marks=pytest.mark.long) for value in others)]
 
 
 def values_and_gradients(case: Case, arrays, dtype, **keywords):

@@ -7,7 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conformance import BOTH, RLA, SWA, Case, assert_conforms, bounds, compiled, errors, reference, values_and_gradients
+from conformance import (
+    BOTH,
+    RLA,
+    SWA,
+    UNLIKE_SOFTMAX,
+    Case,
+    assert_conforms,
+    bounds,
+    compiled,
+    errors,
+    quick,
+    reference,
+    values_and_gradients,
+)
 from hopper_cases import ODD, PAIR, WIDE, blocks
 
 import pallas
@@ -52,18 +65,7 @@ def test_conforms(case):
     assert_conforms(case, "bfloat16", "gpu")
 
 
-UNLIKE_SOFTMAX = [name for name in reversed(pallas.feature_map.IN_KERNELS) if name != "softmax"]  # the newest first
-
-
-def quick(first, *others):
-    """Parameters of which the first alone is for .ci/run: the interpreter takes many seconds for each."""
-    return [first, *(pytest.param(value, marks=pytest.mark.long) for value in others)]
-
-
-@pytest.mark.parametrize(
-    "name",
-    quick(*UNLIKE_SOFTMAX),
-)
+@pytest.mark.parametrize("name", quick(*UNLIKE_SOFTMAX))
 def test_maps_formed_in_the_kernel(name):
     feature_map = ("feature_map", getattr(pallas.feature_map, name))
     assert_conforms(Case(RLA, 140, 20, sizes=PAIR, static=(feature_map, blocks(64, 1))), "bfloat16", "gpu")

@@ -10,7 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conformance import BOTH, RLA, SWA, Case, assert_conforms, bounds, compiled, errors, reference, values_and_gradients
+from conformance import (
+    BOTH,
+    RLA,
+    SWA,
+    UNLIKE_SOFTMAX,
+    Case,
+    assert_conforms,
+    bounds,
+    compiled,
+    errors,
+    quick,
+    reference,
+    values_and_gradients,
+)
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas
@@ -60,18 +73,7 @@ def test_longer_calls_conform(case, dtype):
     assert_conforms(case, dtype, "tpu")
 
 
-UNLIKE_SOFTMAX = [name for name in reversed(pallas.feature_map.IN_KERNELS) if name != "softmax"]  # the newest first
-
-
-def quick(first, *others):
-    """Parameters of which the first alone is for .ci/run: the interpreter takes seconds for each."""
-    return [first, *(pytest.param(value, marks=pytest.mark.long) for value in others)]
-
-
-@pytest.mark.parametrize(
-    "name",
-    quick(*UNLIKE_SOFTMAX),
-)
+@pytest.mark.parametrize("name", quick(*UNLIKE_SOFTMAX))
 def test_maps_formed_in_the_kernel(name):
     feature_map = ("feature_map", getattr(pallas.feature_map, name))
     assert_conforms(Case(RLA, 140, 20, sizes=SMALL, states=(), static=(feature_map,)), "bfloat16", "tpu")
