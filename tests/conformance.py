@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import IMPLEMENTATIONS
+from conftest import KERNELS as KERNELS_HERE
 
 from pallas.feature_map import IN_KERNELS
 from pallas.ops import KERNELS, family
@@ -21,6 +23,13 @@ UNLIKE_SOFTMAX = [name for name in reversed(IN_KERNELS) if name != "softmax"]  #
 def quick(first, *others):
     """Parameters of which the first alone is for .ci/run: the interpreter takes many seconds for each."""
     return [first, *(pytest.param(value, marks=pytest.mark.long) for value in others)]
+
+
+def with_kernels(*ops, portable=IMPLEMENTATIONS):
+    """(implementation, op): all of the portable ones, and of kernels the fused op, the others by hand."""
+    mark = lambda op: pytest.mark.kernel if op == BOTH else pytest.mark.long
+    kernels = [pytest.param(name, op, marks=mark(op)) for name in KERNELS_HERE for op in ops]
+    return [*((name, op) for name in portable for op in ops), *kernels]
 
 
 def values_and_gradients(case: Case, arrays, dtype, **keywords):

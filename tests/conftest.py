@@ -12,7 +12,6 @@ from hypothesis import settings
 
 IMPLEMENTATIONS = ["chunked"]
 KERNELS = [*(["gpu"] if jax.__version_info__ >= (0, 11) else []), "tpu"]  # "gpu" in bfloat16 alone
-INTERPRETED = [pytest.param(name, marks=pytest.mark.kernel) for name in KERNELS]
 
 # Compiling is most of the time, so programs are compiled quickly and not to run fast; notebooks and commands, which
 # .ci/run runs too, are compiled as users have it.
@@ -90,11 +89,6 @@ def _forget_compiled_programs():
 
 @pytest.fixture(scope="session", params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="session", params=IMPLEMENTATIONS + INTERPRETED)
-def implementation_or_kernel(request: pytest.FixtureRequest) -> str:
     return request.param
 
 

@@ -5,7 +5,19 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from conformance import ARRAYS, BOTH, BOUND, RLA, SWA, Case, assert_conforms, errors, reference, values_and_gradients
+from conformance import (
+    ARRAYS,
+    BOTH,
+    BOUND,
+    RLA,
+    SWA,
+    Case,
+    assert_conforms,
+    errors,
+    reference,
+    values_and_gradients,
+    with_kernels,
+)
 from conftest import KERNELS
 
 import pallas
@@ -110,12 +122,12 @@ def test_other_dtypes(implementation, dtype, case):
         assert_conforms(case, dtype, implementation)
 
 
-@pytest.mark.parametrize(("op", "wrong_by"), [(SWA, -1), (RLA, 1), (BOTH, -1)])
-def test_a_window_off_by_one_is_far_outside_the_bounds(implementation_or_kernel, op, wrong_by):
-    case = Case(op, 150, 64)
-    dtype = own_dtypes(implementation_or_kernel)[-1]
+@pytest.mark.parametrize(("implementation", "op"), with_kernels(SWA, RLA, BOTH))
+def test_a_window_off_by_one_is_far_outside_the_bounds(implementation, op):
+    case, wrong_by = Case(op, 150, 64), 1 if op == RLA else -1
+    dtype = own_dtypes(implementation)[-1]
     arrays = case.arrays(dtype)
-    got = values_and_gradients(case, arrays, dtype, implementation=implementation_or_kernel)
+    got = values_and_gradients(case, arrays, dtype, implementation=implementation)
     found = errors(case, got, reference(case, arrays, window=case.window + wrong_by))
     for name in ("output", "final_state", "d q", "d k", "d v"):  # gains and states see sums over all tokens
         assert found.get(name, np.inf) > 2 * BOUND["bfloat16"], f"{name}: {found[name]:.1e}"
@@ -128,11 +140,11 @@ def test_feature_maps(implementation, name):
     assert_conforms(case, "float32", implementation)
 
 
-@pytest.mark.parametrize("op", [RLA, BOTH])
-def test_a_callers_own_maps_get_gradients_for_their_parameters(implementation_or_kernel, op):
+@pytest.mark.parametrize(("implementation", "op"), with_kernels(RLA, BOTH))
+def test_a_callers_own_maps_get_gradients_for_their_parameters(implementation, op):
     case = Case(op, 200, 50, sizes=(4, 2, 8, 5), segments=(120, 80), states=())
     generator = np.random.default_rng(2)
-    dtype = own_dtypes(implementation_or_kernel)[-1]
+    dtype = own_dtypes(implementation)[-1]
     arrays = case.arrays(dtype) | {
         name: generator.standard_normal((8, 6)).astype(np.float32) for name in ("weight_q", "weight_k")
     }
@@ -142,7 +154,7 @@ def test_a_callers_own_maps_get_gradients_for_their_parameters(implementation_or
         maps = tuple(lambda x, weight=weight: jax.nn.softplus(x @ weight) for weight in weights)
         return op({name: arrays[name] for name in ARRAYS[case.op] if name in arrays} | {"feature_map": maps})
 
-    assert_conforms(case, dtype, implementation_or_kernel, arrays, wrap=with_learned_maps)
+    assert_conforms(case, dtype, implementation, arrays, wrap=with_learned_maps)
 
 
 def test_values_in_another_dtype_than_keys(implementation):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import token_loop
-from conftest import IMPLEMENTATIONS, KERNELS
+from conformance import BOTH, RLA, SWA, with_kernels
+from conftest import IMPLEMENTATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -117,19 +118,8 @@ BAD = {
 }
 
 
-OPS = ("sliding_window_attention", "residual_linear_attention", "rattention")
-
-
 @pytest.mark.parametrize(
-    ("implementation", "op"),
-    [
-        *((name, op) for name in ("reference", *IMPLEMENTATIONS) for op in OPS),
-        *(
-            pytest.param(name, op, marks=pytest.mark.kernel if op == "rattention" else pytest.mark.long)
-            for name in KERNELS
-            for op in OPS
-        ),
-    ],
+    ("implementation", "op"), with_kernels(SWA, RLA, BOTH, portable=("reference", *IMPLEMENTATIONS))
 )
 def test_what_is_not_finite_stays_in_its_document(implementation, op):
     """Values and gradients of other documents are those without it, to the bit; its own outputs show it.
