@@ -20,6 +20,7 @@ from pallas.feature_map import FeatureMap, as_pair
 from pallas.numerics import accumulation_dtype
 from pallas.reference import normed_sum, rms
 from rattn_eqx.model.attention import RAttention
+from rattn_eqx.model.fields import settle
 from rattn_eqx.model.language_model import LanguageModel
 
 EPS = 1e-6
@@ -54,9 +55,7 @@ class Departures:
     conv_width: int = 0
 
     def __post_init__(self):
-        for name, known in (("branch_norm", ("group", "sum", "none")), ("feature_input", ("raw", "normed"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"Departures: {name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        settle(self)
         for name in ("num_sinks", "conv_width"):
             if getattr(self, name) < 0:
                 raise ValueError(f"Departures: {name} must be at least 0; got {getattr(self, name)}")

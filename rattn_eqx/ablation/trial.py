@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from rattn_eqx.ablation.layer import NO_DEPARTURES, Departures
 from rattn_eqx.model.config import ModelConfig
+from rattn_eqx.model.fields import settle
 from rattn_eqx.training.config import TrainConfig
 
 
@@ -39,11 +40,10 @@ class Trial:
     test_samples: int = 128
 
     def __post_init__(self):
+        settle(self)
         for name in ("task_share", "window_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Trial {self.name}: {name} must lie between 0 and 1; got {getattr(self, name)}")
-        if self.task_loss not in ("all", "answers"):
-            raise ValueError(f"Trial {self.name}: task_loss must be 'all' or 'answers'; got {self.task_loss!r}")
         if self.window_dropout and not self.model.residual:
             raise ValueError(
                 f"Trial {self.name}: window_dropout needs the residual branch; got residual=False; use window_dropout=0"
@@ -70,9 +70,7 @@ class Trial:
     def from_json(cls, name: str, values: dict[str, Any]) -> "Trial":
         """The trial whose `to_json` is `migrated(values)`."""
         values = migrated(values)
-        fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
+        fields: dict[str, Any] = dict(values)
         fields["model"] = ModelConfig.from_json(values["model"])
         fields["training"] = TrainConfig(**values["training"])
         fields["departures"] = Departures(**values["departures"])

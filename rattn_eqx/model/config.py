@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from pallas.feature_map import named
+from rattn_eqx.model.fields import settle
 
 LayerKind = Literal["local", "global"]
 
@@ -42,7 +43,7 @@ class ModelConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
         """The config that `dataclasses.asdict` gave, as JSON holds it: with a list for the pattern."""
-        return cls(**{**values, "pattern": tuple(values["pattern"])})
+        return cls(**values)
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -50,10 +51,10 @@ class ModelConfig:
         return tuple(self.pattern[layer % len(self.pattern)] for layer in range(self.num_layers))
 
     def __post_init__(self):
-        if not self.pattern or not set(self.pattern) <= {"local", "global"}:
+        settle(self)
+        if not self.pattern:
             raise ValueError(
-                f"ModelConfig: pattern must be a tuple of 'local' and 'global'; got {self.pattern}, "
-                "such as ('local', 'local', 'local', 'global')"
+                "ModelConfig: pattern must have a layer kind; got none; give such as ('local', 'local', 'local', 'global')"
             )
         sizes = ("vocabulary_size", "model_width", "num_layers", "num_heads", "num_kv_heads", "head_size")
         for name in (*sizes, "feed_forward_width"):
@@ -64,8 +65,6 @@ class ModelConfig:
                 f"ModelConfig: window must be at least 0; got window={self.window}; "
                 "it counts keys, the query's own included"
             )
-        if self.gate not in ("gelu", "silu"):
-            raise ValueError(f"ModelConfig: gate must be 'gelu' or 'silu'; got {self.gate!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 "ModelConfig: num_heads must be a multiple of num_kv_heads; "
