@@ -15,8 +15,8 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 from io import BufferedReader
+from pathlib import Path
 from typing import Any, BinaryIO
 
 try:

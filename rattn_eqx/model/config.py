@@ -54,7 +54,7 @@ class ModelConfig:
         settle(self)
         if not self.pattern:
             raise ValueError(
-                "ModelConfig: pattern must have a layer kind; got none; give such as ('local', 'local', 'local', 'global')"
+                "ModelConfig: pattern must name a layer kind; got none; give ('local', 'local', 'local', 'global')"
             )
         sizes = ("vocabulary_size", "model_width", "num_layers", "num_heads", "num_kv_heads", "head_size")
         for name in (*sizes, "feed_forward_width"):

@@ -46,9 +46,9 @@ class TrainConfig:
                 raise ValueError(f"TrainConfig: {name} must be at least 1; got {getattr(self, name)}")
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"TrainConfig: {name} must be above 0; got {getattr(self, name)}")
+                raise ValueError(f"TrainConfig: {name} must be above 0 and finite; got {getattr(self, name)}")
         if self.weight_decay < 0:
-            raise ValueError(f"TrainConfig: weight_decay must be at least 0; got {self.weight_decay}")
+            raise ValueError(f"TrainConfig: weight_decay must be at least 0 and finite; got {self.weight_decay}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"TrainConfig: seed must be at least 0 and below 2**32; got {self.seed}")
         if self.batch_size % self.microbatches:

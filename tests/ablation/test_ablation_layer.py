@@ -216,7 +216,7 @@ def test_a_gate_begins_at_its_timescales_and_sinks_at_nothing():
         ({"num_heads": 3, "num_kv_heads": 3, "head_split": True}, "an even num_kv_heads"),
         ({"window": 0, "num_sinks": 1}, "a window of at least 1"),
         ({"decay_gate": True, "num_meta_tokens": 1}, "starts from zero"),
-        ({"branch_norm": "layer"}, "branch_norm must be one of group, sum, none"),
+        ({"branch_norm": "layer"}, "branch_norm must be 'group' or 'sum' or 'none'"),
         ({"conv_width": -1}, "conv_width must be at least 0"),
         ({"pattern": ("global",), "num_sinks": 1}, "belong to local layers"),
     ],
