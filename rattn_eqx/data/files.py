@@ -145,9 +145,7 @@ def open_regular(path: Path, limit: int | None = None) -> BufferedReader:
         raise DamagedError(f"{path} must be a regular file; it is a pipe or a device; remove it")
     if limit is not None and status.st_size > limit:
         file.close()
-        raise DamagedError(
-            f"{path} must hold at most {limit:,} bytes; it claims {status.st_size:,}; put back a good copy"
-        )
+        raise DamagedError(f"{path} must have at most {limit:,} bytes; it has {status.st_size:,}; put back a good copy")
     return file
 
 

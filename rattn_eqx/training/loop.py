@@ -136,7 +136,7 @@ def _train(
     remove_unfinished(folder)
     state = initial_state(config)
 
-    first = length = 0
+    first = kept = 0
     mesh = batch_mesh(settings.batch_size // settings.microbatches)
     run = identity(config, tokenizer)
     at_start = batches.get_state()
@@ -152,7 +152,7 @@ def _train(
     restored = restore_latest(checkpoints, state, report=report, obstacle=obstacle)
     if restored is not None:
         state, metadata, path = restored
-        first, length = metadata["step"], metadata["metrics"]["bytes"]
+        first, kept = metadata["step"], metadata["metrics"]["rows"]
         batches.set_state(metadata["batches"])
         report(f"resuming after step {first} from {path}")
         if metadata["devices"] != mesh.size:
@@ -165,7 +165,7 @@ def _train(
     started = compiled = time.monotonic()
     skipped_before = int(optimizer_state.total_notfinite)
     bar = tqdm(total=settings.steps, initial=first, unit="step", disable=not show_progress, dynamic_ncols=True)
-    metrics = Metrics(folder / "metrics.jsonl", length)
+    metrics = Metrics(folder / "metrics.jsonl", kept)
     with contextlib.closing(batches), contextlib.closing(metrics), bar:
 
         def record(row: dict[str, Any]) -> None:

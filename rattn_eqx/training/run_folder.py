@@ -16,7 +16,6 @@ from rattn_eqx.data.files import (
     parse_json,
     read_bytes,
     read_json,
-    read_text,
     sync,
     write_json,
 )
@@ -83,7 +82,8 @@ def of_another_run(metadata: dict[str, Any], run: dict[str, Any]) -> str | None:
 def _differences(one: dict[str, Any], other: dict[str, Any], at_one: str, at_other: str) -> str:
     old, new = _flatten(one), _flatten(other)
     names = [name for name in {**new, **old} if old.get(name, "absent") != new.get(name, "absent")]
-    show = lambda values, name: "absent" if name not in values else repr(values[name])[:80]
+    json_value = lambda value: tuple(value) if isinstance(value, list) else value
+    show = lambda values, name: f"{json_value(values[name])!r:.80}" if name in values else "absent"
     return "; ".join(
         f"{name.removeprefix('config.')} is {show(old, name)} {at_one} and {show(new, name)} {at_other}"
         for name in names
@@ -135,27 +135,32 @@ def _made(kind: type, values: dict[str, Any]) -> Any:
 
 
 class Metrics:
-    """The open metrics.jsonl of a run that trains: rows are added, and a checkpoint states what stood before it."""
+    """The open metrics.jsonl of a run that trains: rows are added, and a checkpoint states which stood before it.
 
-    def __init__(self, path: Path, length: int):
-        """Open the file, made if it is missing, and drop what it has past its first `length` bytes."""
+    What is stated leaves `seconds` out, so that a run resumed writes the checkpoints of one that nobody stopped.
+    """
+
+    def __init__(self, path: Path, kept: int):
+        """Open the file, made if it is missing, and drop what it has past its first `kept` rows."""
         self._file = open_append(path)
-        self._length = length
-        self._digest = hashlib.sha256(read_bytes(path, 2**30)[:length])
-        os.ftruncate(self._file.fileno(), length)  # unlike a rewritten copy, it needs no space on a full disk
+        self._rows, self._digest = kept, hashlib.sha256()
+        lines = _lines(path)[:kept]
+        for line in lines:
+            self._digest.update(_stated(json.loads(line)))
+        # Unlike a rewritten copy, a shorter file needs no space on a full disk.
+        os.ftruncate(self._file.fileno(), sum(len(line) for line in lines))
 
     def add(self, row: dict[str, Any]) -> None:
         """Write one row, which must hold no number that JSON lacks."""
-        line = (json.dumps(row, allow_nan=False) + "\n").encode()
-        self._file.write(line)
+        self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
         self._file.flush()
-        self._length += len(line)
-        self._digest.update(line)
+        self._rows += 1
+        self._digest.update(_stated(row))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint states, once the rows are on the disk: it never outlives them."""
         sync(self._file)
-        return {"bytes": self._length, "sha256": self._digest.hexdigest()}
+        return {"rows": self._rows, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
         self._file.close()
@@ -164,17 +169,37 @@ class Metrics:
 def metrics_obstacle(path: Path, metadata: dict[str, Any]) -> str | None:
     """Why metrics.jsonl does not have the rows that stood before a checkpoint with this metadata, or None."""
     match metadata.get("metrics"):
-        case {"bytes": int(length), "sha256": str(digest)} if length >= 0:
+        case {"rows": int(rows), "sha256": str(digest)} if rows >= 0:
             pass
         case _:
             return "it does not state its metrics; it is of an older version of rattn-eqx, or edited"
+    found = hashlib.sha256()
     try:
-        content = read_bytes(path, 2**30)
+        lines = _lines(path)[:rows]
+        for number, line in enumerate(lines, 1):
+            found.update(_stated(_row(line, f"line {number} of {path}")))
     except (OSError, ValueError) as error:
         return f"its metrics cannot be read: {error}"
-    if hashlib.sha256(content[:length]).hexdigest() != digest:
-        return f"{path} does not begin with the {length:,} bytes that it was saved after"
+    if len(lines) < rows or found.hexdigest() != digest:
+        return f"{path} does not begin with the {rows:,} rows that it was saved after; put back a good copy"
     return None
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The lines of metrics.jsonl; a last one that was cut off is none."""
+    return [line for line in read_bytes(path, 2**30).splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    match parse_json(line.decode("utf-8", "replace"), where):
+        case {"step": int()} as row if all(value is None or isinstance(value, int | float) for value in row.values()):
+            return row
+        case other:
+            raise ValueError(f"{where} must be an object of numbers with a step; got {other!r:.80}; remove it")
+
+
+def _stated(row: dict[str, Any]) -> bytes:
+    return json.dumps({name: value for name, value in row.items() if name != "seconds"}).encode() + b"\n"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -185,15 +210,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: for a line that is no row, with its number.
     """
-    path, rows = folder / "metrics.jsonl", []
-    for number, line in enumerate(read_text(path, 2**30).splitlines(), 1):
-        where = f"read_metrics: line {number} of {path}"
-        match parse_json(line, where):
-            case {"step": int()} as row if all(x is None or isinstance(x, int | float) for x in row.values()):
-                rows.append(row)
-            case other:
-                raise ValueError(f"{where} must be an object of numbers with a step; got {other!r:.80}; remove it")
-    return rows
+    path = folder / "metrics.jsonl"
+    lines = read_bytes(path, 2**30).splitlines()
+    return [_row(line, f"read_metrics: line {number} of {path}") for number, line in enumerate(lines, 1)]
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
