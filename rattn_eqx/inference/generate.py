@@ -7,14 +7,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from beartype import beartype
-from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray, jaxtyped
+from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
+from pallas.checked import checked
 from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.model.language_model import LanguageModel
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def filter_logits(
     logits: Float[Array, "vocabulary"],
     *,
@@ -48,7 +48,7 @@ def filter_logits(
     return jnp.where(jnp.zeros_like(kept).at[order].set(kept), logits, -jnp.inf)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def sample_token(
     logits: Float[Array, "vocabulary"],
     *,
@@ -68,7 +68,7 @@ def sample_token(
     return jax.random.categorical(key, filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p))
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def generate(
     model: LanguageModel,
     prompt: Integer[np.ndarray, "tokens"],
