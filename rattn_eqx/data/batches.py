@@ -8,9 +8,9 @@ from typing import Any, SupportsIndex, final
 
 import grain
 import numpy as np
-from beartype import beartype
-from jaxtyping import Int32, UInt16, jaxtyped
+from jaxtyping import Int32, UInt16
 
+from pallas.checked import checked
 from rattn_eqx.data.tokenizers import DOCUMENT
 
 Batch = dict[str, Int32[np.ndarray, "batch context"]]
@@ -52,7 +52,7 @@ class TokenWindows:
     def __len__(self) -> int:
         return self._num_windows
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __getitem__(self, index: SupportsIndex) -> Window:
         index = operator.index(index)
         if not 0 <= index < self._num_windows:

@@ -4,9 +4,9 @@ import dataclasses
 import zlib
 
 import numpy as np
-from beartype import beartype
-from jaxtyping import Float64, Int64, Integer, jaxtyped
+from jaxtyping import Float64, Int64, Integer
 
+from pallas.checked import checked
 from rattn_eqx.data.tokenizers import DOCUMENT
 
 _ALPHABET = DOCUMENT + 1  # the bytes and the document marker
@@ -25,7 +25,7 @@ class _Level:
     types: Int64[np.ndarray, "contexts"]
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def interpolated_bits_per_byte(
     train: Integer[np.ndarray, "train_tokens"], validation: Integer[np.ndarray, "validation_tokens"], *, order: int = 3
 ) -> float:
@@ -65,7 +65,7 @@ def interpolated_bits_per_byte(
     return float(-(counts * np.log2(_probabilities(levels, codes))).sum() / num_bytes)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def gzip_bits_per_byte(text: bytes | Integer[np.ndarray, "tokens"]) -> float:
     """Return the bits per byte of the text in gzip format at level 9; of byte tokens, the document markers dropped.
 

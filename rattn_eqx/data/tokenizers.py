@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-from beartype import beartype
-from jaxtyping import Int32, Integer, UInt16, jaxtyped
+from jaxtyping import Int32, Integer, UInt16
 
+from pallas.checked import checked
 from rattn_eqx.data.corpus import Corpus
 from rattn_eqx.data.files import new_folder, write_text
 
@@ -29,17 +29,17 @@ class ByteTokenizer:
     padding: int = dataclasses.field(default=PADDING, init=False)
 
     @property
-    @jaxtyped(typechecker=beartype)
+    @checked
     def byte_lengths(self) -> Int32[np.ndarray, "vocabulary"]:
         """The number of bytes that each token stands for; 0 for the special tokens."""
         return np.repeat(np.array([1, 0], np.int32), [DOCUMENT, 2])
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def encode(self, text: bytes) -> UInt16[np.ndarray, "tokens"]:
         """Return the tokens of any bytes."""
         return np.frombuffer(text, np.uint8).astype(np.uint16)
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def decode(self, tokens: Integer[np.ndarray, "tokens"]) -> bytes:
         """Return the bytes that the tokens stand for; special tokens stand for none.
 
@@ -109,18 +109,18 @@ class BPETokenizer:
         return cls(tokenizer.to_str())
 
     @functools.cached_property
-    @jaxtyped(typechecker=beartype)
+    @checked
     def byte_lengths(self) -> Int32[np.ndarray, "vocabulary"]:
         """The number of bytes that each token stands for; 0 for the special tokens."""
         return np.array([*map(len, self._pieces), 0, 0], np.int32)
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def encode(self, text: bytes) -> UInt16[np.ndarray, "tokens"]:
         """Return the tokens of any bytes."""
         [encoding] = self._tokenizer.encode_batch_fast([text.decode("latin-1")], add_special_tokens=False)
         return np.array(encoding.ids, np.uint16)
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def decode(self, tokens: Integer[np.ndarray, "tokens"]) -> bytes:
         """Return the bytes that the tokens stand for; special tokens stand for none.
 
