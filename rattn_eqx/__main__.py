@@ -148,6 +148,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=int, default=4096, help="tokens that a sequence has so far")
     add("--batch", type=int, default=64, help="sequences generated together")
     add("--hardware", choices=["h100", "h200", "tpu_v5p"], default="h100", help="whose bandwidth and FLOP/s to use")
+
+    command = commands.add_parser(
+        "cache", help="list what is kept between runs, and remove what is of no use", formatter_class=_Help,
+        description="List the corpora and token files of a cache. Each is read once, to see whether it is damaged.",
+    )  # fmt: skip
+    command.set_defaults(run=_cache)
+    add = command.add_argument
+    add("--cache", type=Path, default=Path("~/.cache/rattn"), help="where corpora and tokens are kept between runs")
+    add("--prune", action="store_true", help="remove what is superseded, damaged or unfinished; not during a run")
     return parser
 
 
@@ -295,6 +304,20 @@ def _cost(options: argparse.Namespace) -> None:
 
     hardware = hardwares[options.hardware]
     print(describe_cost(_model_config(options), context=options.context, batch=options.batch, hardware=hardware))
+
+
+def _cache(options: argparse.Namespace) -> None:
+    from rattn_eqx.data.cache import contents, describe, prune
+
+    cache = options.cache.expanduser()
+    if not cache.exists():
+        print(f"no cache at {cache}")
+        return
+    if options.prune:
+        for entry in prune(cache):
+            print(f"removed {describe(entry)}")
+    for entry in contents(cache):
+        print(describe(entry))
 
 
 if __name__ == "__main__":
