@@ -129,10 +129,8 @@ def _train(
         document=tokenizer.document,
     )
     open_run(folder, config, tokenizer)
-    if checkpoints.is_symlink():
-        raise ValueError(
-            f"train: {checkpoints} is a link, and links are not followed to write; give its place as --out"
-        )
+    if checkpoints.is_symlink() or (checkpoints.exists() and not checkpoints.is_dir()):
+        raise ValueError(f"train: {checkpoints} must be a folder and no link; remove it, or give its place as --out")
     remove_unfinished(folder)
     state = initial_state(config)
 

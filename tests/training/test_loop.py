@@ -220,13 +220,15 @@ def test_what_another_process_trains_in_is_refused(interrupted, scratch, tmp_pat
         pass
 
 
-def test_checkpoints_are_not_written_through_a_link(interrupted, scratch, tmp_path):
+def test_checkpoints_go_into_a_folder_of_the_run(interrupted, scratch, tmp_path):
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     shutil.copytree(interrupted, folder)
     (folder / "checkpoints").rename(elsewhere)
-    (folder / "checkpoints").symlink_to(elsewhere)
-    with pytest.raises(ValueError, match="checkpoints is a link, and links are not followed to write; give its place"):
-        run(folder, scratch)
+    for make in ("symlink_to", "hardlink_to"):
+        getattr(folder / "checkpoints", make)({"symlink_to": elsewhere, "hardlink_to": folder / "config.json"}[make])
+        with pytest.raises(ValueError, match="checkpoints must be a folder and no link; remove it, or give its place"):
+            run(folder, scratch)
+        (folder / "checkpoints").unlink()
 
 
 @pytest.mark.parametrize("synced", [0, 1], ids=["metrics", "checkpoint"])
