@@ -227,7 +227,7 @@ def _use_cpu_devices(count: int) -> None:
 
 def _pretrain(options: argparse.Namespace) -> None:
     if options.devices is not None and not 1 <= options.devices <= 1024:
-        raise ValueError(f"pretrain: devices must be at least 1 and at most 1024; got {options.devices}")
+        raise ValueError(f"pretrain: devices must be at least 1; got {options.devices}; at most 1024")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sequences = max(1, options.batch_size // max(1, options.microbatches))
     _use_cpu_devices(options.devices or min(cores, sequences))

@@ -51,7 +51,7 @@ def test_pretrain_leaves_a_run_folder(finished, scratch):
     folder = scratch / "run"
     present = {path.name for path in folder.iterdir()}
     files = {"config.json", "tokenizer.json", "metrics.jsonl", "results.json", "loss.png", "sample.txt"}
-    assert present == files | {"checkpoints"}
+    assert present == files | {"checkpoints", "lock"}
     assert [path.name[:13] for path in sorted((folder / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
     rows = read_metrics(folder)
     assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6]
@@ -185,7 +185,10 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         "empty folder": ([*pretrain, "--corpus", str(empty)], f"build_corpus: no text files under {empty}; give a "),
         "binary file": ([*pretrain, "--corpus", str(binary)], "build_corpus: none of the 1 files under "),
         "feature map": ([*sample, "--feature-map", "sofmax"], "ModelConfig: feature_map must be one of softmax, "),
-        "pattern": ([*sample, "--pattern", "local,globe"], "ModelConfig: pattern must be a tuple of 'local' and "),
+        "pattern": (
+            [*sample, "--pattern", "local,globe"],
+            "ModelConfig: pattern[1] must be 'local' or 'global'; got 'globe'",
+        ),
         "window": ([*sample, "--window", "-1"], "window must be at least 0"),
         "warm-up": ([*sample, "--warmup-steps", "6"], "TrainConfig: warmup_steps must be at least 0 and less than "),
         "steps": ([*sample, "--steps", "0"], "TrainConfig: steps must be at least 1; got 0"),

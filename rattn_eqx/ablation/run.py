@@ -80,8 +80,8 @@ def run_grid(
       report: told each trial's result in a line.
 
     Raises:
-      ValueError: two trials of one name, a part out of range, a line of `out` that is no result, and before
-        any trial runs what `check_trial` refuses.
+      ValueError: two trials of one name, a part out of range, a line of `out` that is no result; before any trial runs,
+        what `check_trial` refuses.
     """
     (index, parts), corpus = part, None if data is None else data.sha256
     mine = share(trials, part)

@@ -156,8 +156,8 @@ def parse_lengths(text: str) -> list[int]:
         lengths.append(int(found[1]) * (1024 if found[2] else 1) if found else 0)
         if not 1 <= lengths[-1] < 2**31:
             raise ValueError(
-                f"evaluate: lengths must be numbers above 0 such as 512,1k,2k; got {part!r:.80} in {text!r:.80}; each is "
-                "below 2**31"
+                f"evaluate: lengths must be numbers above 0 such as 512,1k,2k; got {part!r:.80} in {text!r:.80}; "
+                "each is below 2**31"
             )
     return lengths
 
