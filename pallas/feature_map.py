@@ -15,9 +15,9 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from beartype import beartype
-from jaxtyping import Array, Float, PRNGKeyArray, jaxtyped
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from pallas.checked import checked
 from pallas.dependence import program_text
 
 FeatureMap = Callable | tuple[Callable, Callable]
@@ -48,7 +48,7 @@ class KernelMap:
     signed: bool
     sums_to_one: bool = False
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch f"]:
         x = _widen(x)
         if not self.signed:
@@ -133,7 +133,7 @@ exp = KernelMap(
 IN_KERNELS = {row.name: row for row in (softmax, relu, identity, elu_plus_one, exp, squared_relu)}
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def taylor(x: Float[Array, "*batch d"]) -> Float[Array, "*batch f"]:
     """Second-order Taylor map: phi(q) . phi(k) = 1 + a + a^2 / 2 with a = q . k / sqrt(d) (Based, arXiv 2402.18668).
 
@@ -148,7 +148,7 @@ def taylor(x: Float[Array, "*batch d"]) -> Float[Array, "*batch f"]:
     return jnp.concatenate([jnp.ones_like(x[..., :1]), first, *second], axis=-1)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class Hedgehog(eqx.Module):
     """A learned map: phi(x) = [softmax(x W), softmax(-x W)], f = 2 e (after Hedgehog, arXiv 2402.04347).
 
@@ -162,7 +162,7 @@ class Hedgehog(eqx.Module):
         noise = jax.random.normal(key, (head_size, num_features)) * (0.1 / head_size**0.5)
         self.weight = jnp.eye(head_size, num_features) + noise
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __call__(self, x: Float[Array, "*batch {self.weight.shape[0]}"]) -> Float[Array, "*batch f"]:
         x = _widen(x)
         return softmax(x @ self.weight.astype(x.dtype))

@@ -10,11 +10,11 @@ import types
 from typing import Any
 
 import jax.numpy as jnp  # noqa: F401 (the doctests read it)
-from beartype import beartype
-from jaxtyping import Array, Float, Int, jaxtyped
+from jaxtyping import Array, Float, Int
 
 from pallas import chunked, reference
 from pallas.block_sizes import BlockSizes, default_block_sizes
+from pallas.checked import checked
 from pallas.checks import check_attention, check_states
 from pallas.feature_map import FeatureMap, softmax
 from pallas.segments import contained, spoil
@@ -23,7 +23,7 @@ PORTABLE = {"reference": reference, "chunked": chunked}
 KERNELS = {"gpu": "hopper", "tpu": "tpu"}  # what a user asks for: the family's folder
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def sliding_window_attention(
     q: Float[Array, "t h d"],
     k: Float[Array, "s kv d"],
@@ -85,7 +85,7 @@ def sliding_window_attention(
     )
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def residual_linear_attention(
     q: Float[Array, "t h d"],
     k: Float[Array, "s kv d"],
@@ -155,7 +155,7 @@ def residual_linear_attention(
     )
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def rattention(
     q: Float[Array, "t h d"],
     k: Float[Array, "s kv d"],

@@ -1,4 +1,4 @@
-"""The command line: `rattn pretrain`, `rattn generate`, `rattn evaluate`, `rattn ablate`, `rattn cost`.
+"""The command line: `rattn pretrain`, `rattn generate`, `rattn evaluate`, `rattn ablate`, `rattn cost`, `rattn cache`.
 
 Nothing slow is imported before `main` runs a command: help is quick, and Ctrl-C is heeded from the start.
 """
@@ -205,6 +205,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=whole(high=2**53), default=4096, help="tokens that a sequence has so far")
     add("--batch", type=whole(high=2**53), default=64, help="sequences generated together")
     add("--hardware", choices=HARDWARES, default="h100", help="whose bandwidth and FLOP/s to use")
+
+    command = commands.add_parser(
+        "cache", help="list what is kept between runs, and remove what is of no use", formatter_class=_Help,
+        description="List the corpora and token files of a cache. Each is read once, to see whether it is damaged.",
+    )  # fmt: skip
+    command.set_defaults(run=_cache)
+    add = command.add_argument
+    add("--cache", type=path, default="~/.cache/rattn", help="where corpora and tokens are kept between runs")
+    add("--prune", action="store_true", help="remove what is superseded, damaged or unfinished; not during a run")
     return parser
 
 
@@ -354,7 +363,7 @@ def _ablate(options: argparse.Namespace) -> None:
         data = None
         if any(trial.needs_text for trial in mine):
             stack.enter_context(lock(options.cache, f"ablate: {options.cache}", shared=True))
-            data = run.load_data(options.corpus, options.cache)
+            data = run.load_data(options.corpus, options.cache, exclude=(options.out,))
         if old is not None:
             run.check_trial(trials[0], 1, data)
             print(f"then {rows.summary([old])}, commit {old['commit']}, {old['device']}")
@@ -372,6 +381,19 @@ def _cost(options: argparse.Namespace) -> None:
 
     hardware = hardwares[options.hardware]
     print(describe_cost(_model_config(options), context=options.context, batch=options.batch, hardware=hardware))
+
+
+def _cache(options: argparse.Namespace) -> None:
+    from rattn_eqx.data.cache import contents, describe, prune
+
+    if not options.cache.exists():
+        print(f"no cache at {options.cache}")
+        return
+    if options.prune:
+        for entry in prune(options.cache):
+            print(f"removed {describe(entry)}")
+    for entry in contents(options.cache):
+        print(describe(entry))
 
 
 if __name__ == "__main__":

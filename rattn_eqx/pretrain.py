@@ -62,7 +62,7 @@ def pretrain(
     _check(folder, model, training, bpe_vocabulary, prompt, sample_tokens)
     started = time.monotonic()
     with files.lock(folder, f"pretrain: {folder}"), files.lock(cache, f"pretrain: {cache}", shared=True):
-        text = build_corpus(corpus, cache)
+        text = build_corpus(corpus, cache, exclude=(folder,))
         print(describe(text.manifest))
         tokenizer = ByteTokenizer() if bpe_vocabulary is None else BPETokenizer.train(text, bpe_vocabulary)
         train_tokens, validation_tokens = tokenize(text, tokenizer, cache)

@@ -150,7 +150,7 @@ def test_help(capsys):
     assert ended.value.code == 0
     out = capsys.readouterr().out
     (commands,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    assert set(commands.choices) == {"pretrain", "generate", "evaluate", "ablate", "cost"}
+    assert set(commands.choices) == {"pretrain", "generate", "evaluate", "ablate", "cost", "cache"}
     for name, command in commands.choices.items():
         assert name in out
         with pytest.raises(SystemExit) as ended:

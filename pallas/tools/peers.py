@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from beartype import beartype
-from jaxtyping import Array, Float, jaxtyped
+from jaxtyping import Array, Float
 
 import pallas
+from pallas.checked import checked
 from pallas.feature_map import named, num_features
 from pallas.reference import normed_sum
 
@@ -169,7 +169,7 @@ def jla_window(window: int, backward: str) -> Callable[[Inputs], Array]:
     return lambda x: flash_attention(x["q"], x["k"], x["v"], sliding_window=window, backward=backward)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def jla_residual(
     q: Float[Array, "batch t h d"],
     k: Float[Array, "batch t kv d"],

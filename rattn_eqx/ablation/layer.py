@@ -11,11 +11,11 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from beartype import beartype
-from jaxtyping import Array, Float, Int, jaxtyped
+from jaxtyping import Array, Float, Int
 
 import pallas
 from pallas import segments
+from pallas.checked import checked
 from pallas.feature_map import FeatureMap, as_pair
 from pallas.numerics import accumulation_dtype
 from pallas.reference import normed_sum, rms
@@ -80,7 +80,7 @@ def ablate(model: LanguageModel, departures: Departures) -> LanguageModel:
     return eqx.tree_at(where, model, [AblatedAttention(layer, departures) for layer in where(model)])
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class DecayGate(eqx.Module):
     """log a = log_sigmoid(x . weight + bias): how much of its state a key/value head keeps at each token.
 
@@ -95,13 +95,13 @@ class DecayGate(eqx.Module):
         self.weight = jnp.zeros((model_width, num_kv_heads))
         self.bias = jnp.log(jnp.geomspace(SHORTEST, LONGEST, num_kv_heads))
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __call__(self, x: Float[Array, "t m"]) -> Float[Array, "t kv"]:
         """log a for each token and head, in float32."""
         return jax.nn.log_sigmoid(x.astype(jnp.float32) @ self.weight + self.bias[None])
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class Sinks(eqx.Module):
     """Places outside its window that every query of the window's branch may attend to, wherever it stands.
 
@@ -117,7 +117,7 @@ class Sinks(eqx.Module):
         self.values = jnp.zeros((num_sinks, num_kv_heads, head_size))
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class AblatedAttention(eqx.Module):
     """An `RAttention` with one or more `Departures`.
 
@@ -171,7 +171,7 @@ class AblatedAttention(eqx.Module):
     def window(self) -> int:
         return self.layer.window
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __call__(
         self, x: Float[Array, "t {self.layer.projections.model_width}"], segment_ids: Int[Array, "t"] | None = None
     ) -> Float[Array, "t {self.layer.projections.model_width}"]:
@@ -249,7 +249,7 @@ def _runs(t: int, segment_ids: Int[Array, "t"] | None) -> Int[Array, "t"]:
     return jnp.zeros(t, jnp.int32) if segment_ids is None else segments.runs(segment_ids)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def causal_convolution(
     x: Float[Array, "t m"], taps: Float[Array, "taps m"], segment_ids: Int[Array, "t"] | None
 ) -> Float[Array, "t m"]:
@@ -264,7 +264,7 @@ def causal_convolution(
     return total
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def window_with_sinks(
     q: Float[Array, "t h d"],
     k: Float[Array, "t kv d"],
@@ -309,7 +309,7 @@ def window_with_sinks(
     return out.reshape(n * block, *out.shape[2:])[:t]
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def gated_residual(
     q: Float[Array, "t h d"],
     k: Float[Array, "t kv d"],

@@ -51,9 +51,9 @@ class Data:
     sha256: str
 
 
-def load_data(source: str, cache: Path) -> Data:
-    """The corpus of `rattn pretrain` in bytes, of `corpus.build_corpus`, gathered or found under `cache`."""
-    corpus = build_corpus(source, cache)
+def load_data(source: str, cache: Path, *, exclude: tuple[Path, ...] = ()) -> Data:
+    """The corpus of `rattn pretrain` in bytes, as `corpus.build_corpus` gathers it or finds it under `cache`."""
+    corpus = build_corpus(source, cache, exclude=exclude)
     train, validation = tokenize(corpus, ByteTokenizer(), cache)
     text = b"\n".join(corpus.documents("train"))
     return Data(np.load(train, mmap_mode="r"), validation, text, corpus.manifest["sha256"])

@@ -1,16 +1,19 @@
 """From token files to batches, for training and validation."""
 
 import operator
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, SupportsIndex, final
 
 import grain
 import numpy as np
-from beartype import beartype
-from jaxtyping import Int32, UInt16, jaxtyped
+from jaxtyping import Int32, UInt16
 
+from pallas.checked import checked
+from rattn_eqx.data.files import DamagedError, open_regular
 from rattn_eqx.data.tokenizers import DOCUMENT
 
 Batch = dict[str, Int32[np.ndarray, "batch context"]]
@@ -52,7 +55,7 @@ class TokenWindows:
     def __len__(self) -> int:
         return self._num_windows
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __getitem__(self, index: SupportsIndex) -> Window:
         index = operator.index(index)
         if not 0 <= index < self._num_windows:
@@ -126,11 +129,20 @@ def long_documents(path: Path, length: int, *, document: int = DOCUMENT) -> Int3
     Args:
       path: a token file that `tokenize` wrote.
       document: the tokenizer's document marker, which begins each document.
+
+    Raises:
+      ValueError: a length below 1, or a file that is no token file.
     """
-    stream = _open_tokens(path, document)
-    starts = np.flatnonzero(stream == document)
-    ends = np.append(starts[1:], len(stream))
-    found = [stream[start : start + length] for start in starts[ends - starts >= length]]
+    if length < 1:
+        raise ValueError(f"long_documents: length must be at least 1; got {length}")
+    num_tokens, start, found = len(_open_tokens(path, document)), 0, []
+    for begin in range(0, num_tokens, _BLOCK):
+        stream = _open_tokens(path, document)  # mapped anew, which lets go of the blocks before
+        starts = begin + np.flatnonzero(stream[begin : begin + _BLOCK] == document)
+        end = [num_tokens] if begin + _BLOCK >= num_tokens else []
+        bounds = np.concatenate([[start], starts, end]).astype(np.int64)
+        found += [stream[at : at + length].astype(np.int32) for at in bounds[:-1][np.diff(bounds) >= length]]
+        start = bounds[-1]
     return np.asarray(found, np.int32).reshape(-1, length)
 
 
@@ -177,18 +189,43 @@ def _window_items(
     return {"tokens": tokens, "targets": targets, "segment_ids": segment_ids}
 
 
+_BLOCK = 2**22  # tokens
 _ONE_PARSER = threading.Lock()  # NumPy parses a file's header with `ast`, which fails in two threads of Python 3.11
 
 
 def _open_tokens(path: Path, document: int) -> UInt16[np.ndarray, "tokens"]:
-    """Map a token file into memory; its first token shows whether the caller knows its document marker."""
-    with _ONE_PARSER:
-        tokens = np.load(path, mmap_mode="r")
-    if tokens.ndim != 1 or tokens.dtype != np.uint16 or tokens.size == 0:
-        raise ValueError(
-            f"token file: {path} must hold one dimension of uint16; got {tokens.dtype} of shape {tokens.shape};"
-            " write it with tokenize"
-        )
+    """Map a token file into memory; its first token shows whether the caller knows its document marker.
+
+    Raises:
+      DamagedError: a file that is no .npy, is cut off, or is no regular file. OSError: it cannot be read.
+      ValueError: an array of another kind, or with another document marker.
+    """
+    with open_regular(path) as file, _ONE_PARSER:
+        try:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("another version of the format than 1.0")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        except (
+            ValueError,
+            TypeError,
+            SyntaxError,
+            MemoryError,
+            RecursionError,
+            TokenError,
+        ) as error:  # NumPy: any text
+            raise DamagedError(f"token file: {path} must be a .npy file; {error}; write it with tokenize") from error
+        if len(shape) != 1 or dtype != np.uint16 or shape[0] < 1:
+            raise ValueError(
+                f"token file: {path} must hold one dimension of uint16; got {dtype} of shape {shape};"
+                " write it with tokenize"
+            )
+        start, size = file.tell(), os.fstat(file.fileno()).st_size
+        if size != start + 2 * shape[0]:
+            raise DamagedError(
+                f"token file: {path} must hold the {shape[0]:,} tokens that it claims; got {size - start:,} bytes of"
+                " them; write it with tokenize"
+            )
+        tokens = np.memmap(file, np.uint16, "r", start, shape)
     if tokens[0] != document:
         raise ValueError(
             f"token file: {path} must begin with the document marker; got {tokens[0]} for document={document};"

@@ -1,20 +1,22 @@
 """Text for pretraining without a download: the interpreter's sources, its environment's, or the user's own files."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import platform
-import stat
-import sysconfig
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from rattn_eqx.data.files import new_folder
+from rattn_eqx.data.cache import CORPUS, check, digests, find, write_manifest
+from rattn_eqx.data.files import DamagedError, new_folder, open_regular
+from rattn_eqx.data.sources import File, find_files, find_roots
 
-_FORMAT = 2  # part of the cache key: raise it when the same sources would give other bytes
+_FORMAT = 3  # part of the cache key: raise it when the same sources would give other bytes
 _SEPARATOR = b"\0"  # free for this use, because files that hold it are dropped
+_BLOCK = 2**24  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,146 +34,142 @@ class Corpus:
     validation: Path
 
     def documents(self, split: Literal["train", "validation"]) -> list[bytes]:
-        """Return the documents of one split, in order."""
-        return {"train": self.train, "validation": self.validation}[split].read_bytes().split(_SEPARATOR)
+        """Return the documents of one split, in order.
+
+        Raises:
+          DamagedError: the file is not what was written.
+        """
+        path = {"train": self.train, "validation": self.validation}[split]
+        with open_regular(path) as file:
+            data = file.read()
+        if hashlib.sha256(data).hexdigest() != self.manifest["digests"][path.name]:
+            raise DamagedError(f"Corpus.documents: {path} is not what was written; build the corpus again")
+        return data.split(_SEPARATOR)
 
 
-@dataclasses.dataclass(frozen=True)
-class _File:
-    name: str  # path relative to its root, with "/" on every system: fixes the order and the split
-    path: str
-    size: int
-    modified: int
-
-
-def build_corpus(source: str | Path, cache: Path, *, validation_share: float = 0.06) -> Corpus:
+def build_corpus(
+    source: str | Path,
+    cache: Path,
+    *,
+    validation_share: float = 0.06,
+    exclude: Iterable[Path] = (),
+    report: Callable[[str], object] = print,
+) -> Corpus:
     """Gather a source's text files into a corpus under `cache`, or return the one that is already there.
 
     A file is dropped, and counted in the manifest, if it is empty, holds a NUL byte, is not UTF-8, cannot be read, or
     repeats an earlier file byte for byte. The split depends on each file's path alone, so it is the same on every
     machine that has the same files. Names, sizes and times of the files are the cache's key: a changed file gives a
-    new corpus. The whole text passes through memory once.
+    new corpus. The whole text passes through memory once, and may take half of what is free.
+
+    Hidden files are left out, and so are, counted in the manifest: the cache, what `exclude` names, every folder that
+    is a run or a cache, pipes, devices, links to nowhere and folders that cannot be read. Linked folders of the user's
+    own text are read once, and not where they lie above the link.
+
+    A corpus that is found is held against its digests, some seconds for each GB; a damaged one is reported, removed
+    and made again.
 
     Args:
       source: "python", the running interpreter's standard library (.py, its tests included); "environment", that and
         the installed packages' .py files; or the path of a file or folder of the user's own text, whatever the
-        suffixes. Hidden files and the cache itself are left out.
+        suffixes.
       cache: folder that receives `SOURCE-KEY/{train.bin, validation.bin, manifest.json}`, written whole or not at all.
       validation_share: the share of files, in (0, 1), that is held out; at least one file stands on each side. A
         corpus of one file is cut near that share of its bytes, at the end of a line.
+      exclude: files and folders that are no part of the text, such as a run's own folder, there already or not.
+      report: is given a line about a damaged corpus.
 
     Raises:
-      ValueError: nothing at `source`, no text in it, too little to cut in two, or a share outside (0, 1).
+      ValueError: nothing at `source`, no text in it, too little to cut in two, too much for the memory, or a share
+        outside (0, 1).
+      OSError: the cache cannot be read or written.
     """
     if not 0.0 < validation_share < 1.0:
         raise ValueError(f"build_corpus: validation_share must lie between 0 and 1; got {validation_share}")
-    cache = Path(cache)
-    files = _find_files(source, cache)
+    roots = find_roots(source)
+    files, left_out = find_files(roots, Path(cache), exclude)
     if not files:
-        raise ValueError(f"build_corpus: no text files under {source}; give a folder with UTF-8 files")
-    key = hashlib.sha256(repr((_FORMAT, str(source), validation_share, platform.python_version())).encode())
+        besides = f" besides what is left out ({_in_words(left_out)})" if left_out else ""
+        raise ValueError(f"build_corpus: no text files under {source}{besides}; give a folder with UTF-8 files")
+    paths = [root.path for root in roots]
+    key = hashlib.sha256(repr((_FORMAT, paths, validation_share, platform.python_version())).encode())
     for file in files:
-        key.update(os.fsencode(f"{file.name}\0{file.size}\0{file.modified}\n"))
+        key.update(os.fsencode(f"{file.name}\0{file.size}\0{file.modified}\0{file.changed}\n"))
     label = source if source in ("python", "environment") else "files"
-    folder = cache / f"{label}-{key.hexdigest()[:16]}"
-    if not folder.exists():
+    folder = Path(cache) / f"{label}-{key.hexdigest()[:16]}"
+    manifest = find(folder, CORPUS, report)
+    if manifest is None:
         kept, dropped = _read_text(files)
         if not kept:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
             raise ValueError(
-                f"build_corpus: none of the {len(files)} files under {source} is text ({reasons}); give UTF-8 files"
+                f"build_corpus: none of the {len(files)} files under {source} is text ({_in_words(dropped)});"
+                " give UTF-8 files"
             )
         train, validation, rule = _split(kept, validation_share)
-        blobs = {"train": _SEPARATOR.join(train), "validation": _SEPARATOR.join(validation)}
-        manifest = {
-            "source": str(source),
-            "python": platform.python_version(),
-            "files": len(kept),
-            "dropped": dropped,
-            "train": {"files": len(train), "bytes": sum(map(len, train))},
-            "validation": {"files": len(validation), "bytes": sum(map(len, validation))},
-            "sha256": _sha256_of_splits(blobs["train"], blobs["validation"]),
-            "split": rule,
-        }
         with new_folder(folder) as unfinished:
-            for split, blob in blobs.items():
-                (unfinished / f"{split}.bin").write_bytes(blob)
-            (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    return Corpus(manifest, folder / "train.bin", folder / "validation.bin")
+            for name, documents in zip(CORPUS, (train, validation), strict=True):
+                _write_documents(unfinished / name, documents)
+            of_files = digests(unfinished, CORPUS)
+            content = {
+                "source": _printable(source),
+                "path": _printable(" and ".join(paths)),
+                "python": platform.python_version(),
+                "files": len(kept),
+                "dropped": dropped,
+                "left_out": left_out,
+                "train": {"files": len(train), "bytes": sum(map(len, train))},
+                "validation": {"files": len(validation), "bytes": sum(map(len, validation))},
+                # Of the splits' own digests, so that the same text cut elsewhere has another.
+                "sha256": hashlib.sha256(b"".join(bytes.fromhex(of_files[name]) for name in CORPUS)).hexdigest(),
+                "split": rule,
+                "validation_share": validation_share,
+                "digests": of_files,
+            }
+            write_manifest(unfinished, folder.name, content)
+        manifest = check(folder, CORPUS)  # another process's, where that was quicker
+    of_this_call = {"source": _printable(source), "left_out": left_out}
+    if manifest != manifest | of_this_call:  # the text does not depend on them
+        manifest |= of_this_call
+        with contextlib.suppress(OSError):  # a cache that may not be written
+            manifest = write_manifest(folder, folder.name, manifest)
+    return Corpus(manifest, *(folder / name for name in CORPUS))
 
 
 def describe(manifest: dict[str, Any]) -> str:
     """Return a corpus manifest as a few lines to print."""
-    dropped = ", ".join(f"{reason} {count:,}" for reason, count in manifest["dropped"].items()) or "none"
+    dropped, left_out = (_in_words(manifest[name]) or "none" for name in ("dropped", "left_out"))
     lines = [f"corpus {manifest['source']} (Python {manifest['python']})"]
-    lines.append(f"files       {manifest['files']:,} kept; dropped: {dropped}")
+    lines.append(f"files       {manifest['files']:,} kept; dropped: {dropped}; left out: {left_out}")
     for split in ("train", "validation"):
         lines.append(f"{split:<11} {manifest[split]['files']:,} files, {manifest[split]['bytes']:,} bytes")
     return "\n".join([*lines, f"split       {manifest['split']}", f"sha256      {manifest['sha256']}"])
 
 
-def _find_files(source: str | Path, cache: Path) -> list[_File]:
-    if source in ("python", "environment"):
-        paths = sysconfig.get_paths()
-        roots = [("stdlib/", Path(paths["stdlib"]))]
-        if source == "environment":
-            # One folder on most systems; a link to it (lib64) must not be counted twice.
-            packages = dict.fromkeys(Path(paths[kind]).resolve() for kind in ("purelib", "platlib"))
-            roots += [("site-packages/", root) for root in packages]
-        found = [file for label, root in roots for file in _walk(root, cache, label, suffix=".py")]
-    elif Path(source).is_file():
-        status = os.stat(source)
-        found = [_File(Path(source).name, str(source), status.st_size, status.st_mtime_ns)]
-    elif Path(source).is_dir():
-        found = _walk(Path(source), cache)
-    else:
-        raise ValueError(
-            f"build_corpus: no file or folder at {source}; give 'python', 'environment' or a path to UTF-8 text"
-        )
-    return sorted(found, key=lambda file: os.fsencode(file.name))
+def _in_words(counts: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
 
 
-def _walk(root: Path, cache: Path, label: str = "", suffix: str = "") -> list[_File]:
-    """List the files under one root; a label stands for an installed root, whose nested roots are left out."""
-    nested = {"site-packages", "dist-packages", "__pycache__"} if label else set()
-    top, cache_path = str(root.resolve()), str(cache.resolve())
-    found = []
-    for folder, subfolders, names in os.walk(top):
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if not name.startswith(".") and name not in nested and os.path.join(folder, name) != cache_path
-        ]
-        for name in names:
-            if name.startswith(".") or not name.endswith(suffix):
-                continue
-            path = os.path.join(folder, name)
-            try:
-                status = os.stat(path)
-            except OSError:  # a link to nowhere
-                continue
-            if stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-                relative = label + path.removeprefix(top).lstrip(os.sep).replace(os.sep, "/")
-                found.append(_File(relative, path, status.st_size, status.st_mtime_ns))
-    return found
+def _printable(path: str | Path) -> str:
+    """A path with "?" for the bytes that are not UTF-8."""
+    return str(path).encode("utf-8", "replace").decode("utf-8")
 
 
-def _read_text(files: list[_File]) -> tuple[list[tuple[str, bytes]], dict[str, int]]:
+def _read_text(files: list[File]) -> tuple[list[tuple[str, bytes]], dict[str, int]]:
     """Read the files that are text, each content once, and count the others by reason."""
     kept: list[tuple[str, bytes]] = []
     dropped = collections.Counter[str]()
     seen = set()
+    room = _free_memory() // 2  # the other half is for the corpus's documents, when they are made tokens
     for file in files:
         try:
-            data = Path(file.path).read_bytes()
-        except OSError:
+            data = _read_file(file, room)
+        except (OSError, DamagedError):  # it may have become another kind of file meanwhile
             dropped["unreadable"] += 1
             continue
-        if not data:
-            dropped["empty"] += 1
-        elif _SEPARATOR in data:
+        if data is None:
             dropped["NUL bytes"] += 1
+        elif not data:
+            dropped["empty"] += 1
         elif not _is_utf8(data):
             dropped["not UTF-8"] += 1
         elif (digest := hashlib.sha256(data).digest()) in seen:
@@ -179,7 +177,50 @@ def _read_text(files: list[_File]) -> tuple[list[tuple[str, bytes]], dict[str, i
         else:
             seen.add(digest)
             kept.append((file.name, data))
+            room -= len(data)
     return kept, dict(sorted(dropped.items()))
+
+
+def _read_file(file: File, room: int) -> bytes | None:
+    """The content of a file, None for one with NUL bytes: of those, no more than the first block that has one is held.
+
+    Raises:
+      ValueError: it holds, or claims, more bytes than there is room for. OSError, DamagedError: as `open_regular`.
+    """
+    blocks, length = [], 0
+    with open_regular(Path(file.path)) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        while block := opened.read(_BLOCK):
+            if _SEPARATOR in block:
+                return None
+            blocks.append(block)
+            length += len(block)
+            if max(length, size) > room:
+                raise ValueError(
+                    f"build_corpus: the text must fit in half of the free memory; got {file.path} of"
+                    f" {max(length, size):,} bytes where {max(room, 0):,} are left; leave it out, or give less text"
+                )
+    return b"".join(blocks)
+
+
+def _free_memory() -> int:
+    """Bytes of memory that a process can take, as far as the system says."""
+    free = [2**63]
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no such question to this system
+        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # of a container; "max" where it has all
+        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    return min(free)
+
+
+def _write_documents(path: Path, documents: list[bytes]) -> None:
+    with open(path, "xb") as file:
+        for index, document in enumerate(documents):
+            file.write(_SEPARATOR * (index > 0))
+            file.write(document)
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -199,11 +240,6 @@ def _split(kept: list[tuple[str, bytes]], share: float) -> tuple[list[bytes], li
     contents = dict(kept)
     validation = [contents.pop(name) for name in held_out]
     return list(contents.values()), validation, f"by file: sha256 of the path, as a fraction, below {share:g}"
-
-
-def _sha256_of_splits(train: bytes, validation: bytes) -> str:
-    """Of the splits' own digests, so that the same text cut elsewhere has another."""
-    return hashlib.sha256(hashlib.sha256(train).digest() + hashlib.sha256(validation).digest()).hexdigest()
 
 
 def _cut(data: bytes, share: float) -> tuple[list[bytes], list[bytes], str]:

@@ -56,14 +56,19 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
     Its permissions are those that the caller's umask gives. A link at `path` is replaced, not followed.
     """
-    unfinished = path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
+    unfinished = unfinished_in(path.parent)
     try:
-        with open(unfinished, "xb") as file:
+        with unfinished.open("xb") as file:
             yield file
             sync(file)  # else a loss of power could leave the new name with no content
         rename(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def unfinished_in(folder: Path) -> Path:
+    """A path for what is being written, which nobody can foresee."""
+    return folder / f"{UNFINISHED}{secrets.token_hex(8)}"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -140,9 +145,7 @@ def open_regular(path: Path, limit: int | None = None) -> BufferedReader:
         raise DamagedError(f"{path} must be a regular file; it is a pipe or a device; remove it")
     if limit is not None and status.st_size > limit:
         file.close()
-        raise DamagedError(
-            f"{path} must hold at most {limit:,} bytes; it claims {status.st_size:,}; put back a good copy"
-        )
+        raise DamagedError(f"{path} must have at most {limit:,} bytes; it has {status.st_size:,}; put back a good copy")
     return file
 
 
@@ -271,7 +274,7 @@ def _remove_if_empty(folder: Path, path: Path) -> None:
 def _held_folder(parent: Path, stack: contextlib.ExitStack) -> Path:
     """A new folder for unfinished work, locked so that no other process takes it for a dead one's."""
     while True:
-        folder = parent / f"{UNFINISHED}{secrets.token_hex(8)}"
+        folder = unfinished_in(parent)
         folder.mkdir()
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         with contextlib.suppress(LockedError, FileNotFoundError):  # one that removes what is left behind was quicker

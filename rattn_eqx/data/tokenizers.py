@@ -4,15 +4,17 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-from beartype import beartype
-from jaxtyping import Int32, Integer, UInt16, jaxtyped
+from jaxtyping import Int32, Integer, UInt16
 
+from pallas.checked import checked
+from rattn_eqx.data.cache import TOKENS, check, digests, find, write_manifest
 from rattn_eqx.data.corpus import Corpus
-from rattn_eqx.data.files import new_folder, write_text
+from rattn_eqx.data.files import DamagedError, new_folder, read_json, write_text
 
 BYTE_VOCABULARY = 258
 DOCUMENT = 256  # stands before every document: it begins the sequence and separates documents
@@ -29,17 +31,17 @@ class ByteTokenizer:
     padding: int = dataclasses.field(default=PADDING, init=False)
 
     @property
-    @jaxtyped(typechecker=beartype)
+    @checked
     def byte_lengths(self) -> Int32[np.ndarray, "vocabulary"]:
         """The number of bytes that each token stands for; 0 for the special tokens."""
         return np.repeat(np.array([1, 0], np.int32), [DOCUMENT, 2])
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def encode(self, text: bytes) -> UInt16[np.ndarray, "tokens"]:
         """Return the tokens of any bytes."""
         return np.frombuffer(text, np.uint8).astype(np.uint16)
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def decode(self, tokens: Integer[np.ndarray, "tokens"]) -> bytes:
         """Return the bytes that the tokens stand for; special tokens stand for none.
 
@@ -67,9 +69,14 @@ class BPETokenizer:
     """
 
     def __init__(self, definition: str):
-        """Read the library's own JSON text; use `BPETokenizer.train` or `load_tokenizer`."""
+        """Read the library's own JSON text; use `BPETokenizer.train` or `load_tokenizer`.
+
+        Raises:
+          ValueError: text that is not what `train` makes; names the key.
+          ImportError: the `tokenizers` library is missing.
+        """
         self._definition = definition
-        self._tokenizer = _tokenizers().Tokenizer.from_str(definition)
+        self._tokenizer = _read_definition(definition)
         num_pieces = self._tokenizer.get_vocab_size()
         self._pieces = [self._tokenizer.id_to_token(token).encode("latin-1") for token in range(num_pieces)]
         self.vocabulary_size = num_pieces + 2
@@ -94,11 +101,7 @@ class BPETokenizer:
                 f" specials and uint16 suffice; got {vocabulary_size}"
             )
         library = _tokenizers()
-        # Merges stay within a word, a number of three digits, a run of marks, a line's end with the indent after it,
-        # or a run of spaces. Bytes from 128 on are parts of UTF-8 characters and count as letters.
-        words = r" ?[A-Za-z_\x{80}-\x{ff}]+| ?[0-9]{1,3}| ?[^\sA-Za-z_0-9\x{80}-\x{ff}]+|[\r\n]+[ \t]*|[ \t]+"
-        tokenizer = library.Tokenizer(library.models.BPE())
-        tokenizer.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(words), behavior="isolated")
+        tokenizer = _untrained(library)
         trainer = library.trainers.BpeTrainer(
             vocab_size=vocabulary_size - 2,
             initial_alphabet=[chr(byte) for byte in range(256)],
@@ -109,18 +112,18 @@ class BPETokenizer:
         return cls(tokenizer.to_str())
 
     @functools.cached_property
-    @jaxtyped(typechecker=beartype)
+    @checked
     def byte_lengths(self) -> Int32[np.ndarray, "vocabulary"]:
         """The number of bytes that each token stands for; 0 for the special tokens."""
         return np.array([*map(len, self._pieces), 0, 0], np.int32)
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def encode(self, text: bytes) -> UInt16[np.ndarray, "tokens"]:
         """Return the tokens of any bytes."""
         [encoding] = self._tokenizer.encode_batch_fast([text.decode("latin-1")], add_special_tokens=False)
         return np.array(encoding.ids, np.uint16)
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def decode(self, tokens: Integer[np.ndarray, "tokens"]) -> bytes:
         """Return the bytes that the tokens stand for; special tokens stand for none.
 
@@ -146,40 +149,74 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer that `save` wrote.
 
     Raises:
-      ValueError: a file that holds something else.
+      DamagedError: a file that holds something else; names the key.
+      OSError: a file that cannot be read.
     """
+    remedy = "give a file that a tokenizer's save wrote"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"load_tokenizer: {path} is not JSON; give a file that a tokenizer's save wrote") from error
+        content = read_json(Path(path))
+    except DamagedError as error:
+        raise DamagedError(f"load_tokenizer: {error}, or {remedy}") from error
     match content:
         case {"kind": "byte"}:
             return ByteTokenizer()
-        case {"kind": "bpe", "tokenizers": definition}:
-            return BPETokenizer(json.dumps(definition))
-    raise ValueError(f"load_tokenizer: {path} holds no tokenizer; give a file that a tokenizer's save wrote")
+        case {"kind": "bpe", "tokenizers": dict(definition)}:
+            try:
+                return BPETokenizer(json.dumps(definition))
+            except (ValueError, RecursionError) as error:
+                raise DamagedError(f"load_tokenizer: {path}, key tokenizers: {error}; {remedy}") from error
+    raise DamagedError(
+        f"load_tokenizer: {path} must have kind 'byte', or kind 'bpe' and tokenizers; got {content!r:.80}; {remedy}"
+    )
 
 
-def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> tuple[Path, Path]:
+def tokenize(
+    corpus: Corpus, tokenizer: Tokenizer, cache: Path, *, report: Callable[[str], object] = print
+) -> tuple[Path, Path]:
     """Write a corpus's two splits as token files, or find those that are already there.
 
     A token file is a one-dimensional uint16 .npy to be memory-mapped: every document's tokens in order, the document
     marker before each. The tokenizer is saved with them as `tokenizer.json`.
 
+    Files that are found are held against their digests, some seconds for each GB; damaged ones are reported, removed
+    and made again.
+
+    Args:
+      report: is given a line about damaged files.
+
     Returns:
       The paths of the training and of the validation tokens, in `cache/tokens-KEY`; the key stands for the corpus's
       text, its split and the tokenizer.
+
+    Raises:
+      DamagedError: the corpus is not what was written.
+      OSError: the cache cannot be read or written.
     """
     key = hashlib.sha256((corpus.manifest["sha256"] + tokenizer.to_json()).encode())
     folder = Path(cache) / f"tokens-{key.hexdigest()[:16]}"
-    if not folder.exists():
-        marker = np.array([tokenizer.document], np.uint16)
+    if find(folder, TOKENS, report) is None:
         with new_folder(folder) as unfinished:
             for split in ("train", "validation"):
-                parts = [part for text in corpus.documents(split) for part in (marker, tokenizer.encode(text))]
-                np.save(unfinished / f"{split}.npy", np.concatenate(parts))
+                _write_tokens(unfinished / f"{split}.npy", corpus.documents(split), tokenizer)
             tokenizer.save(unfinished / "tokenizer.json")
+            about = f"{'byte' if isinstance(tokenizer, ByteTokenizer) else 'bpe'} {tokenizer.vocabulary_size:,}"
+            content = {"corpus": corpus.manifest["sha256"], "tokenizer": about, "digests": digests(unfinished, TOKENS)}
+            write_manifest(unfinished, folder.name, content)
+        check(folder, TOKENS)  # another process's, where that was quicker
     return folder / "train.npy", folder / "validation.npy"
+
+
+def _write_tokens(path: Path, documents: list[bytes], tokenizer: Tokenizer) -> None:
+    """Write one token file, one document's tokens in memory at a time."""
+    header: dict[str, Any] = {"descr": np.dtype(np.uint16).str, "fortran_order": False, "shape": (0,)}
+    with open(path, "xb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        start = file.tell()
+        for text in documents:
+            file.write(np.append(np.uint16(tokenizer.document), tokenizer.encode(text)).tobytes())
+        header["shape"] = ((file.tell() - start) // 2,)
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, header)  # padded, so that any length fits
 
 
 def _require_in_vocabulary(tokens: Integer[np.ndarray, "tokens"], vocabulary_size: int) -> None:
@@ -187,6 +224,49 @@ def _require_in_vocabulary(tokens: Integer[np.ndarray, "tokens"], vocabulary_siz
         raise ValueError(
             f"decode: tokens must lie between 0 and {vocabulary_size - 1}; got {tokens.min()} to {tokens.max()}"
         )
+
+
+def _untrained(library: Any) -> Any:
+    """What `BPETokenizer.train` begins with.
+
+    Merges stay within a word, a number of three digits, a run of marks, a line's end with the indent after it, or a
+    run of spaces. Bytes from 128 on are parts of UTF-8 characters and count as letters.
+    """
+    words = r" ?[A-Za-z_\x{80}-\x{ff}]+| ?[0-9]{1,3}| ?[^\sA-Za-z_0-9\x{80}-\x{ff}]+|[\r\n]+[ \t]*|[ \t]+"
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(words), behavior="isolated")
+    return tokenizer
+
+
+def _read_definition(definition: str) -> Any:
+    """A tokenizer of the library that differs from an untrained one in its words, vocabulary and merges alone.
+
+    Raises:
+      ValueError: other text; names the key.
+    """
+    library = _tokenizers()
+    try:
+        tokenizer = library.Tokenizer.from_str(definition)
+    except Exception as error:  # the library raises no narrower class
+        raise ValueError(f"BPETokenizer: not a definition of the tokenizers library: {error}") from error
+    given, expected = (_settings(json.loads(x.to_str())) for x in (tokenizer, _untrained(library)))
+    for key in sorted(given.keys() | expected.keys()):
+        if given.get(key) != expected.get(key):
+            raise ValueError(f"BPETokenizer: {key} must be {expected.get(key)!r:.80}; got {given.get(key)!r:.80}")
+    vocabulary = tokenizer.get_vocab()
+    if not 256 <= len(vocabulary) <= 2**16 - 2 or sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise ValueError("BPETokenizer: model.vocab must number 256 to 65,534 pieces from 0 on")
+    if not {chr(byte) for byte in range(256)} <= vocabulary.keys() or max(map(max, vocabulary)) > "\xff":
+        raise ValueError("BPETokenizer: model.vocab must have all bytes, and pieces of bytes alone, as Latin-1")
+    return tokenizer
+
+
+def _settings(definition: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a definition, those of its parts too, but for what differs between tokenizers of ours."""
+    flat = {}
+    for name, part in definition.items():
+        flat |= {f"{name}.{key}": value for key, value in part.items()} if isinstance(part, dict) else {name: part}
+    return {key: flat[key] for key in flat if key not in ("model.vocab", "model.merges", "pre_tokenizer.pattern")}
 
 
 def _tokenizers() -> Any:

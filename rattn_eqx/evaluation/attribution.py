@@ -12,9 +12,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from beartype import beartype
-from jaxtyping import Array, Bool, Float, Int, Int32, Int64, Integer, jaxtyped
+from jaxtyping import Array, Bool, Float, Int, Int32, Int64, Integer
 
+from pallas.checked import checked
 from rattn_eqx.data.batches import Batch
 from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.evaluation.recall import predict
@@ -45,7 +45,7 @@ def accuracy_by_branch(model: LanguageModel, batch: RecallBatch) -> dict[str, Re
     return {name: score(batch, predict(variant, batch.tokens)) for name, variant in switched(model).items()}
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 @dataclasses.dataclass(frozen=True)
 class BranchShares:
     """Means over samples for each layer with two branches, by position.
@@ -60,7 +60,7 @@ class BranchShares:
     residual: Float[np.ndarray, "l t"]
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def contributions(
     layer: eqx.Module, x: Float[Array, "t m"], segment_ids: Int[Array, "t"] | None = None
 ) -> tuple[Float[Array, "t m"], Float[Array, "t m"]]:
@@ -111,7 +111,7 @@ def _residual_shares(model: LanguageModel, tokens: Int[Array, "t"]) -> tuple[Arr
     return jnp.stack(shares), jnp.stack(gaps)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 @dataclasses.dataclass(frozen=True)
 class EffectiveMemory:
     """`change[distance]`: how much a changed token moves the output that many tokens later. NaN without a pair.
@@ -128,7 +128,7 @@ class EffectiveMemory:
         return int(np.flatnonzero(self.change > 0).max(initial=-1))
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def effective_memory(
     model: LanguageModel,
     tokens: Int32[np.ndarray, "n t"],

@@ -8,9 +8,9 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from beartype import beartype
-from jaxtyping import Array, Int, Int32, TypeCheckError, jaxtyped
+from jaxtyping import Array, Int, Int32, TypeCheckError
 
+from pallas.checked import checked
 from rattn_eqx.data.tokenizers import ByteTokenizer, Tokenizer
 from rattn_eqx.inference.cost import require_memory
 from rattn_eqx.model.config import ModelConfig
@@ -28,7 +28,7 @@ tasks: Mapping[str, Callable[..., RecallBatch]] = {
 }
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def make_task(
     name: str, model: LanguageModel, tokenizer: Tokenizer, seed: int, n: int, length: int, options: dict[str, Any]
 ) -> RecallBatch:
@@ -68,7 +68,7 @@ def make_task(
     return batch
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def predict(
     model: LanguageModel, tokens: Int32[np.ndarray, "n t"], *, max_logits: int = 2**26
 ) -> Int32[np.ndarray, "n t"]:

@@ -8,10 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from beartype import beartype
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Int32, jaxtyped
+from jaxtyping import Array, Float, Int, Int32
 
+from pallas.checked import checked
 from rattn_eqx.data.batches import Batch
 from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.model.language_model import LanguageModel, batch_logits
@@ -21,7 +21,7 @@ from rattn_eqx.model.sharding import BATCH, batch_mesh, over_batch, replicate
 GAINS = {"window": "swa_gain", "residual": "rla_gain"}  # what scales a branch in a local layer, if it has two
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def evaluate(model: LanguageModel, batches: Iterable[Batch], tokenizer: Tokenizer) -> float:
     """Bits per byte over batches of windows, such as `batches.validation_batches` gives; batches are cut over devices.
 
@@ -50,7 +50,7 @@ def _compile(static: LanguageModel, mesh: Mesh, padding: int) -> Callable:
     return jax.jit(over_batch(local, mesh, 1))
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def loss_by_position(
     model: LanguageModel, documents: Int32[np.ndarray, "n length"], tokenizer: Tokenizer
 ) -> list[tuple[int, int, float]]:

@@ -10,8 +10,7 @@ import io
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from beartype import beartype
-from jaxtyping import Array, Bool, Float, jaxtyped
+from jaxtyping import Array, Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
@@ -19,6 +18,7 @@ from matplotlib.colors import ListedColormap, LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from pallas.checked import checked
 from pallas.checks import check_feature_map
 from pallas.feature_map import FeatureMap, as_pair
 from pallas.numerics import accumulation_dtype
@@ -26,7 +26,7 @@ from pallas.numerics import accumulation_dtype
 BLUE, ORANGE, GREY, FUTURE = "#0072B2", "#E69F00", "#777777", "#F2F2F2"
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 @dataclasses.dataclass(frozen=True)
 class PairMap:
     """What `pair_map` computes for t tokens. The state that the last query reads holds n = max(t - window, 0) of them.
@@ -73,7 +73,7 @@ class PairMap:
     recall: Float[np.ndarray, "n"]
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def random_head(
     *, length: int = 64, head_size: int = 32, scale: float | int = 1.0, seed: int = 0
 ) -> tuple[Float[Array, "t d"], Float[Array, "t d"], Float[Array, "t d"]]:
@@ -96,14 +96,14 @@ def random_head(
     return jnp.asarray(scale * q, jnp.float32), jnp.asarray(scale * k, jnp.float32), jnp.asarray(v, jnp.float32)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def branches(length: int, window: int) -> tuple[Bool[np.ndarray, "t t"], Bool[np.ndarray, "t t"]]:
     """Which pairs (query t, key s) the window sees, t - W < s <= t, and which the residual branch sees, s <= t - W."""
     t, s = np.arange(length)[:, None], np.arange(length)[None, :]
     return (t - window < s) & (s <= t), s <= t - window
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def effective_rank(singular_values: Float[np.ndarray, "r"]) -> float:
     """exp(-sum of p log p) with p the singular values' shares of their sum (Roy and Vetterli, 2007); 0 if all are 0.
 
@@ -117,7 +117,7 @@ def effective_rank(singular_values: Float[np.ndarray, "r"]) -> float:
     return float(np.exp(-np.sum(shares * np.log(shares))))
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def pair_map(
     q: Float[Array, "t d"],
     k: Float[Array, "t d"],
@@ -182,7 +182,7 @@ def pair_map(
     )
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def draw(found: PairMap, title: str = "") -> Figure:
     """The six parts of `found` as one figure: pairs, both kinds of weights, their agreement, the state, collisions."""
     # rcParams may ask for a layout engine, which takes longer than all else; matplotlib's types forget "none".

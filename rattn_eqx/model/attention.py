@@ -6,10 +6,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from beartype import beartype
-from jaxtyping import Array, Float, Int, PRNGKeyArray, jaxtyped
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import pallas
+from pallas.checked import checked
 from pallas.checks import check_feature_map
 from pallas.feature_map import FeatureMap, as_pair
 from rattn_eqx.model.initialise import truncated_normal
@@ -17,7 +17,7 @@ from rattn_eqx.model.norm import RMSNorm
 from rattn_eqx.model.rotary import rotary
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class Projections(eqx.Module):
     """Queries, keys and values of a sequence, and the way back from heads to the model width. No biases.
 
@@ -51,7 +51,7 @@ class Projections(eqx.Module):
     def model_width(self) -> int:
         return self.query_weight.shape[0]
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def project(
         self, x: Float[Array, "t {self.model_width}"]
     ) -> tuple[Float[Array, "t h d"], Float[Array, "t kv d"], Float[Array, "t kv d"]]:
@@ -60,7 +60,7 @@ class Projections(eqx.Module):
         q, k, v = (jnp.einsum("tm,mhd->thd", x, w.astype(x.dtype)) for w in weights)
         return q, k, v
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def norm(
         self, q: Float[Array, "t h {self.query_weight.shape[2]}"], k: Float[Array, "t kv {self.key_weight.shape[2]}"]
     ) -> tuple[Float[Array, "t h d"], Float[Array, "t kv d"]]:
@@ -69,7 +69,7 @@ class Projections(eqx.Module):
             return q, k
         return self.query_norm(q), self.key_norm(k)
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def merge(
         self, heads: Float[Array, "t {self.out_weight.shape[0]} {self.out_weight.shape[1]}"]
     ) -> Float[Array, "t {self.model_width}"]:
@@ -77,7 +77,7 @@ class Projections(eqx.Module):
         return jnp.einsum("thd,hdm->tm", heads, self.out_weight.astype(heads.dtype))
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class MetaTokens(eqx.Module):
     """Learned keys and values whose sum of phi(k)^T v is the state that every document starts from."""
 
@@ -89,13 +89,13 @@ class MetaTokens(eqx.Module):
         self.keys = jax.random.normal(keys[0], (num_tokens, num_kv_heads, head_size))
         self.values = jax.random.normal(keys[1], (num_tokens, num_kv_heads, head_size)) / num_tokens**0.5
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def state(self, phi_k: Callable) -> Float[Array, "kv f dv"]:
         """sum over tokens of phi_k(key)^T value."""
         return jnp.einsum("nkf,nkv->kfv", phi_k(self.keys).astype(self.values.dtype), self.values)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class FeatureScale(eqx.Module):
     """A learned scale of each channel of the residual branch's q and k; starts at 1."""
 
@@ -107,7 +107,7 @@ class FeatureScale(eqx.Module):
         self.key = jnp.ones((num_kv_heads, head_size))
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class RAttention(eqx.Module):
     """A local layer: sliding-window attention plus residual linear attention over what the window left behind.
 
@@ -189,7 +189,7 @@ class RAttention(eqx.Module):
         self.rope_theta = rope_theta
         self.implementation = implementation
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __call__(
         self, x: Float[Array, "t {self.projections.model_width}"], segment_ids: Int[Array, "t"] | None = None
     ) -> Float[Array, "t {self.projections.model_width}"]:
@@ -246,7 +246,7 @@ class RAttention(eqx.Module):
         return heads
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class GlobalAttention(eqx.Module):
     """A global layer: full causal attention without positions (NoPE, arXiv 2305.19466)."""
 
@@ -267,7 +267,7 @@ class GlobalAttention(eqx.Module):
         self.projections = Projections(model_width, num_heads, num_kv_heads, head_size, qk_norm, key=key)
         self.implementation = implementation
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __call__(
         self, x: Float[Array, "t {self.projections.model_width}"], segment_ids: Int[Array, "t"] | None = None
     ) -> Float[Array, "t {self.projections.model_width}"]:

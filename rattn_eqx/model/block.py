@@ -4,9 +4,9 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from beartype import beartype
-from jaxtyping import Array, Float, Int, PRNGKeyArray, jaxtyped
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from pallas.checked import checked
 from pallas.feature_map import FeatureMap, Hedgehog, named
 from rattn_eqx.model.attention import GlobalAttention, RAttention
 from rattn_eqx.model.config import LayerKind, ModelConfig
@@ -14,7 +14,7 @@ from rattn_eqx.model.feed_forward import FeedForward
 from rattn_eqx.model.norm import RMSNorm
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class Block(eqx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm, in x's dtype.
 
@@ -67,7 +67,7 @@ class Block(eqx.Module):
             **heads,
         )
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __call__(
         self, x: Float[Array, "t {self.attention_norm.weight.shape[0]}"], segment_ids: Int[Array, "t"] | None = None
     ) -> Float[Array, "t {self.attention_norm.weight.shape[0]}"]:

@@ -4,15 +4,15 @@ from typing import Literal
 
 import equinox as eqx
 import jax
-from beartype import beartype
-from jaxtyping import Array, Float, PRNGKeyArray, jaxtyped
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from pallas.checked import checked
 from rattn_eqx.model.initialise import truncated_normal
 
 Gate = Literal["gelu", "silu"]
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class FeedForward(eqx.Module):
     """down(gate(x) * up(x)): GeGLU with gate "gelu", SwiGLU with "silu" (Shazeer, arXiv 2002.05202). No biases."""
 
@@ -28,7 +28,7 @@ class FeedForward(eqx.Module):
         self.down_weight = truncated_normal(keys[2], (width, model_width), width)
         self.gate = gate
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __call__(
         self, x: Float[Array, "t {self.gate_weight.shape[0]}"]
     ) -> Float[Array, "t {self.gate_weight.shape[0]}"]:

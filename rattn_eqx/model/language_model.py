@@ -5,9 +5,9 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from beartype import beartype
-from jaxtyping import Array, Float, Int, PRNGKeyArray, jaxtyped
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from pallas.checked import checked
 from pallas.feature_map import FeatureMap
 from rattn_eqx.model.block import Block
 from rattn_eqx.model.config import ModelConfig
@@ -15,7 +15,7 @@ from rattn_eqx.model.initialise import truncated_normal
 from rattn_eqx.model.norm import RMSNorm
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class LanguageModel(eqx.Module):
     """Embedding, blocks in the repeated `config.pattern`, a final norm, and logits over the vocabulary.
 
@@ -75,7 +75,7 @@ class LanguageModel(eqx.Module):
         self.compute_dtype = compute_dtype
         self.rematerialise = rematerialise
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __call__(
         self, tokens: Int[Array, "t"], segment_ids: Int[Array, "t"] | None = None
     ) -> Float[Array, "t vocabulary"]:
@@ -88,13 +88,13 @@ class LanguageModel(eqx.Module):
         head = self.embedding.T if self.head is None else self.head
         return jnp.dot(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def embed(self, tokens: Int[Array, "t"]) -> Float[Array, "t {self.config.model_width}"]:
         """The stream that the first block reads, in `compute_dtype`."""
         return self.embedding[tokens].astype(jnp.dtype(self.compute_dtype)) * self.config.model_width**0.5
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def batch_logits(
     model: LanguageModel, tokens: Int[Array, "batch t"], segment_ids: Int[Array, "batch t"] | None = None
 ) -> Float[Array, "batch t vocabulary"]:

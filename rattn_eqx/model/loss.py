@@ -4,13 +4,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-from beartype import beartype
-from jaxtyping import Array, Bool, Float, Int, jaxtyped
+from jaxtyping import Array, Bool, Float, Int
 
+from pallas.checked import checked
 from pallas.numerics import accumulation_dtype
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def cross_entropy(
     logits: Float[Array, "*batch vocabulary"], targets: Int[Array, "*batch"], scored: Bool[Array, "*batch"]
 ) -> Float[Array, ""]:

@@ -3,13 +3,13 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from beartype import beartype
-from jaxtyping import Array, Float, jaxtyped
+from jaxtyping import Array, Float
 
+from pallas.checked import checked
 from pallas.numerics import accumulation_dtype
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class RMSNorm(eqx.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32, returned in x's dtype.
 
@@ -23,7 +23,7 @@ class RMSNorm(eqx.Module):
         self.weight = jnp.ones((size,))
         self.eps = eps
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __call__(
         self, x: Float[Array, "*batch {self.weight.shape[0]}"]
     ) -> Float[Array, "*batch {self.weight.shape[0]}"]:

@@ -1,13 +1,13 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864)."""
 
 import jax.numpy as jnp
-from beartype import beartype
-from jaxtyping import Array, Float, Int, jaxtyped
+from jaxtyping import Array, Float, Int
 
+from pallas.checked import checked
 from pallas.numerics import accumulation_dtype
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def rotary(x: Float[Array, "t h d"], positions: Int[Array, "t"], *, theta: float | int = 5e5) -> Float[Array, "t h d"]:
     """Turn channel pair (i, i + d / 2) of every head by the angle position / theta^(2 i / d).
 

@@ -7,8 +7,9 @@ not: they may change with NumPy's version.
 import math
 
 import numpy as np
-from beartype import beartype
-from jaxtyping import Int64, Integer, jaxtyped
+from jaxtyping import Int64, Integer
+
+from pallas.checked import checked
 
 
 def bits(op: str, seed: int, block: int = 0) -> np.random.Philox:
@@ -22,7 +23,7 @@ def bits(op: str, seed: int, block: int = 0) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed, block], np.uint64))
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def below(source: np.random.Philox, shape: tuple[int, ...], bound: int) -> Int64[np.ndarray, "..."]:
     """Whole numbers from 0 to `bound - 1`, each equally likely to one part in 2**32 / bound; bound <= 2**32."""
     return _below(source, shape, bound)
@@ -34,13 +35,13 @@ def _below(source: np.random.Philox, shape: tuple[int, ...], bound: int) -> np.n
     return ((words.astype(np.uint64) * np.uint64(bound)) >> np.uint64(32)).astype(np.int64).reshape(shape)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def shuffled(source: np.random.Philox, n: int, count: int) -> Int64[np.ndarray, "n count"]:
     """A random order of 0 ... count - 1 in each of n rows."""
     return np.argsort(below(source, (n, count), 2**32), axis=1, kind="stable")
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def distinct(source: np.random.Philox, n: int, count: int, space: int) -> Int64[np.ndarray, "n count"]:
     """`count` different numbers of 0 ... space - 1 in each of n rows, in random order; count <= space.
 
@@ -62,7 +63,7 @@ def distinct(source: np.random.Philox, n: int, count: int, space: int) -> Int64[
     return np.take_along_axis(numbers, shuffled(source, n, count), axis=1)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def spell(
     numbers: Int64[np.ndarray, "*shape"], pieces: Integer[np.ndarray, "base size"], count: int
 ) -> Int64[np.ndarray, "*shape width"]:

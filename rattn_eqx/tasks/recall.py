@@ -11,15 +11,15 @@ import dataclasses
 import itertools
 
 import numpy as np
-from beartype import beartype
-from jaxtyping import Bool, Int32, Integer, jaxtyped
+from jaxtyping import Bool, Int32, Integer
 
+from pallas.checked import checked
 from rattn_eqx.tasks.draw import below, bits, distinct
 
 _BLOCK = 256  # samples that are made together: their arrays fit in a core's cache
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 @dataclasses.dataclass(frozen=True)
 class RecallBatch:
     """n samples of t positions.
@@ -42,7 +42,7 @@ class RecallBatch:
     vocabulary_size: int
 
     @property
-    @jaxtyped(typechecker=beartype)
+    @checked
     def scored(self) -> Bool[np.ndarray, "n t"]:
         """Where a part of an answer is predicted."""
         return self.distance > 0
@@ -73,7 +73,7 @@ class RecallScore:
     bins: tuple[DistanceBin, ...]
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def share_beyond(batch: RecallBatch, window: int) -> float:
     """The share of scored positions whose evidence a window of `window` keys, the query's included, does not reach.
 
@@ -84,7 +84,7 @@ def share_beyond(batch: RecallBatch, window: int) -> float:
     return float(np.mean(distances >= window)) if distances.size else 0.0
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def score(
     batch: RecallBatch, predictions: Integer[np.ndarray, "n t"], edges: tuple[int, ...] | None = None
 ) -> RecallScore:
@@ -122,7 +122,7 @@ def score(
     return RecallScore(right.size, whole.size, float(right.mean()), float(whole.mean()), batch.chance, tuple(bins))
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def mqar(
     seed: int,
     n: int,
@@ -198,7 +198,7 @@ def mqar(
     return as_batch(sequence, distance, 1 / num_values, 1, vocabulary_size)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def bigrams(seed: int, n: int, length: int, *, window: int, num_symbols: int = 64, run_length: int = 4) -> RecallBatch:
     """In-context bigrams: every sample has its own rule of what follows what, scored where it was last seen long ago.
 

@@ -7,9 +7,8 @@ value is one token id. Every sample is drawn from a seed; nothing is downloaded.
 from typing import Literal
 
 import numpy as np
-from beartype import beartype
-from jaxtyping import jaxtyped
 
+from pallas.checked import checked
 from rattn_eqx.data.tokenizers import BYTE_VOCABULARY, DOCUMENT
 from rattn_eqx.tasks.draw import below, bits, distinct, join, shuffled, spell
 from rattn_eqx.tasks.recall import RecallBatch, as_batch, require_counts
@@ -26,7 +25,7 @@ _KEYS = {"word": (_SYLLABLES, 3), "number": (_DIGITS, 7), "hex": (_HEX, 8)}
 _VALUE = 7  # digits
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def needle(
     seed: int,
     n: int,
@@ -110,7 +109,7 @@ def needle(
     return _finish(sequence, answers, evidence, 1 / 10, _VALUE, BYTE_VOCABULARY)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def variables(
     seed: int,
     n: int,
@@ -194,7 +193,7 @@ def variables(
     return _finish(sequence, answers, evidence, 1 / len(values[0]), width, num_ids)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def common_words(
     seed: int,
     n: int,
@@ -243,7 +242,7 @@ def common_words(
     return _write_words(ids, listed, answer, seen, length, level, vocabulary_size, b". Common:")
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def frequent_words(
     seed: int, n: int, length: int, *, level: Level = "byte", num_frequent: int = 3, vocabulary_size: int = 256
 ) -> RecallBatch:

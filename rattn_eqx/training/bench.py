@@ -16,9 +16,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from beartype import beartype
-from jaxtyping import Array, Float, jaxtyped
+from jaxtyping import Array, Float
 
+from pallas.checked import checked
 from pallas.tools.bench import measure, measure_ceilings, reason, time_jax
 from pallas.tools.peers import Problem, Row, flops
 from pallas.tools.provenance import facts, saver
@@ -37,7 +37,7 @@ class CudnnAttention(eqx.Module):
 
     layer: RAttention | GlobalAttention
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __call__(self, x: Float[Array, "t m"], segment_ids: None = None) -> Float[Array, "t m"]:
         q, k, v = self.layer.projections.project(x)
         q, k = self.layer.projections.norm(q, k)

@@ -2,30 +2,40 @@
 
 A file is called `step_00001000.<first 16 hex digits of its SHA-256>.npz`, so its name is its check. It holds every
 array leaf of a pytree under its `jax.tree_util.keystr` path, and a JSON document under `metadata`. The check finds
-damage, not malice: who edits a file can rename it to fit. Loading never runs code, whatever the file holds.
+damage, not malice: who edits a file can rename it to fit. Loading never runs code, whatever the file holds, and takes
+no more memory than the file is long.
 """
 
 import contextlib
 import hashlib
 import json
+import math
+import os
 import re
+import stat
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rattn_eqx.data.files import rename, sync
+from rattn_eqx.data.files import SMALL, open_regular, parse_json, remove_unfinished, rename, sync, unfinished_in
 
 _NAME = re.compile(r"step_(\d{8,})\.([0-9a-f]{16})\.npz")
 _DOCUMENT = "metadata"
-# What numpy, zipfile and json raise on a file that is not what it should be.
-_UNREADABLE = (OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+# What numpy.save writes before the numbers, read without NumPy's own parser, which evaluates it as Python. Not objects.
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(?P<dtype>[<>|=][bBiufc]\d{1,2})', 'fortran_order': (?P<fortran>True|False), "
+    rb"'shape': \((?P<shape>(\d{1,19}(, ?|(?=\))))*)\), \} *\n",
+    re.DOTALL,
+)
+_LONGEST_HEADER = 2**12
+# What zipfile and NumPy raise on a file that is not what it should be.
+_UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile)
 
 
 class CheckpointError(ValueError):
@@ -67,15 +77,16 @@ def save_checkpoint(folder: Path, step: int, tree: Any, metadata: dict[str, Any]
     arrays[_DOCUMENT] = np.frombuffer(document.encode(), np.uint8)
 
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("step_*.tmp"):
-        leftover.unlink()
-    temporary = folder / f"step_{step:08d}.tmp"
+    remove_unfinished(folder)
+    temporary = unfinished_in(folder)
     try:
         with explained(f"save_checkpoint: step {step}", folder):
-            with temporary.open("wb") as file:
+            with temporary.open("xb") as file:
                 np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
                 sync(file)
             path = folder / f"step_{step:08d}.{_digest(temporary)}.npz"
+            if path.is_dir() and not path.is_symlink():  # the same step taken again has the same name
+                path.rename(path.with_name(f"{unfinished_in(folder).name[1:]}-{path.name}"))
             rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -107,40 +118,60 @@ def load_checkpoint(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     Raises:
         CheckpointError: if the file is damaged or renamed, or if its leaves, shapes or dtypes are not those of `like`.
     """
-    return _fill(path, _read(path), like)
+    with _opened(path, like) as checkpoint:
+        return _fill(checkpoint, like), checkpoint.metadata
 
 
 def restore_latest(
-    folder: Path, like: Any, *, report: Callable[[str], object] = print
+    folder: Path,
+    like: Any,
+    *,
+    report: Callable[[str], object] = print,
+    obstacle: Callable[[dict[str, Any]], str | None] = lambda metadata: None,
 ) -> tuple[Any, dict[str, Any], Path] | None:
     """Loads the newest checkpoint of `folder` that is not damaged; None if there is no checkpoint at all.
+
+    Another process may be saving to the folder.
 
     Args:
         folder: where `save_checkpoint` wrote; it need not exist.
         like: see `load_checkpoint`.
-        report: called with one sentence for every damaged checkpoint that is passed over.
+        report: called with one sentence for every checkpoint that is passed over.
+        obstacle: why a checkpoint with this metadata is not to be used, such as that another run wrote it; or None.
 
     Returns:
         The filled pytree, the metadata and the path they came from.
 
     Raises:
-        CheckpointError: if every checkpoint is damaged, or if a sound one does not fit `like` (it belongs to another
-            configuration: an older one would not be the answer).
+        CheckpointError: if every checkpoint is damaged or has an obstacle, or if a sound one does not fit `like` (it
+            belongs to another configuration: an older one would not be the answer).
     """
-    refusals = []
-    for path in _newest_first(folder):
-        if refusals:
-            report(f"{refusals[-1]}; trying the one before it")
-        try:
-            contents = _read(path)
-        except CheckpointError as error:
-            refusals.append(str(error))
-            continue
-        return *_fill(path, contents, like), path
-    if refusals:
-        remedy = "put back a good copy, or empty the folder to start afresh"
-        raise CheckpointError(f"restore_latest: no usable checkpoint in {folder}: {'; '.join(refusals)}; {remedy}")
-    return None
+    refusals: dict[Path, str] = {}
+    while True:
+        listed = _newest_first(folder)
+        for path in listed:
+            if path in refusals:
+                continue
+            try:
+                with _opened(path, like) as checkpoint:
+                    if (reason := obstacle(checkpoint.metadata)) is None:
+                        filled = _fill(checkpoint, like)
+                        for refusal in refusals.values():
+                            report(f"{refusal}; trying the one before it")
+                        return filled, checkpoint.metadata, path
+                refusals[path] = f"checkpoint {path} refused: {reason}"
+            except FileNotFoundError:
+                break  # removed since it was listed, for newer ones
+            except _MisfitError:
+                raise
+            except CheckpointError as error:
+                refusals[path] = str(error)
+        else:
+            if refusals:
+                reasons = "; ".join(refusals.values())
+                remedy = "put back a good copy, or empty the folder to start afresh"
+                raise CheckpointError(f"restore_latest: no usable checkpoint in {folder}: {reasons}; {remedy}")
+            return None
 
 
 def _array_leaves(op: str, tree: Any) -> dict[str, Any]:
@@ -164,34 +195,125 @@ def _array_leaves(op: str, tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the metadata of a sound checkpoint; a CheckpointError with the reason for any other."""
+class _Entry(NamedTuple):
+    """An array of a checkpoint: how it is stored, and the name in the archive."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    fortran_order: bool
+    offset: int  # of the data in the entry
+    name: str
+
+
+class _Checkpoint(NamedTuple):
+    """An open checkpoint, which is sound: its directory has been read, its arrays have not."""
+
+    path: Path
+    archive: zipfile.ZipFile
+    entries: dict[str, _Entry]
+    views: dict[str, str]
+    metadata: dict[str, Any]
+
+    def read(self, leaf: str) -> np.ndarray:
+        dtype, shape, fortran_order, offset, name = self.entries[leaf]
+        try:
+            data = self.archive.read(name)
+        except _UNREADABLE as error:
+            raise CheckpointError(f"checkpoint {self.path} refused: {error}") from error
+        if leaf in self.views:
+            dtype = jnp.dtype(self.views[leaf])
+        return np.frombuffer(data, dtype, offset=offset).reshape(shape, order="F" if fortran_order else "C")
+
+    def described(self, leaf: str) -> str:
+        dtype, shape = self.entries[leaf][:2]
+        return f"{self.views.get(leaf) or (dtype.name if dtype.isnative else dtype.str)}{shape}"
+
+
+class _MisfitError(CheckpointError):
+    """A sound checkpoint of another pytree."""
+
+
+@contextlib.contextmanager
+def _opened(path: Path, like: Any) -> Iterator[_Checkpoint]:
+    """A sound checkpoint, open; a CheckpointError with the reason for any other, FileNotFoundError if it is gone.
+
+    No array has been read: what the file claims is held against its length first.
+    """
+    largest = (
+        2 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _array_leaves("like", like).values()) + SMALL
+    )
+    with contextlib.ExitStack() as stack:
+        try:
+            checkpoint = _inspected(path, largest, stack)
+        except _UNREADABLE as error:
+            if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
+                raise
+            raise CheckpointError(f"checkpoint {path} refused: {error}") from error
+        yield checkpoint
+
+
+def _inspected(path: Path, largest: int, stack: contextlib.ExitStack) -> _Checkpoint:
     step, digest = _name_parts(path)
+    if step < 0:
+        raise ValueError("it is not named step_<8 digits>.<16 hex digits>.npz")
+    file = stack.enter_context(open_regular(path, largest))
+    if (found := _digest_of(file)) != digest:
+        raise ValueError(f"its bytes have SHA-256 {found}..., not the {digest}... of its name")
+    if not zipfile.is_zipfile(file):
+        raise ValueError("it is not an npz archive")
+    archive = stack.enter_context(zipfile.ZipFile(file))
+    entries = {info.filename.removesuffix(".npy"): _entry(archive, info) for info in archive.infolist()}
+    if len(entries) < len(archive.infolist()) or _DOCUMENT not in entries:
+        raise ValueError(f"it must have one entry {_DOCUMENT} and each other once")
+    document = entries.pop(_DOCUMENT)
+    content = parse_json(archive.read(document.name)[document.offset :].decode(), f"its {_DOCUMENT}")
+    match content:
+        case {"step": int(stated), "views": dict(views), "metadata": dict(metadata)}:
+            pass
+        case _:
+            raise ValueError(f"its {_DOCUMENT} must hold step, views and metadata")
+    if stated != step:
+        raise ValueError(f"it holds step {stated}, not the {step} of its name")
+    for leaf, name in views.items():
+        stored = entries.get(leaf)
+        if stored is None or not isinstance(name, str) or not _is_view(name, stored.dtype):
+            raise ValueError(f"its views must name dtypes of entries; got {leaf!r}: {name!r:.40}")
+    return _Checkpoint(path, archive, entries, views, metadata)
+
+
+def _is_view(name: str, stored: np.dtype) -> bool:
+    """Whether bits of a dtype that NumPy lacks, such as bfloat16, are stored as this one."""
     try:
-        if step < 0:
-            raise ValueError("it is not named step_<8 digits>.<16 hex digits>.npz")
-        if (found := _digest(path)) != digest:
-            raise ValueError(f"its bytes have SHA-256 {found}..., not the {digest}... of its name")
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is not an npz archive")
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {key: stored[key] for key in stored.files}
-        document = json.loads(arrays.pop(_DOCUMENT).tobytes())
-        if document["step"] != step:
-            raise ValueError(f"it holds step {document['step']}, not the {step} of its name")
-        for leaf, dtype in document["views"].items():
-            arrays[leaf] = arrays[leaf].view(jnp.dtype(dtype))
-        return arrays, document["metadata"]
-    except _UNREADABLE as error:
-        reason = f"no entry {error}" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"checkpoint {path} refused: {reason}") from error
+        dtype = jnp.dtype(name)
+    except TypeError:
+        return False
+    return dtype.isbuiltin != 1 and not dtype.hasobject and np.dtype(f"u{dtype.itemsize}") == stored
 
 
-def _fill(path: Path, contents: tuple[dict[str, np.ndarray], dict[str, Any]], like: Any) -> tuple[Any, dict[str, Any]]:
+def _entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Entry:
+    """What an entry's header says, once it agrees with the entry's length."""
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise ValueError(f"its entry {info.filename!r:.80} is compressed")
+    with archive.open(info) as file:
+        header = _HEADER.match(file.read(_LONGEST_HEADER))
+    if header is None:
+        raise ValueError(f"its entry {info.filename!r:.80} has no header of an array of numbers")
+    shape = tuple(int(size) for size in header["shape"].split(b",") if size.strip())
+    try:
+        dtype = np.dtype(header["dtype"].decode())
+    except TypeError as error:
+        raise ValueError(f"its entry {info.filename!r:.80} has an unknown dtype; {error}") from error
+    offset = header.end()
+    if math.prod(shape) * dtype.itemsize != info.file_size - offset:
+        raise ValueError(f"its entry {info.filename!r:.80} claims shape {shape} of {dtype} in {info.file_size} bytes")
+    return _Entry(dtype, shape, header["fortran"] == b"True", offset, info.filename)
+
+
+def _fill(checkpoint: _Checkpoint, like: Any) -> Any:
     """`like` with its array leaves replaced; a CheckpointError naming those that do not match."""
-    arrays, metadata = contents
-    describe = lambda leaves: {leaf: f"{array.dtype.name}{array.shape}" for leaf, array in leaves.items()}
-    stored, wanted = describe(arrays), describe(_array_leaves("load_checkpoint", like))
+    leaves = _array_leaves("load_checkpoint", like)
+    stored = {leaf: checkpoint.described(leaf) for leaf in checkpoint.entries}
+    wanted = {leaf: f"{array.dtype.name}{array.shape}" for leaf, array in leaves.items()}
     unequal = [
         f"leaf {leaf} is {stored.get(leaf, 'absent')} in the checkpoint and {wanted.get(leaf, 'absent')} in `like`"
         for leaf in sorted(stored.keys() | wanted.keys())
@@ -200,32 +322,38 @@ def _fill(path: Path, contents: tuple[dict[str, np.ndarray], dict[str, Any]], li
     if unequal:
         more = f" and {len(unequal) - 3} more" if len(unequal) > 3 else ""
         remedy = "use the configuration it was saved with, or another folder"
-        raise CheckpointError(f"checkpoint {path} does not fit: {'; '.join(unequal[:3])}{more}; {remedy}")
-    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+        raise _MisfitError(f"checkpoint {checkpoint.path} does not fit: {'; '.join(unequal[:3])}{more}; {remedy}")
+    flat, structure = jax.tree_util.tree_flatten_with_path(like)
     filled = [
-        jnp.asarray(arrays[name]) if (name := jax.tree_util.keystr(key_path)) in wanted else leaf
-        for key_path, leaf in leaves
+        jnp.asarray(checkpoint.read(name)) if (name := jax.tree_util.keystr(key_path)) in wanted else leaf
+        for key_path, leaf in flat
     ]
-    return jax.tree_util.tree_unflatten(structure, filled), metadata
+    return jax.tree_util.tree_unflatten(structure, filled)
 
 
 def _prune(written: Path, keep: int) -> None:
-    """Keeps `written` and the `keep - 1` newest sound checkpoints of earlier steps."""
+    """Keeps `written` and the `keep - 1` newest sound checkpoints of earlier steps; leaves alone what is no file."""
     written_step, kept = _name_parts(written)[0], 1
+    largest = 2 * written.stat().st_size + SMALL
     for path in _newest_first(written.parent):
         step, digest = _name_parts(path)
-        if path == written or not 0 <= step <= written_step:
-            continue
-        if step < written_step and kept < keep and _digest(path) == digest:
-            kept += 1
-        else:
-            path.unlink()
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            if path == written or not 0 <= step <= written_step or not stat.S_ISREG(status.st_mode):
+                continue
+            if step < written_step and kept < keep and status.st_size <= largest and _digest(path) == digest:
+                kept += 1
+            else:
+                path.unlink()
 
 
 def _newest_first(folder: Path) -> list[Path]:
     # Two files of one step can only come from a run killed between writing and pruning: the later one counts.
-    key = lambda path: (_name_parts(path)[0], path.stat().st_mtime_ns)
-    return sorted(folder.glob("step_*.npz"), key=key, reverse=True)
+    found = []
+    for path in folder.glob("step_*.npz"):
+        with contextlib.suppress(FileNotFoundError):  # removed since, for newer ones
+            found.append((_name_parts(path)[0], path.lstat().st_mtime_ns, path))
+    return [path for *_, path in sorted(found, reverse=True)]
 
 
 def _name_parts(path: Path) -> tuple[int, str]:
@@ -235,5 +363,11 @@ def _name_parts(path: Path) -> tuple[int, str]:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    with open_regular(path) as file:
+        return _digest_of(file)
+
+
+def _digest_of(file: Any) -> str:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    file.seek(0)
+    return digest

@@ -1,7 +1,6 @@
 """The training loop."""
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -14,14 +13,14 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from rattn_eqx.data.batches import training_batches, validation_batches
-from rattn_eqx.data.files import sync
+from rattn_eqx.data.files import lock, remove_unfinished
 from rattn_eqx.data.tokenizers import Tokenizer, load_tokenizer
 from rattn_eqx.evaluation.text import evaluate
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.model.sharding import batch_mesh, replicate
 from rattn_eqx.training.checkpoint import explained, restore_latest, save_checkpoint
 from rattn_eqx.training.config import RunConfig, TrainConfig
-from rattn_eqx.training.run_folder import cut_metrics, load_config, open_run
+from rattn_eqx.training.run_folder import Metrics, identity, load_config, metrics_obstacle, of_another_run, open_run
 from rattn_eqx.training.step import build_model, learning_rate_schedule, make_optimizer, make_step
 
 MAX_SKIPPED = 10  # steps in a row whose gradients are not finite, before the run stops
@@ -34,19 +33,32 @@ def initial_state(config: RunConfig) -> dict[str, Any]:
 
 
 def load_model(folder: Path, *, report: Callable[[str], object] = print) -> tuple[LanguageModel, Tokenizer, RunConfig]:
-    """The model of a run's newest checkpoint, its tokenizer and its config.
+    """The model of a run's newest checkpoint, its tokenizer and its config. The run may be training.
 
     Args:
-      report: called with one sentence for every damaged checkpoint that is passed over.
+      report: called with one sentence for every checkpoint that is passed over.
 
     Raises:
-      ValueError: if the folder is no run, has no checkpoint yet, or no sound one.
+      ValueError: if the folder is no run, has no checkpoint yet, or none that is sound and of this run.
     """
-    config = load_config(folder)
-    restored = restore_latest(folder / "checkpoints", eqx.filter_eval_shape(initial_state, config), report=report)
+    config, tokenizer = load_config(folder), load_tokenizer(folder / "tokenizer.json")
+    if config.model.vocabulary_size != tokenizer.vocabulary_size:
+        raise ValueError(
+            f"load_model: {folder} has a model of {config.model.vocabulary_size} tokens in config.json and "
+            f"{tokenizer.vocabulary_size} in tokenizer.json; put back the run's own"
+        )
+    run = identity(config, tokenizer)
+    like = eqx.filter_eval_shape(initial_state, config)
+    obstacle = lambda metadata: of_another_run(metadata, run) if "run" in metadata else None
+    restored = restore_latest(folder / "checkpoints", like, report=report, obstacle=obstacle)
     if restored is None:
         raise ValueError(f"load_model: {folder} has no checkpoint yet; let `rattn pretrain` reach its first one")
-    return restored[0]["model"], load_tokenizer(folder / "tokenizer.json"), config
+    state, metadata, path = restored
+    if "run" not in metadata:
+        report(
+            f"checkpoint {path} does not say which run it belongs to, as older versions wrote it: taken as this one's"
+        )
+    return state["model"], tokenizer, config
 
 
 def validation_loss(model: LanguageModel, config: TrainConfig, validation_tokens: Path, tokenizer: Tokenizer) -> float:
@@ -86,15 +98,29 @@ def train(
       show_progress: draw a bar with the loss, tokens per second since the first step, and the time left.
 
     Raises:
-      ValueError: if the folder holds a run of another config.
+      ValueError: if the folder holds a run of another config, or nothing but damaged or foreign checkpoints.
+      LockedError: if another process trains in the folder.
       NotImplementedError: in a launch of several processes.
       FloatingPointError: if loss or gradients stay non-finite for MAX_SKIPPED steps in a row.
       OSError: if the disk is full; the last checkpoint stays usable.
     """
     if jax.process_count() > 1:
         raise NotImplementedError(f"train: one process at a time; got {jax.process_count()}; launch it without others")
-    settings = config.training
-    state = initial_state(config)
+    with lock(folder, f"train: {folder}"):
+        return _train(folder, config, train_tokens, validation_tokens, tokenizer, report, show_progress)
+
+
+def _train(
+    folder: Path,
+    config: RunConfig,
+    train_tokens: Path,
+    validation_tokens: Path,
+    tokenizer: Tokenizer,
+    report: Callable[[str], object],
+    show_progress: bool,
+) -> LanguageModel:
+    """`train`, by the one process that holds the folder's lock."""
+    settings, checkpoints = config.training, folder / "checkpoints"
     batches = training_batches(
         train_tokens,
         context=settings.context,
@@ -103,18 +129,34 @@ def train(
         document=tokenizer.document,
     )
     open_run(folder, config, tokenizer)
+    if checkpoints.is_symlink():
+        raise ValueError(
+            f"train: {checkpoints} is a link, and links are not followed to write; give its place as --out"
+        )
+    remove_unfinished(folder)
+    state = initial_state(config)
 
-    first = 0
+    first = kept = 0
     mesh = batch_mesh(settings.batch_size // settings.microbatches)
-    restored = restore_latest(folder / "checkpoints", state, report=report)
+    run = identity(config, tokenizer)
+    at_start = batches.get_state()
+
+    def obstacle(metadata: dict[str, Any]) -> str | None:
+        if reason := of_another_run(metadata, run) or metrics_obstacle(folder / "metrics.jsonl", metadata):
+            return reason
+        match metadata:
+            case {"step": int(), "devices": int(), "batches": dict(place)} if place.keys() == at_start.keys():
+                return None
+        return "its metadata must hold step, devices and the place in the batches"
+
+    restored = restore_latest(checkpoints, state, report=report, obstacle=obstacle)
     if restored is not None:
         state, metadata, path = restored
-        first = metadata["step"]
+        first, kept = metadata["step"], metadata["metrics"]["rows"]
         batches.set_state(metadata["batches"])
         report(f"resuming after step {first} from {path}")
         if metadata["devices"] != mesh.size:
             report(f"on {mesh.size} device(s), not the {metadata['devices']} of before: results differ by rounding")
-    cut_metrics(folder / "metrics.jsonl", first)
 
     parameters, static = eqx.partition(state["model"], eqx.is_array)
     parameters, optimizer_state = replicate((parameters, state["optimizer"]), mesh)
@@ -123,14 +165,14 @@ def train(
     started = compiled = time.monotonic()
     skipped_before = int(optimizer_state.total_notfinite)
     bar = tqdm(total=settings.steps, initial=first, unit="step", disable=not show_progress, dynamic_ncols=True)
-    with contextlib.closing(batches), open(folder / "metrics.jsonl", "a") as metrics, bar:
+    metrics = Metrics(folder / "metrics.jsonl", kept)
+    with contextlib.closing(batches), contextlib.closing(metrics), bar:
 
         def record(row: dict[str, Any]) -> None:
             row = {name: None if value != value or abs(value) == math.inf else value for name, value in row.items()}
             row["seconds"] = round(time.monotonic() - started, 3)
             with explained(f"train: the metrics of step {row['step']}", folder):
-                metrics.write(json.dumps(row, allow_nan=False) + "\n")
-                metrics.flush()
+                metrics.add(row)
 
         for number in range(first + 1, settings.steps + 1):
             batch = next(batches)
@@ -164,8 +206,8 @@ def train(
                 record(dict(step=number, validation_bits_per_byte=bits))
             if last or number % settings.checkpoint_every == 0:
                 state = {"model": eqx.combine(parameters, static), "optimizer": optimizer_state}
-                metadata = {"step": number, "batches": batches.get_state(), "devices": mesh.size}
                 with explained(f"train: the metrics of step {number}", folder):
-                    sync(metrics)  # a checkpoint never outlives the rows before it
-                save_checkpoint(folder / "checkpoints", number, state, metadata)
+                    rows = metrics.state()
+                place = {"step": number, "batches": batches.get_state(), "devices": mesh.size}
+                save_checkpoint(checkpoints, number, state, place | {"metrics": rows, "run": run})
     return eqx.combine(jax.device_put(parameters, jax.local_devices()[0]), static)

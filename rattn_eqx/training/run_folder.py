@@ -5,12 +5,20 @@ sample.txt.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from rattn_eqx.data.files import write_json
+from rattn_eqx.data.files import (
+    open_append,
+    parse_json,
+    read_bytes,
+    read_json,
+    sync,
+    write_json,
+)
 from rattn_eqx.data.tokenizers import Tokenizer, load_tokenizer
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.training.config import RunConfig, TrainConfig
@@ -30,23 +38,56 @@ def open_run(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
     """Make the folder of a new run, or check that an existing one belongs to `config`.
 
     Raises:
-      ValueError: if the folder holds a run of another config or tokenizer; names what differs.
+      ValueError: if the folder holds a run of another config or tokenizer, names what differs; or if it holds a run
+        without its config.
     """
     config_path, tokenizer_path = folder / "config.json", folder / "tokenizer.json"
-    if not config_path.exists():
+    if not os.path.lexists(config_path):
+        left = [name for name in ("metrics.jsonl", "checkpoints") if os.path.lexists(folder / name)]
+        if left:
+            raise ValueError(
+                f"open_run: {folder} has {' and '.join(left)} but no config.json, so nothing says what they belong to; "
+                "put config.json back, or choose another folder with --out"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(tokenizer_path)
         write_json(config_path, dataclasses.asdict(config))  # last: a folder with a config is complete
         return
-    old, new = _flatten(dataclasses.asdict(load_config(folder))), _flatten(dataclasses.asdict(config))
-    if load_tokenizer(tokenizer_path).to_json() != tokenizer.to_json():
-        old, new = {**old, "tokenizer": "of the run"}, {**new, "tokenizer": "another"}
-    different = [f"{name} is {old[name]!r} there and {new[name]!r} here" for name in new if old[name] != new[name]]
-    if different:
+    here = identity(config, tokenizer)
+    there = identity(load_config(folder), load_tokenizer(tokenizer_path))
+    if different := _differences(there, here, "there", "here"):
         raise ValueError(
-            f"open_run: {folder} holds a run of another config: {'; '.join(different)}. "
+            f"open_run: {folder} holds a run of another config: {different}. "
             "Choose another folder with --out, or give the options that the run was started with"
         )
+
+
+def identity(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a run's checkpoints belong to, as JSON holds it: its config, the corpus's digest among it, its tokenizer."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {"config": values, "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()}
+
+
+def of_another_run(metadata: dict[str, Any], run: dict[str, Any]) -> str | None:
+    """Why a checkpoint with this metadata does not belong to the run of an `identity`, or None."""
+    match metadata.get("run"):
+        case {"config": dict(config), "tokenizer": str(tokenizer)}:
+            found = {"config": config, "tokenizer": tokenizer}
+        case _:
+            return "it does not say which run it belongs to; it is of an older version of rattn-eqx, or edited"
+    different = _differences(found, run, "in it", "in config.json and tokenizer.json")
+    return f"it belongs to another run: {different}" if different else None
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any], at_one: str, at_other: str) -> str:
+    old, new = _flatten(one), _flatten(other)
+    names = [name for name in {**new, **old} if old.get(name, "absent") != new.get(name, "absent")]
+    json_value = lambda value: tuple(value) if isinstance(value, list) else value
+    show = lambda values, name: f"{json_value(values[name])!r:.80}" if name in values else "absent"
+    return "; ".join(
+        f"{name.removeprefix('config.')} is {show(old, name)} {at_one} and {show(new, name)} {at_other}"
+        for name in names
+    )
 
 
 def load_config(folder: Path) -> RunConfig:
@@ -56,16 +97,20 @@ def load_config(folder: Path) -> RunConfig:
       ValueError: if the folder is no run, or an older one of a model with parts exchanged.
     """
     path = folder / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise ValueError(
             f"load_config: {folder} is not a run folder, it has no config.json; start one with `rattn pretrain`"
         )
     try:
-        values = json.loads(path.read_text())
-        former = {name: value for name, value in values["model"].items() if name in _FORMER}
-        model = {name: value for name, value in values["model"].items() if name not in _FORMER}
-        config = RunConfig(ModelConfig.from_json(model), TrainConfig(**values["training"]), values["corpus"])
-    except (ValueError, KeyError, TypeError) as error:
+        match read_json(path):
+            case {"model": dict(model), "training": dict(training), "corpus": str(corpus)}:
+                pass
+            case _:
+                raise ValueError("it must hold model, training and corpus")
+        former = {name: value for name, value in model.items() if name in _FORMER}
+        model = {name: value for name, value in model.items() if name not in _FORMER}
+        config = RunConfig(_made(ModelConfig, model), _made(TrainConfig, training), corpus)
+    except ValueError as error:
         raise ValueError(
             f"load_config: {path} is damaged: {error}; put back a good copy, or start again in another folder"
         ) from error
@@ -77,33 +122,97 @@ def load_config(folder: Path) -> RunConfig:
     return config
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the rows of metrics.jsonl that lie past a checkpoint's `step`, and a last row that was cut off.
-
-    Raises:
-      ValueError: if the rows end before `step`; the file is left as it was.
-    """
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    last = num_bytes = 0
-    for line in lines:
-        if not line.endswith(b"\n") or (row := json.loads(line))["step"] > step:
-            break
-        last, num_bytes = row["step"], num_bytes + len(line)
-    if last < step:
+def _made(kind: type, values: dict[str, Any]) -> Any:
+    """A frozen dataclass of values that JSON held; a ValueError that names a field it lacks or does not have."""
+    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
+    unknown = [name for name in values if name not in fields]
+    missing = [name for name, needed in fields.items() if needed and name not in values]
+    if unknown or missing:
         raise ValueError(
-            f"cut_metrics: {path} must have rows up to the checkpoint's step; got rows up to step {last} and a "
-            f"checkpoint of step {step}; put back a good copy, or remove the checkpoints past step {last}"
+            f"{kind.__name__}: missing {', '.join(missing) or 'none'}, unknown {', '.join(unknown) or 'none'}"
         )
-    if lines:
-        os.truncate(path, num_bytes)  # unlike a rewritten copy, it needs no space on a full disk
+    return kind(**values)
+
+
+class Metrics:
+    """The open metrics.jsonl of a run that trains: rows are added, and a checkpoint states which stood before it.
+
+    What is stated leaves `seconds` out, so that a run resumed writes the checkpoints of one that nobody stopped.
+    """
+
+    def __init__(self, path: Path, kept: int):
+        """Open the file, made if it is missing, and drop what it has past its first `kept` rows."""
+        self._file = open_append(path)
+        self._rows, self._digest = kept, hashlib.sha256()
+        lines = _lines(path)[:kept]
+        for line in lines:
+            self._digest.update(_stated(json.loads(line)))
+        # Unlike a rewritten copy, a shorter file needs no space on a full disk.
+        os.ftruncate(self._file.fileno(), sum(len(line) for line in lines))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write one row, which must hold no number that JSON lacks."""
+        self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
+        self._file.flush()
+        self._rows += 1
+        self._digest.update(_stated(row))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint states, once the rows are on the disk: it never outlives them."""
+        sync(self._file)
+        return {"rows": self._rows, "sha256": self._digest.hexdigest()}
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def metrics_obstacle(path: Path, metadata: dict[str, Any]) -> str | None:
+    """Why metrics.jsonl does not have the rows that stood before a checkpoint with this metadata, or None."""
+    match metadata.get("metrics"):
+        case {"rows": int(rows), "sha256": str(digest)} if rows >= 0:
+            pass
+        case _:
+            return "it does not state its metrics; it is of an older version of rattn-eqx, or edited"
+    found = hashlib.sha256()
+    try:
+        lines = _lines(path)[:rows]
+        for number, line in enumerate(lines, 1):
+            found.update(_stated(_row(line, f"line {number} of {path}")))
+    except (OSError, ValueError) as error:
+        return f"its metrics cannot be read: {error}"
+    if len(lines) < rows or found.hexdigest() != digest:
+        return f"{path} does not begin with the {rows:,} rows that it was saved after; put back a good copy"
+    return None
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The lines of metrics.jsonl; a last one that was cut off is none."""
+    return [line for line in read_bytes(path, 2**30).splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    match parse_json(line.decode("utf-8", "replace"), where):
+        case {"step": int()} as row if all(value is None or isinstance(value, int | float) for value in row.values()):
+            return row
+        case other:
+            raise ValueError(f"{where} must be an object of numbers with a step; got {other!r:.80}; remove it")
+
+
+def _stated(row: dict[str, Any]) -> bytes:
+    return json.dumps({name: value for name, value in row.items() if name != "seconds"}).encode() + b"\n"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl: one for each step, one for each evaluation.
 
     `seconds` counts from the call of `train` that wrote the row: it begins at 0 again where a run was resumed.
+
+    Raises:
+      ValueError: for a line that is no row, with its number.
     """
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    path = folder / "metrics.jsonl"
+    lines = read_bytes(path, 2**30).splitlines()
+    return [_row(line, f"read_metrics: line {number} of {path}") for number, line in enumerate(lines, 1)]
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

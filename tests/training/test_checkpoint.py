@@ -9,6 +9,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -206,7 +208,7 @@ def test_a_full_disk_leaves_the_last_checkpoints_and_nothing_else(
             patch.setattr(os, "fsync", full)
         else:
             opener = lambda self, mode: io.BufferedWriter(FullDisk(self, mode), 100)
-            patch.setattr(Path, "open", lambda self, mode: (opener if mode == "wb" else really_open)(self, mode))
+            patch.setattr(Path, "open", lambda self, mode: (opener if mode == "xb" else really_open)(self, mode))
         with pytest.raises(OSError, match=r"step 30 could not be saved: No space left on device; free some") as error:
             save_checkpoint(tmp_path, 30, small_state(30.0), {})
     assert error.value.errno == errno.ENOSPC
@@ -261,7 +263,7 @@ def test_a_run_killed_while_saving_loses_nothing(tmp_path: Path):
     like = {"weight": jax.ShapeDtypeStruct((100_000,), jnp.float32)}
     for moment, (step, _) in moments.items():
         folder = tmp_path / moment
-        assert len(list(folder.glob("*.tmp"))) == (0 if step == 2 else 1), moment
+        assert len(list(folder.glob(".unfinished-*"))) == (0 if step == 2 else 1), moment
         restored = restore_latest(folder, like, report=pytest.fail)
         assert restored is not None
         np.testing.assert_array_equal(restored[0]["weight"], np.full(100_000, step, np.float32), err_msg=moment)
@@ -292,7 +294,7 @@ def test_a_planted_pickle_is_refused_and_not_run(tmp_path: Path, two_saved: tupl
     marker.unlink()
     two_saved[1].unlink()
     planted = content_named(planted, 30)
-    with pytest.raises(CheckpointError, match=r"allow_pickle=False|it is not an npz archive"):
+    with pytest.raises(CheckpointError, match=r"no header of an array of numbers|it is not an npz archive"):
         load_checkpoint(planted, small_state(0.0))
     assert_falls_back(tmp_path, two_saved[0], planted)
     assert not marker.exists()
@@ -301,7 +303,7 @@ def test_a_planted_pickle_is_refused_and_not_run(tmp_path: Path, two_saved: tupl
 def test_the_newest_sound_checkpoints_are_kept(tmp_path: Path):
     save = lambda step, value=0.0, keep=2: save_checkpoint(tmp_path, step, small_state(value), {}, keep=keep)
     present = lambda: {path for path in tmp_path.iterdir()}
-    (tmp_path / "step_00000001.tmp").write_bytes(b"left by a killed run")
+    (tmp_path / ".unfinished-0123").write_bytes(b"left by a killed run")
     (tmp_path / "notes.txt").touch()
     first, second, third = save(1), save(2), save(3, keep=3)
     assert present() == {first, second, third, tmp_path / "notes.txt"}
@@ -338,3 +340,120 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path):
     with pytest.raises(ValueError, match="metadata must be plain JSON values"):
         save_checkpoint(tmp_path, 1, small_state(0.0), {"path": tmp_path})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "link to a device", "dangling link", "folder", "sparse", "link to itself"])
+def test_what_is_no_checkpoint_file_is_passed_over_and_named(tmp_path: Path, two_saved, kind: str):
+    planted = tmp_path / "step_00000099.0123456789abcdef.npz"
+    match kind:
+        case "FIFO":
+            os.mkfifo(planted)
+        case "link to a device":
+            planted.symlink_to("/dev/zero")
+        case "dangling link":
+            planted.symlink_to(tmp_path / "nothing")
+        case "link to itself":
+            planted.symlink_to(planted)
+        case "folder":
+            planted.mkdir()
+        case "sparse":
+            with planted.open("wb") as file:
+                file.truncate(2**40)
+    said: list[str] = []
+    restored = restore_latest(tmp_path, small_state(0.0), report=said.append)
+    assert restored is not None
+    assert restored[1:] == ({"seen": 20}, two_saved[1])
+    assert [str(planted) in line for line in said] == [True]
+    save_checkpoint(tmp_path, 100, small_state(100.0), {})
+    assert os.path.lexists(planted) == (kind != "sparse"), "what is no file is left alone, a damaged checkpoint is not"
+
+
+def test_a_folder_in_the_place_of_the_step_taken_again_is_put_aside(tmp_path: Path, two_saved):
+    two_saved[1].unlink()
+    two_saved[1].mkdir()
+    (two_saved[1] / "theirs").touch()
+    assert save_checkpoint(tmp_path, 20, small_state(20), {"seen": 20}) == two_saved[1]
+    assert [path.name for path in tmp_path.glob("unfinished-*/*")] == ["theirs"]
+
+
+class Claims:
+    """Hand-made archives whose names fit, by what is wrong with them."""
+
+    @staticmethod
+    def entry(header: bytes, data: bytes = b"") -> bytes:
+        header = header.ljust(118) + b"\n"
+        return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+    @staticmethod
+    def archive(path: Path, entries: dict[str, bytes], document: bytes) -> Path:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content)
+            stored = io.BytesIO()
+            np.save(stored, np.frombuffer(document, np.uint8))
+            archive.writestr("metadata.npy", stored.getvalue())
+        return content_named(path, 30)
+
+
+DOCUMENT = b'{"step": 30, "views": {}, "metadata": {}}'
+FLOATS = b"{'descr': '<f4', 'fortran_order': False, 'shape': (%s,), }"
+
+
+@pytest.mark.parametrize(
+    ("entries", "document", "reason"),
+    [
+        ({"x.npy": Claims.entry(FLOATS % b"1000000000000", b"1234")}, DOCUMENT, "claims shape"),
+        ({"x.npy": b"no array"}, DOCUMENT, "header"),
+        ({"x.npy": Claims.entry(b"{'descr': [], 1: 2}")}, DOCUMENT, "header"),
+        ({"x.npy": Claims.entry(b"(" * 100)}, DOCUMENT, "header"),
+        ({}, b'{"step": 30, "views": null, "metadata": {}}', "must hold step, views and metadata"),
+        ({}, b'{"step": 30, "views": {"x": "bfloat16"}, "metadata": {}}', "its views must name dtypes"),
+        ({}, b'{"step": 30, "views": {}, "metadata": []}', "must hold step, views and metadata"),
+        ({}, b"[" * 100_000, "its metadata must be JSON"),
+        ({}, b"\xff", "invalid start byte"),
+    ],
+)
+def test_a_false_claim_is_refused_before_memory_is_taken(tmp_path: Path, two_saved, entries, document, reason: str):
+    two_saved[1].unlink()
+    planted = Claims.archive(tmp_path / "planted", entries, document)
+    with pytest.raises(CheckpointError, match=reason):
+        load_checkpoint(planted, small_state(0.0))
+    assert_falls_back(tmp_path, two_saved[0], planted)
+
+
+def test_another_order_of_bytes_does_not_fit_and_another_order_of_axes_does(tmp_path: Path):
+    document = np.frombuffer(DOCUMENT, np.uint8)
+    np.savez(tmp_path / "big.npz", metadata=document, **{"['x']": np.arange(3, dtype=">f4")})  # pyright: ignore
+    like = {"x": jnp.zeros(3)}
+    with pytest.raises(CheckpointError, match=r"leaf \['x'\] is >f4\(3,\) in the checkpoint and float32\(3,\) in"):
+        load_checkpoint(content_named(tmp_path / "big.npz", 30), like)
+
+
+def test_a_checkpoint_with_an_obstacle_is_passed_over(tmp_path: Path, two_saved):
+    said: list[str] = []
+    strange = lambda metadata: "it is of another run" if metadata["seen"] == 20 else None
+    restored = restore_latest(tmp_path, small_state(0.0), report=said.append, obstacle=strange)
+    assert restored is not None
+    assert restored[2] == two_saved[0]
+    assert said == [f"checkpoint {two_saved[1]} refused: it is of another run; trying the one before it"]
+
+
+def test_a_reader_never_fails_while_a_run_saves(tmp_path: Path):
+    save_checkpoint(tmp_path, 1, small_state(1), {})
+    stop = threading.Event()
+
+    def save() -> None:
+        for step in range(2, 10_000):
+            save_checkpoint(tmp_path, step, small_state(step), {}, keep=1)
+            if stop.is_set():
+                return
+
+    writer = threading.Thread(target=save)
+    writer.start()
+    try:
+        for _ in range(300):
+            restored = restore_latest(tmp_path, small_state(0), report=pytest.fail)
+            assert restored is not None
+    finally:
+        stop.set()
+        writer.join()

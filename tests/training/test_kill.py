@@ -86,7 +86,10 @@ def test_twenty_kills_change_nothing(tmp_path: Path):
                 time.sleep(delay)
             child.kill()
             child.wait()
-        last, temporary = newest_step(killed), [path.stat().st_size for path in killed.glob("checkpoints/*.tmp")]
+        last, temporary = (
+            newest_step(killed),
+            [path.stat().st_size for path in killed.glob("checkpoints/.unfinished-*")],
+        )
         print(f"kill {kill + 1}: resumed {resumed}, killed {moment}; newest checkpoint {last}, unfinished {temporary}")
         assert child.returncode == -signal.SIGKILL, (tmp_path / "killed.log").read_text()
         if kill in IN_CHECKPOINT:
@@ -104,4 +107,4 @@ def test_twenty_kills_change_nothing(tmp_path: Path):
     last, expected = checkpoints(killed)[-1], checkpoints(whole)[-1]
     assert last.name == expected.name
     assert last.read_bytes() == expected.read_bytes()  # parameters, optimiser state and the place in the data
-    assert list(killed.glob("**/*.tmp")) == []
+    assert list(killed.glob("**/.unfinished-*")) == []

@@ -20,6 +20,7 @@ import training_child
 
 from pallas.numerics import relative_rms
 from rattn_eqx.data.batches import training_batches
+from rattn_eqx.data.files import LockedError, lock
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.model.sharding import batch_mesh
 from rattn_eqx.training import loop as training
@@ -154,6 +155,78 @@ def test_a_truncated_checkpoint_is_refused_and_the_one_before_it_used(interrupte
     assert said[0].startswith(f"checkpoint {newest} refused: its bytes have SHA-256 ")
     assert said[0].endswith("trying the one before it")
     assert said[1:] == [f"resuming after step 25 from {older}"]
+
+
+def test_a_checkpoint_of_another_run_is_named_and_the_one_before_it_used(interrupted, whole, scratch, tmp_path):
+    folder, said = tmp_path / "run", []
+    shutil.copytree(interrupted, folder)
+    config, *_ = training_child.run_arguments(scratch)
+    restored = training.restore_latest(folder / "checkpoints", training.initial_state(config))
+    assert restored is not None
+    state, metadata, newest = restored
+    metadata["run"]["config"]["training"]["seed"] = 1
+    foreign = training.save_checkpoint(folder / "checkpoints", 55, state, metadata | {"step": 55}, keep=3)
+    model, _, _ = training.load_model(folder, report=said.append)
+    assert bits(model) == bits(state["model"])
+    reason = "it belongs to another run: training.seed is 1 in it and 0 in config.json and tokenizer.json"
+    assert said == [f"checkpoint {foreign} refused: {reason}; trying the one before it"]
+    said.clear()
+    assert_ends_like_the_whole(folder, run(folder, scratch, said.append), whole)
+    assert said[1:] == [f"resuming after step 50 from {newest}"]
+    assert reason in said[0]
+
+
+def test_a_config_edited_to_equal_shapes_is_noticed(interrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"rope_theta": 500000.0', '"rope_theta": 10000.0'))
+    with pytest.raises(ValueError, match=r"another run: model.rope_theta is 500000.0 in it and 10000.0 in config.json"):
+        training.load_model(folder, report=lambda line: None)
+
+
+def test_metrics_that_lost_rows_take_the_run_back_to_a_checkpoint_that_has_its_own(whole, scratch, tmp_path):
+    folder, said = tmp_path / "run", []
+    shutil.copytree(whole[0], folder)
+    path = folder / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert_ends_like_the_whole(folder, run(folder, scratch, said.append), whole)
+    assert f"{path} does not begin with the " in said[0]
+    assert said[1].startswith("resuming after step 50 from ")
+
+
+def test_what_another_process_trains_in_is_refused(interrupted, scratch, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    before = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    child = "import sys; from pathlib import Path; from rattn_eqx.data.files import lock\n"
+    child += "with lock(Path(sys.argv[1]), 'train'): print(flush=True); sys.stdin.read()"
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", child, str(folder)]
+    holder = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": root}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    with pytest.raises(LockedError, match=f"train: {folder}: process {holder.pid} holds it; wait for that process or"):
+        run(folder, scratch)
+    training.load_model(folder)
+    holder.kill()  # which no lock survives
+    holder.communicate()
+    assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before | {
+        "lock": f"{holder.pid}\n".encode()
+    }
+    with lock(folder, "test"):
+        pass
+
+
+def test_checkpoints_are_not_written_through_a_link(interrupted, scratch, tmp_path):
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    shutil.copytree(interrupted, folder)
+    (folder / "checkpoints").rename(elsewhere)
+    (folder / "checkpoints").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="checkpoints is a link, and links are not followed to write; give its place"):
+        run(folder, scratch)
 
 
 @pytest.mark.parametrize("synced", [0, 1], ids=["metrics", "checkpoint"])

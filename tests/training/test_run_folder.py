@@ -1,6 +1,7 @@
 """A run folder belongs to one config, and what it refuses it explains."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -15,12 +16,12 @@ from training_child import MODEL, training
 from rattn_eqx.data.files import write_text
 from rattn_eqx.data.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
 from rattn_eqx.training.config import RunConfig
-from rattn_eqx.training.run_folder import cut_metrics, load_config, open_run, read_metrics
+from rattn_eqx.training.run_folder import Metrics, load_config, metrics_obstacle, open_run, read_metrics
 
 CONFIG = RunConfig(dataclasses.replace(MODEL, pattern=("local", "global")), training(), "0" * 64)
 ROWS = [
     {"step": 1, "bits_per_byte": 8.1},
-    {"step": 2, "bits_per_byte": float("nan")},
+    {"step": 2, "bits_per_byte": None},
     {"step": 2, "validation_bits_per_byte": 8.0},
     {"step": 3, "bits_per_byte": 7.5},
     {"step": 4, "bits_per_byte": 7.25},
@@ -86,7 +87,7 @@ def test_a_folder_of_another_tokenizer_is_refused(tmp_path):
     letters = {"a": 0, "b": 1, "document": 2, "padding": 3}
     definition = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[])).to_str()
     open_run(tmp_path, CONFIG, ByteTokenizer())
-    with pytest.raises(ValueError, match=r"tokenizer is 'of the run' there and 'another' here. Choose another folder"):
+    with pytest.raises(ValueError, match=r"tokenizer is '\w{64}' there and '\w{64}' here. Choose another folder"):
         open_run(tmp_path, CONFIG, BPETokenizer(definition))
 
 
@@ -99,7 +100,6 @@ def test_a_folder_without_config_is_no_run(tmp_path):
 
 def test_a_run_killed_between_tokenizer_and_config_is_opened_afresh(tmp_path):
     (tmp_path / "tokenizer.json").write_text("half a fi")
-    (tmp_path / "config.json.tmp").write_text("{")
     open_run(tmp_path, CONFIG, ByteTokenizer())
     assert load_config(tmp_path) == CONFIG
     assert load_tokenizer(tmp_path / "tokenizer.json") == ByteTokenizer()
@@ -140,37 +140,101 @@ def test_the_narrowest_settings_are_accepted():
     training(weight_decay=0.0, optimizer="rmsprop", compute_dtype="bfloat16")
 
 
-@pytest.mark.parametrize(("step", "kept"), [(0, 0), (1, 1), (2, 3), (3, 4), (4, 5)])
-@pytest.mark.parametrize("last", ["", '{"step": 5, "bits_per_', '{"step": 5}'])
-def test_metrics_past_a_checkpoint_are_cut(tmp_path, step: int, kept: int, last: str):
-    path = write_metrics(tmp_path, last)
-    lines = path.read_text().splitlines(keepends=True)
-    cut_metrics(path, step)
-    assert path.read_text() == "".join(lines[:kept])
+@pytest.mark.parametrize("last", ["", '{"step": 5, "bits_per_', '{"step": 5}\n'])
+def test_metrics_past_a_checkpoint_are_cut(tmp_path, last: str):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path, 0)
+    states = [metrics.state()]
+    for row in ROWS:
+        metrics.add(row)
+        states.append(metrics.state())
+    metrics.close()
+    whole = path.read_bytes()
+    for kept, stated in enumerate(states):
+        path.write_bytes(whole + last.encode())
+        assert metrics_obstacle(path, {"metrics": stated}) is None
+        again = Metrics(path, stated["rows"])
+        assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:kept])
+        assert again.state() == stated
+        again.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_run_without_checkpoints_needs_no_metrics(tmp_path):
-    cut_metrics(tmp_path / "metrics.jsonl", 0)
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "metrics.jsonl").touch()
-    cut_metrics(tmp_path / "metrics.jsonl", 0)
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+@pytest.mark.parametrize("damage", ["shorter", "other", "missing", "folder", "FIFO", "not stated", "edited"])
+def test_metrics_that_are_not_those_of_the_checkpoint_are_an_obstacle(tmp_path, damage: str):
+    path = write_metrics(tmp_path)
+    content = path.read_bytes()
+    metadata: dict[str, Any] = {"metrics": {"rows": len(ROWS), "sha256": hashlib.sha256(content).hexdigest()}}
+    assert metrics_obstacle(path, metadata) is None
+    match damage:
+        case "shorter":
+            path.write_bytes(content[:-1])
+        case "other":
+            path.write_bytes(content.replace(b"8.1", b"8.2"))
+        case "not stated":
+            metadata = {}
+        case "edited":
+            metadata["metrics"]["rows"] = -1
+        case _:
+            path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    if damage == "FIFO":
+        os.mkfifo(path)
+    reason = metrics_obstacle(path, metadata)
+    assert reason is not None
+    assert str(path) in reason or "does not state its metrics" in reason
 
 
-@pytest.mark.parametrize(("rows", "last"), [(ROWS, 4), (ROWS[:3], 2), ([], 0), (None, 0)])
-def test_metrics_that_end_before_the_checkpoint_are_refused(tmp_path, rows: list | None, last: int):
-    path = tmp_path / "metrics.jsonl"
-    text = "".join(json.dumps(row) + "\n" for row in rows or []) + '{"step": 5, "bits_per_byte": 7.0}'  # a row cut off
-    if rows is not None:
-        path.write_text(text)
-    message = (
-        f"cut_metrics: {path} must have rows up to the checkpoint's step; got rows up to step {last} and a checkpoint "
-        f"of step 5; put back a good copy, or remove the checkpoints past step {last}"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        cut_metrics(path, 5)
-    assert (path.read_text() if path.exists() else None) == (None if rows is None else text)
+def test_metrics_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "theirs")
+    (tmp_path / "theirs").write_text("theirs")
+    with pytest.raises(ValueError, match="must be a regular file and no link; remove it"):
+        Metrics(tmp_path / "metrics.jsonl", 0)
+    assert (tmp_path / "theirs").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints"])
+def test_what_a_run_left_without_its_config_is_refused(tmp_path, left: str):
+    (tmp_path / left).mkdir()
+    with pytest.raises(ValueError, match=f"has {left} but no config.json.*put config.json back, or choose another"):
+        open_run(tmp_path, CONFIG, ByteTokenizer())
+    assert [path.name for path in tmp_path.iterdir()] == [left]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"model_width": 96.0}}, "model_width must be an integer of at most 64 bits; got 96.0"),
+        ({"model": {"window": float("nan")}}, "must be JSON; NaN is no number of JSON"),
+        ({"model": {"residual": "no"}}, "residual must be true or false; got 'no'"),
+        ({"model": {"depth": 3}}, "ModelConfig: missing none, unknown depth"),
+        ({"training": {"steps": "6"}}, "TrainConfig: steps must be an integer of at most 64 bits; got '6'"),
+        ({"training": None}, "it must hold model, training and corpus"),
+        ({"corpus": 3}, "it must hold model, training and corpus"),
+        ("[" * 100_000, "must be JSON"),
+        ('"text"', "it must hold model, training and corpus"),
+        (b"\xff", "must be UTF-8 text"),
+    ],
+)
+def test_a_config_edited_to_something_else_is_refused_by_key(tmp_path, change, message: str):
+    open_run(tmp_path, CONFIG, ByteTokenizer())
+    path = tmp_path / "config.json"
+    if isinstance(change, dict):
+        values = json.loads(path.read_text())
+        for name, value in change.items():
+            values[name] = values[name] | value if isinstance(value, dict) else value
+        change = json.dumps(values)
+    path.write_bytes(change if isinstance(change, bytes) else change.encode())
+    with pytest.raises(ValueError, match=f"^load_config: {path} is damaged: .*{re.escape(message)}.*put back a good"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["[1]", "3", "{}", '{"step": "1"}', '{"step": 1, "bits_per_byte": NaN}', "{"])
+def test_a_line_of_metrics_that_is_no_row_is_named(tmp_path, line: str):
+    path = write_metrics(tmp_path, line)
+    with pytest.raises(ValueError, match=f"read_metrics: line 6 of {path} must be"):
+        read_metrics(tmp_path)
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
