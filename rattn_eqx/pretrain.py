@@ -1,7 +1,7 @@
 """From a corpus to a finished run folder: what `rattn pretrain` does."""
 
 import dataclasses
-import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,18 +9,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from rattn_eqx.data import files
 from rattn_eqx.data.byte_models import gzip_bits_per_byte, interpolated_bits_per_byte
 from rattn_eqx.data.corpus import build_corpus, describe
-from rattn_eqx.data.files import write_json, write_text
-from rattn_eqx.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, tokenize
+from rattn_eqx.data.tokenizers import BYTE_VOCABULARY, BPETokenizer, ByteTokenizer, Tokenizer, tokenize
 from rattn_eqx.evaluation.text import without_residual
 from rattn_eqx.figures import curves
-from rattn_eqx.inference.cost import count_parameters
+from rattn_eqx.inference.cost import count_parameters, require_memory, training_bytes
 from rattn_eqx.inference.generate import generate_text
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.training.config import RunConfig, TrainConfig
 from rattn_eqx.training.loop import train, validation_loss
 from rattn_eqx.training.run_folder import read_metrics
+
+RESULTS, PLOT, SAMPLE = "results.json", "loss.png", "sample.txt"  # of a finished run, in its folder
 
 
 def pretrain(
@@ -49,61 +51,92 @@ def pretrain(
       prompt, sample_tokens: of the sample.
 
     Raises:
-      ValueError, FloatingPointError, OSError: as `build_corpus` and `train`.
+      ValueError: before the work, a sample_tokens below 0, a prompt that is not UTF-8, more than the machine's memory
+        holds, a folder where a result is to be written; and as `build_corpus` and `train`.
+      FloatingPointError, OSError: as `build_corpus` and `train`; LockedError while another process has the folder.
 
     Returns:
       The content of results.json: bits per byte of the model, of the model without its residual branch, and of what
       it is to beat, all on the same bytes.
     """
+    _check(folder, model, training, bpe_vocabulary, prompt, sample_tokens)
     started = time.monotonic()
-    text = build_corpus(corpus, cache)
-    print(describe(text.manifest))
-    tokenizer = ByteTokenizer() if bpe_vocabulary is None else BPETokenizer.train(text, bpe_vocabulary)
-    train_tokens, validation_tokens = tokenize(text, tokenizer, cache)
-    byte_path = tokenize(text, ByteTokenizer(), cache)[0]
-    model = dataclasses.replace(model, vocabulary_size=tokenizer.vocabulary_size)
-    config = RunConfig(model, training, text.manifest["sha256"])
+    with files.lock(folder, f"pretrain: {folder}"), files.lock(cache, f"pretrain: {cache}", shared=True):
+        text = build_corpus(corpus, cache, exclude=(folder,))
+        print(describe(text.manifest))
+        tokenizer = ByteTokenizer() if bpe_vocabulary is None else BPETokenizer.train(text, bpe_vocabulary)
+        train_tokens, validation_tokens = tokenize(text, tokenizer, cache)
+        byte_path = tokenize(text, ByteTokenizer(), cache)[0]
+        model = dataclasses.replace(model, vocabulary_size=tokenizer.vocabulary_size)
+        config = RunConfig(model, training, text.manifest["sha256"])
 
-    held_out = np.load(validation_tokens, mmap_mode="r")[: training.evaluation_tokens + 1]
-    held_out_bytes = as_bytes(held_out, tokenizer)
-    num_bytes = int(np.count_nonzero(held_out_bytes < ByteTokenizer().document))
-    to_beat = {
-        "order-3 byte model": interpolated_bits_per_byte(np.load(byte_path, mmap_mode="r"), held_out_bytes),
-        "gzip -9": gzip_bits_per_byte(held_out_bytes),
-    }
-    print(
-        f"model       {count_parameters(model):,} parameters, window {model.window}, context {training.context}, "
-        f"residual branch {'on' if model.residual else 'absent'}\n"
-        f"training    {training.steps:,} steps of {training.batch_size} x {training.context} tokens on "
-        f"{jax.local_device_count()} {jax.devices()[0].platform} device(s)\n"
-        f"to beat     {', '.join(f'{name} {bits:.3f}' for name, bits in to_beat.items())} bits per byte, "
-        f"on the first {num_bytes:,} validation bytes"
-    )
+        held_out = np.load(validation_tokens, mmap_mode="r")[: training.evaluation_tokens + 1]
+        held_out_bytes = as_bytes(held_out, tokenizer)
+        num_bytes = int(np.count_nonzero(held_out_bytes < ByteTokenizer().document))
+        to_beat = {
+            "order-3 byte model": interpolated_bits_per_byte(np.load(byte_path, mmap_mode="r"), held_out_bytes),
+            "gzip -9": gzip_bits_per_byte(held_out_bytes),
+        }
+        print(
+            f"model       {count_parameters(model):,} parameters, window {model.window}, context {training.context}, "
+            f"residual branch {'on' if model.residual else 'absent'}\n"
+            f"training    {training.steps:,} steps of {training.batch_size} x {training.context} tokens on "
+            f"{jax.local_device_count()} {jax.devices()[0].platform} device(s)\n"
+            f"to beat     {', '.join(f'{name} {bits:.3f}' for name, bits in to_beat.items())} bits per byte, "
+            f"on the first {num_bytes:,} validation bytes"
+        )
 
-    trained = train(folder, config, train_tokens, validation_tokens, tokenizer, show_progress=show_progress)
+        trained = train(folder, config, train_tokens, validation_tokens, tokenizer, show_progress=show_progress)
 
-    rows = read_metrics(folder)
-    results = {"this model": [row for row in rows if "validation_bits_per_byte" in row][-1]["validation_bits_per_byte"]}
-    if model.residual:
-        without = without_residual(trained)
-        results["this model, residual branch off"] = validation_loss(without, training, validation_tokens, tokenizer)
-    results |= to_beat
-    write_json(
-        folder / "results.json",
-        {"bits_per_byte": results, "validation_bytes": num_bytes, "parameters": count_parameters(model)},
-    )
-    curves.save(curves.loss_curves({folder.name: rows}, to_beat), folder / "loss.png")
+        rows = read_metrics(folder)
+        bits = {
+            "this model": [row for row in rows if "validation_bits_per_byte" in row][-1]["validation_bits_per_byte"]
+        }
+        if model.residual:
+            without = without_residual(trained)
+            bits["this model, residual branch off"] = validation_loss(without, training, validation_tokens, tokenizer)
+        bits = {name: value if value is not None and math.isfinite(value) else None for name, value in bits.items()}
+        bits |= to_beat
+        results = {"bits_per_byte": bits, "validation_bytes": num_bytes, "parameters": count_parameters(model)}
+        files.write_json(folder / RESULTS, results)
+        curves.save(curves.loss_curves({folder.name: rows}, to_beat), folder / PLOT)
 
-    key = jax.random.key(training.seed)
-    drawn = generate_text(trained, tokenizer, prompt, num_tokens=sample_tokens, context=training.context, key=key)
-    sample = prompt + b"".join(drawn).decode(errors="replace")
-    write_text(folder / "sample.txt", sample + "\n")
+        key = jax.random.key(training.seed)
+        drawn = generate_text(trained, tokenizer, prompt, num_tokens=sample_tokens, context=training.context, key=key)
+        sample = prompt + b"".join(drawn).decode(errors="replace")
+        files.write_text(folder / SAMPLE, sample + "\n")
 
-    print(f"\nsample, after the prompt {prompt!r}:\n\n{sample}\n")
-    print(f"bits per byte on the same {num_bytes:,} validation bytes, lower is better")
-    print("\n".join(f"  {name:<34}{bits:.3f}" for name, bits in results.items()))
-    print(f"run folder {folder}, {time.monotonic() - started:.0f} s in all")
-    return json.loads((folder / "results.json").read_text())
+        print(f"\nsample, after the prompt {prompt!r}:\n\n{sample}\n")
+        print(f"bits per byte on the same {num_bytes:,} validation bytes, lower is better")
+        print("\n".join(f"  {name:<34}{'not finite' if x is None else f'{x:.3f}'}" for name, x in bits.items()))
+        print(f"run folder {folder}, {time.monotonic() - started:.0f} s in all")
+        return results
+
+
+def _check(
+    folder: Path,
+    model: ModelConfig,
+    training: TrainConfig,
+    bpe_vocabulary: int | None,
+    prompt: str,
+    sample_tokens: int,
+) -> None:
+    """Refuse what would fail after the work."""
+    if sample_tokens < 0:
+        raise ValueError(f"pretrain: sample_tokens must be at least 0; got {sample_tokens}")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"pretrain: the prompt must be UTF-8 text; got {prompt!r:.80}") from error
+    for name in (RESULTS, PLOT, SAMPLE):
+        if (folder / name).is_dir():
+            raise ValueError(
+                f"pretrain: {folder / name} must be a file; it is a folder; remove it or give another --out"
+            )
+    sized = dataclasses.replace(model, vocabulary_size=bpe_vocabulary or BYTE_VOCABULARY)
+    what = f"pretrain: a batch of {training.batch_size} x {training.context} tokens and a model of width "
+    require_memory(f"{what}{model.model_width}", training_bytes(sized, training),
+        "give a smaller one, or more microbatches")  # fmt: skip
 
 
 def as_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

@@ -1,19 +1,28 @@
 """`rattn`: what it writes, what it prints, and how it takes a user's mistakes."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from training_child import MODEL, SAMPLE, training
 
+from pallas import feature_map
+from rattn_eqx import __main__ as command_line
+from rattn_eqx import interrupt
 from rattn_eqx.__main__ import _parser, main
 from rattn_eqx.data.tokenizers import ByteTokenizer, load_tokenizer
+from rattn_eqx.inference import cost
+from rattn_eqx.model.presets import presets
 from rattn_eqx.training.config import RunConfig, TrainConfig
 from rattn_eqx.training.run_folder import load_config, open_run, read_metrics
 
@@ -21,13 +30,13 @@ TINY = ["--steps", "6", "--context", "32", "--window", "8", "--pattern", "local"
 TINY += ["--evaluation-tokens", "256", "--evaluate-every", "3", "--checkpoint-every", "4", "--devices", "1"]
 
 
-def rattn(*arguments: object, scratch: Path | None = None) -> subprocess.CompletedProcess[str]:
+def rattn(*arguments: object, scratch: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command in a fresh process: `pretrain` sets the number of devices, once a process."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment
     if scratch is not None:
         environment |= {"JAX_COMPILATION_CACHE_DIR": str(scratch), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-m", "rattn_eqx", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,7 @@ def test_pretrain_leaves_a_run_folder(finished, scratch):
     folder = scratch / "run"
     present = {path.name for path in folder.iterdir()}
     files = {"config.json", "tokenizer.json", "metrics.jsonl", "results.json", "loss.png", "sample.txt"}
-    assert present == files | {"checkpoints"}
+    assert present == files | {"checkpoints", "lock"}
     assert [path.name[:13] for path in sorted((folder / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
     rows = read_metrics(folder)
     assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6]
@@ -177,6 +186,8 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
     binary.write_bytes(bytes(range(256)))
     other = folder / "other"
     open_run(other, RunConfig(MODEL, training(), "0" * 64), ByteTokenizer())
+    plot = folder / "plot" / "loss.png"
+    plot.mkdir(parents=True)
     pretrain = ["pretrain", "--cache", str(cache), "--out", str(folder / "out")]
     sample = [*pretrain, "--corpus", str(SAMPLE), *TINY]
     no_run = f"load_config: {empty} is not a run folder, it has no config.json; start one with `rattn pretrain`"
@@ -185,7 +196,10 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         "empty folder": ([*pretrain, "--corpus", str(empty)], f"build_corpus: no text files under {empty}; give a "),
         "binary file": ([*pretrain, "--corpus", str(binary)], "build_corpus: none of the 1 files under "),
         "feature map": ([*sample, "--feature-map", "sofmax"], "ModelConfig: feature_map must be one of softmax, "),
-        "pattern": ([*sample, "--pattern", "local,globe"], "ModelConfig: pattern must be a tuple of 'local' and "),
+        "pattern": (
+            [*sample, "--pattern", "local,globe"],
+            "ModelConfig: pattern[1] must be 'local' or 'global'; got 'globe'",
+        ),
         "window": ([*sample, "--window", "-1"], "window must be at least 0"),
         "warm-up": ([*sample, "--warmup-steps", "6"], "TrainConfig: warmup_steps must be at least 0 and less than "),
         "steps": ([*sample, "--steps", "0"], "TrainConfig: steps must be at least 1; got 0"),
@@ -201,6 +215,21 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         ),
         "no run": (["generate", "--run", str(empty)], no_run),
         "no checkpoint": (["generate", "--run", str(other)], f"load_model: {other} has no checkpoint yet; let `rattn"),
+        "sample": ([*sample, "--sample-tokens", "-1"], "pretrain: sample_tokens must be at least 0; got -1"),
+        "prompt": ([*sample, "--prompt", "caf\udce9"], "argument --prompt: must be UTF-8 text; got 'caf\\udce9'"),
+        "plot": ([*sample, "--out", str(plot.parent)], f"pretrain: {plot} must be a file; it is a folder; remove it"),
+        "memory": (
+            [*sample, "--batch-size", "1000000000"],
+            "a batch of 1000000000 x 32 tokens and a model of width 96 ",
+        ),
+        "devices, many": ([*sample, "--devices", "1000000000"], "devices must be at least 1; got 1000000000; at most "),
+        "samples": (
+            ["evaluate", "--run", "x", "--task", "mqar", "--samples", "1" + "0" * 11],
+            "argument --samples: must",
+        ),
+        "seed": (["generate", "--run", "x", "--seed", "9" * 23], "argument --seed: must be a whole number from 0 to "),
+        "digits": (["cost", "--context", "9" * 400], "argument --context: must be a whole number from "),
+        "no command": ([], "the following arguments are required: COMMAND; see rattn --help"),
         "cost window": (["cost", "--window", "-5"], "window must be at least 0"),
         "cost context": (["cost", "--context", "0"], "context must be at least 1; got context=0"),
     }
@@ -245,6 +274,7 @@ def told(mistakes_folder: Path) -> dict[str, tuple[str, str]]:
 
 NAMES = ["missing corpus", "empty folder", "binary file", "feature map", "pattern", "window", "warm-up", "steps"]
 NAMES += ["devices", "evaluation", "context", "other run", "no run", "no checkpoint", "cost window", "cost context"]
+NAMES += ["sample", "prompt", "plot", "memory", "devices, many", "samples", "seed", "digits", "no command"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -283,4 +313,131 @@ def test_a_damaged_run_folder_prints_one_line(finished, scratch, tmp_path, capfd
         lines = capfdbinary.readouterr().err.decode().splitlines()
         assert all(line.startswith("rattn: ") for line in lines)
         assert str(folder) in lines[-1]
-        assert len(lines) == (2 if damage == "checkpoints" else 1)  # one says that the checkpoint before is tried
+        assert len(lines) == 1
+
+
+def test_a_locale_that_knows_no_accents(finished, pretrain_arguments, scratch):
+    """The sample is in UTF-8; what is printed is replaced."""
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    shutil.copytree(scratch / "run", folder := scratch / "accents")
+    command = [*pretrain_arguments, "--out", folder, "--prompt", "caf\xe9 "]
+    done = rattn(*command, scratch=scratch / "compiled", **plain)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "sample.txt").read_bytes().startswith("caf\xe9 ".encode())
+    assert "caf\\xe9 " in done.stdout
+
+
+def test_printing_replaces_what_a_stream_cannot_show(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="cp1252"))
+    monkeypatch.setattr(cost, "describe_cost", lambda *_, **__: "caf\xe9 \u2192")
+    assert main(["cost"]) == 0
+    assert shown.getvalue() == b"caf\xe9 \\u2192" + os.linesep.encode()
+
+
+def test_a_file_of_scores_that_cannot_be_written_is_refused_before_the_work(finished, scratch, capsys, monkeypatch):
+    from rattn_eqx.evaluation import recall
+
+    monkeypatch.setattr(recall, "evaluate_task", lambda *_, **__: pytest.fail("worked"))
+    command = ["evaluate", "--run", str(scratch / "run"), "--task", "mqar", "--out"]
+    for path, words in ((scratch / "no" / "scores", "No such file"), (scratch, "must be a regular file")):
+        assert main([*command, str(path)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_home_is_found_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (commands,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    names = {"--out", "--corpus", "--cache", "--run", "--text", "--grid", "--replay"}
+    given = {"evaluate": ["--task", "mqar"]}
+    for name, command in commands.choices.items():
+        for action in command._actions:
+            if names.intersection(action.option_strings):
+                required = ["--run=x"] if name in ("generate", "evaluate") else []
+                arguments = [name, *given.get(name, []), *required, f"{action.option_strings[-1]}=~/x"]
+                assert str(getattr(_parser().parse_args(arguments), action.dest)) == str(tmp_path / "x"), arguments
+            else:
+                assert action.type is not Path
+
+
+def test_names_that_are_written_twice():
+    assert tuple(presets) == command_line.PRESETS
+    assert tuple(feature_map.named) == command_line.FEATURE_MAPS
+    assert tuple(cost.hardwares) == command_line.HARDWARES
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating")])
+def test_memory_that_runs_out_prints_one_line(monkeypatch, capsys, error):
+    monkeypatch.setattr(cost, "describe_cost", lambda *_, **__: (_ for _ in ()).throw(error))
+    assert main(["cost"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("rattn: out of memory")
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError, RuntimeError, AttributeError, RecursionError, OverflowError])
+def test_a_bug_shows_its_traceback(monkeypatch, error):
+    monkeypatch.setattr(cost, "describe_cost", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(error):
+        main(["cost"])
+
+
+# Ctrl-C when the module named first is imported, by a command that nothing slow is imported before.
+INTERRUPTED = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import rattn_eqx.__main__
+assert not {"jax", "numpy", "pallas"} & set(sys.modules)
+
+class Finder:
+    def find_spec(name, *_):
+        if name == sys.argv[1]:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                raise ImportError("as an extension module says it")
+
+sys.meta_path.insert(0, Finder)
+sys.exit(rattn_eqx.__main__.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("module", ["jax", "numpy.random"])
+def test_an_interrupt_during_imports(module):
+    command = [sys.executable, "-c", INTERRUPTED, module, "pretrain", "--out", "a b"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, encoding="utf-8")
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "\nrattn: stopped, resume with: rattn pretrain --out 'a b'\n"
+
+
+def test_an_interrupt_that_is_swallowed_comes_again(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGINT)
+
+    def work(*_, **__):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        try:
+            time.sleep(5)
+        finally:
+            time.sleep(2 * interrupt.AGAIN)  # cleaning up is left alone
+            cleaned.append(True)
+
+    cleaned = []
+    monkeypatch.setattr(cost, "describe_cost", work)
+    assert main(["cost"]) == 130
+    assert cleaned
+    assert capsys.readouterr().err == "\nrattn: stopped\n"
+    time.sleep(1.5 * interrupt.AGAIN)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_reader_that_goes_away_ends_it_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    for arguments, status in ((["cost"], 141), (["--help"], 0)):
+        command = [sys.executable, "-m", "rattn_eqx", *arguments]
+        done = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, timeout=60)
+        assert (done.returncode, done.stderr) == (status, b"")
+    os.close(write)

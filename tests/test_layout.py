@@ -17,7 +17,7 @@ ROOMS = {
     "pallas": "checked dependence feature_map numerics segments block_sizes batching checks final_state reference "
     "chunked hopper tpu ops __init__ tools __main__",
     "rattn_eqx": "model data tasks training.config inference evaluation training ablation figures __init__ pretrain "
-    "__main__",
+    "interrupt console arguments __main__",
 }
 
 
@@ -31,7 +31,7 @@ def test_what_users_import():
 def modules() -> dict[str, ast.Module]:
     files = itertools.chain(*((ROOT / package).rglob("*.py") for package in ROOMS))
     dotted = lambda file: ".".join(file.relative_to(ROOT).with_suffix("").parts)
-    return {dotted(file): ast.parse(file.read_text()) for file in files}
+    return {dotted(file): ast.parse(file.read_text(encoding="utf-8")) for file in files}
 
 
 def imports(tree: ast.Module, known: set[str]) -> set[str]:

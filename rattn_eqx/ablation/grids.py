@@ -3,15 +3,20 @@
 import dataclasses
 import itertools
 import json
+import math
 import runpy
+import traceback
 from pathlib import Path
 from typing import Any
 
 from rattn_eqx.ablation.layer import NO_DEPARTURES, Departures
 from rattn_eqx.ablation.trial import Trial
+from rattn_eqx.data import files
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.training.config import TrainConfig
 
+MOST = 10_000  # trials of a grid
+NO_SETTINGS = ("name", "model", "training", "departures", "task_options")  # of a trial: parts that have settings
 FULL = 2**20  # a window longer than any sequence here: full attention
 
 # 3.2 million parameters. The head size is one that the GPU kernels compute without padding.
@@ -195,18 +200,41 @@ def load_grid(name: str) -> list[Trial]:
     path = Path(name)
     if path.suffix != ".py" or not path.exists():
         raise ValueError(f"ablate: no grid {name!r}; give {', '.join(grids)} or a Python file that defines `trials`")
-    trials = runpy.run_path(str(path)).get("trials")
-    if not isinstance(trials, list) or not all(isinstance(each, Trial) for each in trials):
-        raise ValueError(f"ablate: {path} must define `trials`, a list of Trial; got {type(trials)}")
+    files.open_regular(path, files.SMALL).close()
+    try:
+        trials = runpy.run_path(str(path)).get("trials")
+    except (Exception, SystemExit) as error:  # the file is the user's program: whatever it raises is of the user's line
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) and not lines else lines[-1] if lines else None
+        where = f"line {line}" if line else "reading it"
+        raise ValueError(f"ablate: {path} raised {type(error).__name__}: {error} ({where}); mend it") from error
+    if not (isinstance(trials, list) and trials and all(isinstance(each, Trial) for each in trials)):
+        raise ValueError(f"ablate: {path} must define `trials`, a list of Trial, at least one; got {trials!r:.80}")
     return trials
+
+
+def named(trials: list[Trial], part: str) -> list[Trial]:
+    """The trials whose name has `part` in it.
+
+    Raises:
+      ValueError: there is none.
+    """
+    found = [trial for trial in trials if part in trial.name]
+    if not found:
+        names = ", ".join(trial.name for trial in trials)
+        raise ValueError(f"ablate: no trial has {part!r:.80} in its name; the grid has {names:.400}")
+    return found
 
 
 def product(trials: list[Trial], settings: dict[str, list[Any]]) -> list[Trial]:
     """Every trial with every combination of settings, such as {"model.window": [32, 64], "task_share": [1]}.
 
     Raises:
-      ValueError: for a setting that no trial has.
+      ValueError: for a setting that no trial has, a value that it cannot have, or more than `MOST` trials.
     """
+    count = len(trials) * math.prod(map(len, settings.values()))
+    if count > MOST:
+        raise ValueError(f"ablate: a grid must have at most {MOST:,} trials; got {count:,}; give fewer values")
     made = []
     for trial, values in itertools.product(trials, itertools.product(*settings.values())):
         pairs = list(zip(settings, values, strict=True))
@@ -219,23 +247,25 @@ def _replaced(trial: Trial, pairs: list[tuple[str, Any]]) -> Trial:
     changes: dict[str, Any] = {}
     for key, value in pairs:
         head, _, tail = key.partition(".")
-        owner = getattr(trial, head, None) if tail else trial
+        owner: Any = getattr(trial, head, None) if tail else trial
         known = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
-        if not (tail and isinstance(owner, dict)) and (tail or head) not in known:
+        has_it = (tail and isinstance(owner, dict)) or (tail or head) in known
+        if not has_it or key == "training.seed" or key in NO_SETTINGS:
             if head == "model" and hasattr(trial.departures, tail):
                 raise ValueError(f"ablate: no setting {key!r}; it is departures.{tail}")
+            fields = ", ".join(field.name for field in dataclasses.fields(Trial) if field.name not in NO_SETTINGS)
             raise ValueError(
-                f"ablate: no setting {key!r}; use model.FIELD, departures.FIELD, training.FIELD, task_options.NAME or "
-                f"a field of Trial: {', '.join(field.name for field in dataclasses.fields(Trial))}"
+                f"ablate: no setting {key!r:.80}; use model.FIELD, departures.FIELD, training.FIELD (--seeds, not its "
+                f"seed), task_options.NAME or a field of Trial: {fields}"
             )
         if tail:
             changes.setdefault(head, {})[tail] = value
         else:
             changes[head] = value
-    for head, value in changes.items():
-        old: Any = getattr(trial, head)
-        if isinstance(value, dict):
-            changes[head] = old | value if isinstance(old, dict) else dataclasses.replace(old, **value)
+    for head in changes.keys() & {"model", "training", "departures"}:
+        changes[head] = dataclasses.replace(getattr(trial, head), **changes[head])
+    if "task_options" in changes:
+        changes["task_options"] = trial.task_options | changes["task_options"]
     return dataclasses.replace(trial, **changes)
 
 
@@ -249,7 +279,7 @@ def parse_settings(texts: list[str]) -> dict[str, list[Any]]:
     for text in texts:
         name, _, values = text.partition("=")
         if not (name and values):
-            raise ValueError(f"ablate: a setting must be NAME=VALUE,VALUE such as model.window=4,8; got {text!r}")
+            raise ValueError(f"ablate: a setting must be NAME=VALUE,VALUE such as model.window=4,8; got {text!r:.80}")
         settings[name] = [_value(name, value) for value in values.split(",")]
     return settings
 
@@ -259,5 +289,5 @@ def _value(name: str, text: str) -> Any:
         return tuple(_value("", part) for part in text.split("+"))
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

@@ -8,6 +8,7 @@ runs the trials whose lines are missing.
 import dataclasses
 import functools
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +23,15 @@ from tqdm import tqdm
 
 from pallas.tools.provenance import facts
 from rattn_eqx.ablation.layer import ablate
-from rattn_eqx.ablation.trial import Trial, migrated
+from rattn_eqx.ablation.rows import append_rows, read_rows, summary
+from rattn_eqx.ablation.trial import Trial
 from rattn_eqx.data.batches import long_documents
 from rattn_eqx.data.corpus import build_corpus
 from rattn_eqx.data.tokenizers import ByteTokenizer, tokenize
 from rattn_eqx.evaluation.attribution import attribute_task
-from rattn_eqx.evaluation.recall import evaluate_task, make_task
+from rattn_eqx.evaluation.recall import evaluate_task, make_task, require_task_memory
 from rattn_eqx.evaluation.text import loss_by_position, switch_off, without_residual
-from rattn_eqx.inference.cost import count_parameters
+from rattn_eqx.inference.cost import count_parameters, require_memory, training_bytes
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.training.loop import validation_loss
 from rattn_eqx.training.step import build_model, make_optimizer, mean_loss, train_step
@@ -49,9 +51,9 @@ class Data:
     sha256: str
 
 
-def load_data(source: str, cache: Path) -> Data:
-    """The corpus of `rattn pretrain` in bytes, of `corpus.build_corpus`, gathered or found under `cache`."""
-    corpus = build_corpus(source, cache)
+def load_data(source: str, cache: Path, *, exclude: tuple[Path, ...] = ()) -> Data:
+    """The corpus of `rattn pretrain` in bytes, as `corpus.build_corpus` gathers it or finds it under `cache`."""
+    corpus = build_corpus(source, cache, exclude=exclude)
     train, validation = tokenize(corpus, ByteTokenizer(), cache)
     text = b"\n".join(corpus.documents("train"))
     return Data(np.load(train, mmap_mode="r"), validation, text, corpus.manifest["sha256"])
@@ -78,57 +80,76 @@ def run_grid(
       report: told each trial's result in a line.
 
     Raises:
-      ValueError: two trials of one name, a part out of range, a line of `out` that is not JSON; what a trial raises.
+      ValueError: two trials of one name, a part out of range, a line of `out` that is no result; before any trial runs,
+        what `check_trial` refuses.
     """
-    names = [trial.name for trial in trials]
-    if len(set(names)) < len(names):
-        raise ValueError(f"run_grid: names must differ; got {', '.join(n for n in names if names.count(n) > 1)}")
-    index, parts = part
-    if not 1 <= index <= parts:
-        raise ValueError(f"run_grid: part must be i/n with 1 <= i <= n; got {index}/{parts}")
-    corpus = None if data is None else data.sha256
+    (index, parts), corpus = part, None if data is None else data.sha256
+    mine = share(trials, part)
     done = {(_key(row["trial"], row["corpus"]), row["seed"]) for row in read_rows(out)}
-    for number, trial in enumerate(trials[index - 1 :: parts]):
-        left = [seed for seed in seeds if (_key(trial.to_json(), corpus), seed) not in done]
-        if not left:
+    left = [[seed for seed in seeds if (_key(trial.to_json(), corpus), seed) not in done] for trial in mine]
+    for trial, missing in zip(mine, left, strict=True):
+        if missing:
+            check_trial(trial, len(missing), data)
+    for number, (trial, missing) in enumerate(zip(mine, left, strict=True)):
+        if not missing:
             report(f"{trial.name}: already in {out}")
             continue
         title = f"{number * parts + index}/{len(trials)} {trial.name}"
         rows = run_trial(
-            trial, left, data, attribution=attribution, commit=commit, title=title, show_progress=show_progress
+            trial, missing, data, attribution=attribution, commit=commit, title=title, show_progress=show_progress
         )
         out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        append_rows(out, rows)
         report(f"{title}: {summary(rows)}")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a result file, with trials as they are written now (`trial.migrated`); none if there is no file.
+def parse_part(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n", such as "1/3".
 
     Raises:
-      ValueError: for a line that is no JSON, with its number.
+      ValueError: for anything else.
     """
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"ablate: line {number} of {path} is no JSON ({error}); remove it") from error
-        rows.append(row | {"trial": migrated(row["trial"])})
-    return rows
+    if not re.fullmatch("[0-9]{1,9}/[0-9]{1,9}", text):
+        raise ValueError(f"ablate: --part must be i/n such as 1/3; got {text!r:.80}")
+    index, _, parts = text.partition("/")
+    return int(index), int(parts)
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
-    """One line: bits per byte, and whole answers right at each length, mean over seeds and each seed's."""
-    parts = []
-    if rows[0]["bits_per_byte"] is not None:
-        parts.append(f"{np.mean([row['bits_per_byte'] for row in rows]):.3f} bits/byte")
-    for i, tested in enumerate(rows[0]["tests"]):
-        exact = [row["tests"][i]["exact"] for row in rows]
-        shown = ", ".join(f"{share:.3f}" for share in exact)
-        parts.append(f"{tested['task']} {tested['length']}: {np.mean(exact):.3f} ({shown})")
-    return f"{'; '.join(parts)}; {rows[0]['seconds']:.0f} s"
+def share(trials: list[Trial], part: tuple[int, int]) -> list[Trial]:
+    """The i-th of n equal shares of a grid, for part (i, n), counted from 1.
+
+    Raises:
+      ValueError: two trials of one name, a part out of range.
+    """
+    names = [trial.name for trial in trials]
+    if len(set(names)) < len(names):
+        twice = ", ".join(name for name in names if names.count(name) > 1)
+        raise ValueError(f"run_grid: names must differ; got {twice:.200}")
+    index, parts = part
+    if not 1 <= index <= parts:
+        raise ValueError(f"run_grid: part must be i/n with 1 <= i <= n; got {index}/{parts}")
+    return trials[index - 1 :: parts]
+
+
+def check_trial(trial: Trial, num_seeds: int, data: Data | None) -> None:
+    """Refuse a trial that could not be run, before any is.
+
+    Raises:
+      ValueError: departures that the model lacks the parts for, a task or options that make no samples, more than the
+        machine's memory holds.
+    """
+    context, lengths = trial.training.context, trial.test_lengths or (trial.training.context,)
+    require_memory(f"ablate: {trial.name}", num_seeds * training_bytes(trial.model, trial.training),
+        "give fewer seeds, or a smaller model, batch or context")  # fmt: skip
+    require_task_memory(trial.model, [*lengths, context], trial.test_samples)
+    if data is not None and trial.needs_text and len(data.train) <= context:
+        raise ValueError(
+            f"ablate: {trial.name} must have a context shorter than the text; got {context} and {len(data.train)} "
+            "tokens; give a shorter one or more text"
+        )
+    model, options = _shapes(trial), task_options(trial, data)
+    for length in {*lengths, context}:
+        make_task(trial.task, model, ByteTokenizer(), TEST_SEED, 1, length, options)
 
 
 def run_trial(
@@ -154,7 +175,7 @@ def run_trial(
         `attribution.attribute_task`, and bits per byte with each branch switched off.
       commit: of this code; None asks git.
     """
-    started = time.monotonic()
+    started, about = time.monotonic(), facts(commit)
     title = title or trial.name
     models, losses, skipped = train_trial(
         trial, seeds, data, implementation=implementation, title=title, show_progress=show_progress
@@ -164,7 +185,6 @@ def run_trial(
     lengths = list(trial.test_lengths or (context,))
     options = task_options(trial, data)
     tokenizer = ByteTokenizer()
-    about = facts(commit)
     validation = data.validation if data is not None and trial.task_share < 1 else None
     documents = None if validation is None else long_documents(validation, max(lengths) + 1)
     batch = None
@@ -347,16 +367,3 @@ def _loss(model: LanguageModel, trial: Trial, batch, kept: Bool[Array, "layers"]
 
 def _key(trial: dict[str, Any], corpus: str | None) -> str:
     return json.dumps([trial, corpus], sort_keys=True)
-
-
-def replayed(place: str) -> dict[str, Any]:
-    """The line of results at "FILE:LINE", counted from 1.
-
-    Raises:
-      ValueError: no such file or line.
-    """
-    file, _, number = place.rpartition(":")
-    rows = read_rows(Path(file)) if file else []
-    if not number.isdigit() or not 1 <= int(number) <= len(rows):
-        raise ValueError(f"ablate: replay needs FILE:LINE with a line from 1 to {len(rows)}; got {place!r}")
-    return rows[int(number) - 1]

@@ -5,6 +5,7 @@ import json
 from typing import Any, Literal
 
 from rattn_eqx.ablation.layer import NO_DEPARTURES, Departures
+from rattn_eqx.data.tokenizers import BYTE_VOCABULARY
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.fields import settle
 from rattn_eqx.training.config import TrainConfig
@@ -23,7 +24,8 @@ class Trial:
     training (arXiv 2510.05901).
 
     Raises:
-      ValueError: a share outside [0, 1], or a window_dropout where there are not two branches.
+      ValueError: a field of another type, a share outside [0, 1], a window_dropout where there are not two branches, a
+        vocabulary without room for the byte tokenizer's ids, no tests' sample, or a length below 1.
     """
 
     name: str
@@ -44,6 +46,18 @@ class Trial:
         for name in ("task_share", "window_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Trial {self.name}: {name} must lie between 0 and 1; got {getattr(self, name)}")
+        if self.model.vocabulary_size < BYTE_VOCABULARY:
+            raise ValueError(
+                f"Trial {self.name}: model.vocabulary_size must be at least {BYTE_VOCABULARY}, to hold the byte "
+                f"tokenizer's ids; got {self.model.vocabulary_size}"
+            )
+        for name, sizes, low in (
+            ("test_samples", (self.test_samples,), 1),
+            ("test_lengths", self.test_lengths, 1),
+            ("windows", self.windows, 0),
+        ):
+            if any(not low <= size < 2**31 for size in sizes):
+                raise ValueError(f"Trial {self.name}: {name} must be at least {low} and below 2**31; got {sizes}")
         if self.window_dropout and not self.model.residual:
             raise ValueError(
                 f"Trial {self.name}: window_dropout needs the residual branch; got residual=False; use window_dropout=0"

@@ -1,7 +1,8 @@
 """How well a model solves recall tasks, by the length of the sample and the distance of the evidence."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -11,6 +12,8 @@ from jaxtyping import Array, Int, Int32, TypeCheckError
 
 from pallas.checked import checked
 from rattn_eqx.data.tokenizers import ByteTokenizer, Tokenizer
+from rattn_eqx.inference.cost import require_memory
+from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel, batch_logits
 from rattn_eqx.tasks.recall import RecallBatch, RecallScore, bigrams, mqar, score, share_beyond
 from rattn_eqx.tasks.recall_text import common_words, frequent_words, needle, variables
@@ -105,8 +108,10 @@ def evaluate_task(
     the reach of all its local layers' windows one on another; None for both where no layer is local.
 
     Raises:
-      ValueError: as `make_task`, at the call for every length, before anything is computed.
+      ValueError: as `make_task`, at the call for every length, before anything is computed; and for more than the
+        machine's memory holds.
     """
+    require_task_memory(model.config, lengths, samples)
     batches = [make_task(name, model, tokenizer, seed, samples, length, options) for length in lengths]
 
     def scored() -> Iterator[tuple[RecallScore, dict[str, Any]]]:
@@ -127,18 +132,33 @@ def evaluate_task(
     return scored()
 
 
+def require_task_memory(config: ModelConfig, lengths: Sequence[int], samples: int) -> None:
+    """Refuse tests that this machine cannot hold, before memory is taken.
+
+    Raises:
+      ValueError: the samples of all lengths, and the activations and logits of the longest one, are more than it has.
+    """
+    longest = max(lengths, default=0)
+    held = 20 * samples * sum(lengths)  # ids, targets and distances, and the whole sample in int64
+    held += 4 * longest * (config.vocabulary_size + config.model_width)
+    require_memory(f"evaluate: {samples} samples of length {longest}", held, "give fewer or shorter ones")
+
+
 def parse_lengths(text: str) -> list[int]:
     """Lengths such as "512,1k,2k" in tokens; k stands for 1,024.
 
     Raises:
-      ValueError: for anything else, and for a length of 0.
+      ValueError: for anything else, and for a length of 0 or of 2**31 and more.
     """
     lengths = []
     for part in text.split(","):
-        digits, unit = (part[:-1], 1024) if part[-1:] in ("k", "K") else (part, 1)
-        if not (digits.isascii() and digits.isdigit() and int(digits)):
-            raise ValueError(f"evaluate: lengths must be numbers above 0 such as 512,1k,2k; got {part!r} in {text!r}")
-        lengths.append(int(digits) * unit)
+        found = re.fullmatch("([0-9]{1,10})([kK]?)", part)
+        lengths.append(int(found[1]) * (1024 if found[2] else 1) if found else 0)
+        if not 1 <= lengths[-1] < 2**31:
+            raise ValueError(
+                f"evaluate: lengths must be numbers above 0 such as 512,1k,2k; got {part!r:.80} in {text!r:.80}; "
+                "each is below 2**31"
+            )
     return lengths
 
 
@@ -146,12 +166,15 @@ def parse_options(pairs: list[str]) -> dict[str, int | str]:
     """Options such as ["num_pairs=8", "key=hex"]; a whole number becomes an int.
 
     Raises:
-      ValueError: for anything without a name and a value.
+      ValueError: for anything without a name and a value, and for a number beyond 64 bits.
     """
     options: dict[str, int | str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not (name and equals and value):
-            raise ValueError(f"evaluate: an option must be NAME=VALUE such as num_pairs=8; got {pair!r}")
-        options[name] = int(value) if value.isascii() and value.lstrip("-").isdigit() else value
+            raise ValueError(f"evaluate: an option must be NAME=VALUE such as num_pairs=8; got {pair!r:.80}")
+        number = re.fullmatch("-?[0-9]+", value)
+        if number and not (len(value) < 21 and -(2**63) <= int(value) < 2**63):
+            raise ValueError(f"evaluate: a number must be of at most 64 bits; got {pair!r:.80}")
+        options[name] = int(value) if number else value
     return options

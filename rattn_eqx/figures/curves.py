@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from rattn_eqx.ablation import table
+from rattn_eqx.data.files import new_file
 from rattn_eqx.evaluation.attribution import BranchShares, EffectiveMemory
 
 
@@ -184,9 +185,10 @@ def by_length(rows: dict[str, list[dict[str, Any]]], trained: int) -> Figure:
     axes = figure.add_subplot()
     for number, (label, lines) in enumerate(rows.items()):
         lengths = sorted({test["length"] for row in lines for test in row["tests"]})
-        seen = [np.array([table.result(row, f"exact {length}") for row in lines]) for length in lengths]
+        found = [[table.result(row, f"exact {length}") for row in lines] for length in lengths]
+        seen = [np.array([value for value in values if value is not None], float) for values in found]
         style = {"color": f"C{number}", "marker": "osD^v"[number % 5], "markersize": 9 - 2 * (number % 4)}
-        axes.plot(lengths, [np.mean(values) for values in seen], label=label, **style)
+        axes.plot(lengths, [values.mean() if len(values) else np.nan for values in seen], label=label, **style)
         _dots(axes, lengths, seen, f"C{number}")
     axes.axvline(trained, color="black", linestyle="--", linewidth=1, label="length of training")
     axes.set(xlabel="length of the test, in tokens", ylabel="share of answers right", xscale="log", ylim=(-0.03, 1.05))
@@ -197,8 +199,9 @@ def by_length(rows: dict[str, list[dict[str, Any]]], trained: int) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG of 150 dots per inch."""
-    figure.savefig(path, dpi=150)
+    """Write a PNG of 150 dots per inch, whole or not at all."""
+    with new_file(path) as file:
+        figure.savefig(file, dpi=150, format="png")
 
 
 def _column(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,8 @@ Parameters are counted of a built model too, whose layers may not be those of it
 import dataclasses
 import functools
 import math
+import operator
+import os
 from typing import Any, Literal
 
 import equinox as eqx
@@ -14,6 +16,9 @@ import jax
 from pallas.feature_map import named, num_features, softmax
 from rattn_eqx.model.config import LayerKind, ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.training.config import TrainConfig
+
+LAYER = 2**20  # bytes that tracing and compiling a layer takes at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +92,7 @@ def kv_cache_bytes(config: ModelConfig, context: int, *, bytes_per_element: int 
     without. That branch's state is apart: `state_bytes`.
 
     Raises:
-      ValueError: if context is below 1.
+      ValueError: if context is below 1 or beyond 63 bits.
     """
     _require_positive("kv_cache_bytes", context=context)
     tokens = sum(context if kind == "global" else min(config.window, context) for kind in config.layer_kinds)
@@ -146,7 +151,7 @@ def step_time(
       include_state: also count the residual states, read and written in float32 each step; the paper leaves them out.
 
     Raises:
-      ValueError: if batch or context is below 1.
+      ValueError: if batch or context is below 1 or beyond 63 bits.
     """
     _require_positive("step_time", batch=batch, context=context)
     cache = kv_cache_bytes(config, context, bytes_per_element=bytes_per_element)
@@ -202,6 +207,41 @@ def describe_cost(config: ModelConfig, *, context: int, batch: int, hardware: Ha
     return "\n".join(f"{name:<{widths[0]}}  {value:>{widths[1]}}  {note}" for name, value, note in rows)
 
 
+def training_bytes(config: ModelConfig, training: TrainConfig) -> int:
+    """The least memory that training takes, in bytes: what is surely held at once, found from the sizes alone.
+
+    That is the matrices in float32, with their gradients and two moments each; what enters every layer, for each token
+    of a piece of the batch; and `LAYER` for the program of a layer. Scores, logits and copies come on top.
+    """
+    tokens = training.batch_size // training.microbatches * training.context
+    held = 16 * num_weights(config) + config.num_layers * LAYER
+    return held + 4 * tokens * config.model_width * config.num_layers
+
+
+def num_weights(config: ModelConfig) -> int:
+    """The parameters that stand in matrices, all but the small ones of norms and branches: arithmetic, in no time."""
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads
+    per_layer = config.model_width * (heads * config.head_size + 3 * config.feed_forward_width)
+    embeddings = config.vocabulary_size * config.model_width * (1 if config.tie_embeddings else 2)
+    return embeddings + config.num_layers * per_layer
+
+
+def require_memory(what: str, needed: int, remedy: str) -> None:
+    """Refuse arrays that this machine cannot hold, before memory is taken.
+
+    Args:
+      what: begins the message, such as "evaluate: 64 samples".
+      needed: the least number of bytes that are held at once.
+
+    Raises:
+      ValueError: `needed` is more than the memory of the machine and of its accelerator, if there is one.
+    """
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**50
+    limit = max(limit, (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
+    if needed > limit:
+        raise ValueError(f"{what} must fit in memory, {_bytes(limit)}; got at least {_bytes(needed)}; {remedy}")
+
+
 @functools.cache
 def _shapes(config: ModelConfig) -> LanguageModel:
     """The model with a `jax.ShapeDtypeStruct` in place of every parameter."""
@@ -214,8 +254,8 @@ def _size(tree: Any) -> int:
 
 def _require_positive(function: str, **sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{function}: {name} must be at least 1; got {name}={size}")
+        if not 1 <= operator.index(size) < 2**63:
+            raise ValueError(f"{function}: {name} must be at least 1; got {name}={size!r:.80}; below 2**63")
 
 
 def _bytes(size: int) -> str:

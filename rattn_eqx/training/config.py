@@ -42,8 +42,8 @@ class TrainConfig:
             "evaluate_every",
             "evaluation_tokens",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainConfig: {name} must be at least 1; got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"TrainConfig: {name} must be at least 1; got {getattr(self, name)}; below 2**31")
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"TrainConfig: {name} must be above 0 and finite; got {getattr(self, name)}")

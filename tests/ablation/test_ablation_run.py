@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from rattn_eqx.__main__ import main
 from rattn_eqx.ablation import grids, run
 from rattn_eqx.ablation.grids import parse_settings, product
 from rattn_eqx.ablation.layer import Departures
-from rattn_eqx.ablation.run import read_rows, run_grid, run_trial, train_trial
+from rattn_eqx.ablation.rows import append_rows, read_rows, summary
+from rattn_eqx.ablation.run import run_grid, run_trial, train_trial
 from rattn_eqx.ablation.table import mean_and_half_width, paired_difference, table
 from rattn_eqx.ablation.trial import Trial, migrated
+from rattn_eqx.figures.curves import by_length
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.training.config import TrainConfig
 
@@ -190,9 +193,98 @@ def test_the_command_runs_lists_replays_and_tabulates(tmp_path, capsys, monkeypa
         (["--set", "model.window"], "NAME=VALUE,VALUE"),
         (["--part", "3"], "must be i/n"),
         (["--table", "--out", str(out), "--baseline", "x"], "no trial 'x'"),
+        (["--replay", f"{out}:²"], "a line from 1 to 1"),
+        (["--only", "x"], "no trial has 'x' in its name; the grid has quick"),
+        (["--set", "model.vocabulary_size=5"], "model.vocabulary_size must be at least 258"),
+        (["--set", "model=3"], "no setting 'model'; use model.FIELD"),
+        (["--set", "model.window=abc"], "ModelConfig: window must be an integer of at most 64 bits; got 'abc'"),
+        (["--set", "training.steps=1.5"], "TrainConfig: steps must be an integer of at most 64 bits; got 1.5"),
+        (["--set", "training.learning_rate=NaN"], "learning_rate must be a finite number"),
+        (["--set", "training.seed=1"], "no setting 'training.seed'"),
+        (["--set", "task_options.x=1"], "mqar has no option x"),
+        (["--set", "task=" + "[" * 100_000], "no task '[["),
+        (["--set", "model.num_layers=100000000000"], "must fit in memory"),
+        (["--set", "test_samples=100000000000", "--seeds", "1"], "test_samples must be at least 1 and below 2**31"),
+        (["--part", "3/2"], "1 <= i <= n; got 3/2"),
+        (["--out", str(tmp_path)], "must be a regular file"),
     ):
-        assert main(["ablate", *arguments]) == 2
+        assert main(["ablate", "--out", str(tmp_path / "new.jsonl"), *arguments]) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x = 1\ntrials = [x / 0]\n", "raised ZeroDivisionError: division by zero (line 2)"),
+        ("x = 1\nx = (\n", "raised SyntaxError: '(' was never closed"),
+        ("import sys\nsys.exit(3)\n", "raised SystemExit: 3 (line 2)"),
+        ("trials = [1]", "must define `trials`, a list of Trial, at least one; got [1]"),
+    ],
+)
+def test_a_grid_that_raises_names_the_users_line(tmp_path, capsys, text, words):
+    (grid := tmp_path / "grid.py").write_text(text)
+    assert main(["ablate", "--grid", str(grid), "--list"]) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert f"ablate: {grid} {words}" in said
+
+
+def test_a_grid_is_checked_before_its_first_trial(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "run_trial", lambda *_, **__: pytest.fail("ran"))
+    trials = product([TINY], {"task_options.gap": [6, 600]})
+    with pytest.raises(ValueError, match="must fit in length"):
+        run_grid(trials, [0], None, tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda row: [1], r"an object is needed, got \[1\]"),
+        (lambda row: row | {"tests": 3}, "tests is 3"),
+        (lambda row: row | {"tests": [3]}, "an object is needed, got 3"),
+        (lambda row: row | {"seed": "0"}, "seed is '0'"),
+        (lambda row: {**row, "trial": {}}, "model"),
+        (lambda row: {**row, "trial": row["trial"] | {"task_share": "all"}}, "task_share must be"),
+        (lambda row: row | {"bits_per_byte": float("nan")}, "NaN is no number of JSON"),
+        (lambda row: None, "an object is needed"),
+    ],
+)
+def test_a_line_that_is_no_result_is_named(tmp_path, rows, change, words):
+    out = tmp_path / "out.jsonl"
+    out.write_text(json.dumps(rows[0]) + "\n\n" + json.dumps(change(rows[0])) + "\n")
+    with pytest.raises(ValueError, match=rf"ablate: line 3 of {out} is no result: .*{words}"):
+        read_rows(out)
+    out.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="line 1 of"):
+        read_rows(out)
+
+
+def test_numbers_that_are_not_finite_are_null_and_said(tmp_path, rows):
+    out, lost = tmp_path / "out.jsonl", [row | {"bits_per_byte": float("nan"), "skipped": 3} for row in rows]
+    append_rows(out, lost)
+    assert "NaN" not in out.read_text()
+    assert [row["bits_per_byte"] for row in read_rows(out)] == [None, None]
+    assert "written as null, in 2 of 2 lines" in summary(lost)
+    assert "not finite: 3, 3" in summary(lost)
+    assert "tiny" in table(read_rows(out))
+    assert by_length({"tiny": read_rows(out)}, 24).axes
+
+
+def test_lines_are_added_whole_or_not_at_all(tmp_path, rows, monkeypatch):
+    out, write = tmp_path / "out.jsonl", os.write
+    out.write_text(json.dumps(rows[0]))  # as an editor leaves it, without a newline
+    append_rows(out, rows[1:])
+    before = out.read_bytes()
+    assert [row["seed"] for row in read_rows(out)] == [0, 5]
+
+    def full(descriptor: int, data: bytes) -> int:
+        if len(data) <= 50:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data[:-50])
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        append_rows(out, rows)
+    assert out.read_bytes() == before
 
 
 def test_settings_are_read_and_combined():

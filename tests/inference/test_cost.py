@@ -136,3 +136,12 @@ def test_the_table_shows_what_the_functions_say():
 def test_sizes_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         cost.step_time(*arguments)
+
+
+def test_matrices_are_most_of_the_parameters():
+    for name, config in presets.items():
+        assert 0.98 < cost.num_weights(config) / cost.count_parameters(config) <= 1, name
+    untied = dataclasses.replace(presets["tiny"], tie_embeddings=False)
+    assert 0.98 < cost.num_weights(untied) / cost.count_parameters(untied) <= 1
+    with pytest.raises(ValueError, match=r"all must fit in memory, .* GB; got at least 1e\+06 GB; give less"):
+        cost.require_memory("all", 10**15, "give less")

@@ -1,0 +1,54 @@
+"""What an argument of the command line may be: functions for argparse, whose errors say what is wrong."""
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def whole(low: int = -(2**31), high: int = 2**31 - 1) -> Callable[[str], int]:
+    """A whole number of a range; by default 32 bits, as arrays are counted on a device."""
+
+    def parse(text: str) -> int:
+        number = None if len(text) > 30 else _number(int, text)
+        if number is None or not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}; got {text!r:.60}")
+        return number
+
+    return parse
+
+
+def finite(text: str) -> float:
+    """A number, neither NaN nor infinite, that float32 holds."""
+    number = _number(float, text)
+    if number is None or not abs(number) < 3e38 or not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a finite number; got {text!r:.60}")
+    return number
+
+
+def place(text: str) -> str:
+    """A path, or a name in its stead, with ~ expanded."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"must be a name or path; got {text!r:.60}")
+    return os.path.expanduser(text)
+
+
+def path(text: str) -> Path:
+    """A path with ~ expanded."""
+    return Path(place(text))
+
+
+def utf8(text: str) -> str:
+    """Text in UTF-8 under any locale: bytes that the locale could not decode stand in `text` as surrogates."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"must be UTF-8 text; got {text!r:.60}") from None
+
+
+def _number(kind: Callable, text: str):
+    try:
+        return kind(text)
+    except ValueError:
+        return None
