@@ -194,11 +194,11 @@ def make_run(folder: Path) -> None:
 
 def test_a_run_beside_its_text_finds_the_same_files_again(tmp_path):
     folder = write_files(tmp_path, numbered_files(5))
-    own = {"exclude": [folder / "runs" / "tiny", folder / "results.jsonl"]}
-    first = build_corpus(folder, folder, **own)
+    own = [folder / "runs" / "tiny", folder / "results.jsonl"]
+    first = build_corpus(folder, folder, exclude=own)
     make_run(folder / "runs" / "tiny")
     write_files(folder, {"results.jsonl": b"{}\n", "lock": b"12345\n"})
-    again = build_corpus(folder, folder, **own)
+    again = build_corpus(folder, folder, exclude=own)
     assert (again.manifest["sha256"], again.train) == (first.manifest["sha256"], first.train)
     assert first.manifest["left_out"] == {"excluded path": 2}
 
@@ -208,7 +208,7 @@ def test_a_run_beside_its_text_finds_the_same_files_again(tmp_path):
     write_files(folder / "runs" / "robbed", {"metrics.jsonl": b"{}", "checkpoints/a": b"a"})
     os.symlink(folder / "runs" / "done" / "metrics.jsonl", folder / "latest.jsonl")
     os.symlink(folder / "runs" / "done" / "checkpoints", folder / "newest")
-    again = build_corpus(folder, folder, **own)
+    again = build_corpus(folder, folder, exclude=own)
     assert (again.manifest["sha256"], again.train) == (first.manifest["sha256"], first.train)
     assert again.manifest["left_out"] == {"cache": 2, "excluded path": 2, "run folder": 5}
     assert "left out: cache 2, excluded path 2, run folder 5" in describe(again.manifest)
@@ -315,7 +315,7 @@ def test_a_cache_has_the_permissions_of_the_umask_and_no_remains_of_the_dead(tmp
     assert not list((tmp_path / "cache").glob(".*"))
 
 
-@pytest.mark.parametrize("count", [15, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [15, pytest.param(1000, marks=pytest.mark.slow)])
 def test_random_folders_give_their_texts_and_no_more(tmp_path, count):
     for seed in range(count):
         expected = random_folder(tmp_path / str(seed), random.Random(seed))
