@@ -189,7 +189,7 @@ def _is_tokens(folder: Path) -> bool:
 def _used(folder: Path) -> float:
     """When a folder was last used; of a damaged one, when its own entries last changed."""
     for path in (folder / _MANIFEST, folder):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(OSError):
             return os.lstat(path).st_mtime
     return 0.0
 

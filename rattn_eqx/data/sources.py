@@ -110,18 +110,19 @@ def _walk(root: Root, excluded: dict[str, str], left_out: dict[str, str]) -> Ite
             continue
         visited.add(folder)
         try:
-            names = os.listdir(folder)
+            with os.scandir(folder) as listed:
+                entries = list(listed)
         except OSError:  # forbidden, or a longer path than the system takes
             left_out[folder] = "unreadable folder"
             continue
-        for name in names:
-            path = os.path.join(folder, name)
+        for entry in entries:
+            name, path, is_link = entry.name, entry.path, entry.is_symlink()
             if name.startswith(".") or name in nested or path in excluded:
                 continue
             try:
-                status, is_link = os.stat(path), os.path.islink(path)
+                status = entry.stat()
             except OSError:
-                left_out[path] = "link to nowhere" if os.path.islink(path) else "unreadable file"
+                left_out[path] = "link to nowhere" if is_link else "unreadable file"
                 continue
             real = os.path.realpath(path) if is_link else path
             if stat.S_ISDIR(status.st_mode):

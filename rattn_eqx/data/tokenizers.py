@@ -248,7 +248,7 @@ def _read_definition(definition: str) -> Any:
     try:
         tokenizer = library.Tokenizer.from_str(definition)
     except Exception as error:  # the library raises no narrower class
-        raise ValueError(f"BPETokenizer: not a definition of the tokenizers library: {error}") from error
+        raise ValueError(f"BPETokenizer: not a definition of the tokenizers library: {str(error)!r:.120}") from error
     given, expected = (_settings(json.loads(x.to_str())) for x in (tokenizer, _untrained(library)))
     for key in sorted(given.keys() | expected.keys()):
         if given.get(key) != expected.get(key):

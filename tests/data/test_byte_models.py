@@ -56,6 +56,16 @@ def test_probabilities_over_the_alphabet_sum_to_one_in_every_context():
     np.testing.assert_allclose(sums, 1.0, rtol=1e-12)
 
 
+def test_counts_do_not_depend_on_the_blocks_that_are_counted(monkeypatch):
+    tokens = np.random.default_rng(0).integers(97, 100, 500).astype(np.uint16)
+    whole = byte_models._count(tokens, 3)
+    for block in (1, 2, 7):
+        monkeypatch.setattr(byte_models, "_BLOCK", block)
+        for level, expected in zip(byte_models._count(tokens, 3), whole, strict=True):
+            for name, values in vars(expected).items():
+                np.testing.assert_array_equal(getattr(level, name), values)
+
+
 def test_more_context_helps_on_text_that_has_some():
     text = np.frombuffer(b"the cat sat on the mat and the rat ran to the cat " * 40, np.uint8).astype(np.uint16)
     figures = [interpolated_bits_per_byte(text[:1500], text[1500:], order=order) for order in range(4)]

@@ -1,6 +1,7 @@
 """Tokenizers lose nothing; batches hold what they should, and continue where they stopped."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
+from rattn_eqx.data import batches
 from rattn_eqx.data.batches import TokenWindows, long_documents, training_batches, validation_batches
 from rattn_eqx.data.corpus import Corpus, build_corpus
+from rattn_eqx.data.files import DamagedError
 from rattn_eqx.data.tokenizers import (
     BYTE_VOCABULARY,
     DOCUMENT,
@@ -102,6 +105,48 @@ def test_tokenizer_survives_its_file(tokenizer, tmp_path):
             load_tokenizer(tmp_path / "other.json")
 
 
+HOSTILE_DEFINITIONS = {  # what is changed in a definition, and what is said of it
+    "empty": (
+        lambda definition: definition.clear(),
+        "key tokenizers: BPETokenizer: not a definition of the tokenizers",
+    ),
+    "lower case": (lambda definition: definition.update(normalizer={"type": "Lowercase"}), "normalizer.* must be None"),
+    "truncation": (
+        lambda definition: definition.update(
+            truncation={"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+        ),
+        "truncation.direction must be None; got 'Right'",
+    ),
+    "dropout": (lambda definition: definition["model"].update(dropout=0.5), "model.dropout must be None; got 0.5"),
+    "a gap": (lambda definition: definition["model"]["vocab"].update({"\u00e9\u00e9": 9999}), "from 0 on"),
+    "a letter": (lambda definition: definition["model"]["vocab"].update({"\u20ac": 598}), "pieces of bytes alone"),
+    "a list": (lambda definition: definition["model"].update(vocab=[]), "key tokenizers: BPETokenizer: not a defin"),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE_DEFINITIONS)
+def test_a_tokenizer_that_would_lose_text_is_refused(bpe, tmp_path, change):
+    content = json.loads(bpe.to_json())
+    HOSTILE_DEFINITIONS[change][0](content["tokenizers"])
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DamagedError, match=f"load_tokenizer: {path}, .*{HOSTILE_DEFINITIONS[change][1]}.*save wrote$"):
+        load_tokenizer(path)
+
+
+def test_what_is_no_tokenizer_at_all_is_refused_in_a_line(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    nested = '{"kind": "bpe", "tokenizers": ' + '{"a":' * 900 + "1" + "}" * 901
+    for text in (nested, "[" * 100_000, '{"kind": "bpe", "tokenizers": 5}', '{"kind": ["byte"]}', "NaN", "\ud800"):
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        with pytest.raises(DamagedError, match=rf"^load_tokenizer: {path}\b.*save wrote$"):
+            load_tokenizer(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DamagedError, match=f"load_tokenizer: {path} must be a regular file"):
+        load_tokenizer(path)
+
+
 def test_missing_library_is_an_error_that_names_the_extra(monkeypatch, corpus):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"pip install 'rattn-eqx\[bpe\]'"):
@@ -128,6 +173,43 @@ def test_long_documents_are_the_beginnings_of_those_long_enough(tmp_path):
     assert long_documents(path, 3).tolist() == [[256, 1, 2], [256, 4, 5], [256, 7, 8]]
     assert long_documents(path, 4).tolist() == [[256, 4, 5, 6]]
     assert long_documents(path, 5).shape == (0, 5)
+
+
+def test_long_documents_do_not_depend_on_the_blocks_that_are_read(tmp_path, monkeypatch):
+    path, generator = tmp_path / "tokens.npy", np.random.default_rng(0)
+    for block in (1, 7, 64):
+        monkeypatch.setattr(batches, "_BLOCK", block)
+        for share in (0.02, 0.3, 1.0):
+            stream = np.where(generator.random(300) < share, DOCUMENT, generator.integers(0, 256, 300)).astype(
+                np.uint16
+            )
+            stream[0] = DOCUMENT
+            np.save(path, stream)
+            documents = np.split(stream, np.flatnonzero(stream == DOCUMENT)[1:])
+            for length in (1, 2, 20):
+                expected = [document[:length].tolist() for document in documents if len(document) >= length]
+                assert long_documents(path, length).tolist() == expected
+    with pytest.raises(ValueError, match="long_documents: length must be at least 1; got 0"):
+        long_documents(path, 0)
+
+
+@pytest.mark.slow
+def test_long_documents_take_no_memory_for_the_others(tmp_path):
+    np.save(tmp_path / "tokens.npy", np.full(5 * 10**7, DOCUMENT, np.uint16))
+    program = (
+        "import resource, sys; from rattn_eqx.data.batches import long_documents\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert len(long_documents(sys.argv[1], 1001)) == 0\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "tokens.npy")],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(child.stdout) < 150, "MB"
 
 
 def test_windows_shift_targets_and_number_documents(tmp_path):
@@ -175,6 +257,46 @@ def test_what_is_no_token_file_or_too_short_is_an_error(token_file, tmp_path):
         training_batches(token_file, context=10, batch_size=1, seed=0, process_index=2, process_count=2)
     with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
         training_batches(token_file, context=10, batch_size=0, seed=0)
+
+
+def test_a_hostile_token_file_is_refused_before_it_is_read(token_file, tmp_path):
+    path, whole = tmp_path / "hostile.npy", token_file.read_bytes()
+    contents = {
+        b"": "must be a .npy file",
+        whole[:60]: "must be a .npy file",
+        whole[:-3]: "must hold the 206 tokens that it claims; got 409 bytes",
+        whole.replace(b"(206,), }  ", b"(2**40,), }"): "must be a .npy file",
+    }
+    wide = b"(999999999999999,), }"
+    at = whole.index(b"(206,), }")
+    contents[whole[:at] + wide + whole[at + len(wide) :]] = "must hold the 999,999,999,999,999 tokens that it claims"
+    for content, message in contents.items():
+        path.write_bytes(content)
+        refused_by_all(path, message)
+    arrays = {
+        "got object": np.array([DOCUMENT, []], object),
+        "got >u2": np.array([DOCUMENT, 1], ">u2"),
+        r"got uint16 of shape \(2, 3\)": np.asfortranarray(np.zeros((2, 3), np.uint16)),
+        r"got uint16 of shape \(0,\)": np.zeros(0, np.uint16),
+    }
+    for message, array in arrays.items():
+        np.save(path, array, allow_pickle=True)
+        refused_by_all(path, message)
+    np.savez(path.with_suffix(".npz"), array=np.zeros(3))
+    refused_by_all(path.with_suffix(".npz"), "must be a .npy file")
+    path.unlink()
+    os.mkfifo(path)
+    refused_by_all(path, "must be a regular file")
+
+
+def refused_by_all(path: Path, message: str) -> None:
+    for read in (
+        lambda: TokenWindows(path, 4),
+        lambda: validation_batches(path, context=4, batch_size=1),
+        lambda: long_documents(path, 4),
+    ):
+        with pytest.raises(ValueError, match=f"{path} .*{message}"):
+            read()
 
 
 def test_every_epoch_shuffles_all_windows_anew(token_file):
