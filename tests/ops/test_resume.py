@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +126,7 @@ def test_a_segment_that_begins_where_no_key_is_kept_begins_from_segment_state():
 
     @jax.jit
     def run():
-        rla = functools.partial(pallas.residual_linear_attention, window=0, segment_state=fresh)
+        rla: Any = functools.partial(pallas.residual_linear_attention, window=0, segment_state=fresh)
         expected = rla(q, k, v, segment_ids=ids)
         begun, state = rla(q[:4], k[:4], v[:4], segment_ids=ids[:4], return_final_state=True)
         continued = [rla(q[4:], k[4:], v[4:], segment_ids=ids[4:], initial_state=start) for start in (fresh, state)]
