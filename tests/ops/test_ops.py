@@ -22,7 +22,7 @@ from conformance import (
     values_and_gradients,
     with_kernels,
 )
-from conftest import IMPLEMENTATIONS, KERNELS
+from conftest import KERNELS
 
 import pallas
 from pallas.block_sizes import gpu_blocks
@@ -255,12 +255,12 @@ def test_numpys_numbers_are_numbers(op):
         np.testing.assert_array_equal(call(op, **(wide | of_numpy)), call(op, **(wide | options)))
 
 
-@pytest.mark.parametrize(("implementation", "op"), with_kernels(*ARRAYS, portable=["reference", *IMPLEMENTATIONS]))
-def test_any_window_beyond_the_keys_is_all_of_them(implementation, op):
-    case = Case(op, 7, 9, s=9, segments=(4, 5))
-    arrays = case.arrays(own_dtypes(implementation)[-1])
+@pytest.mark.parametrize("op", ARRAYS)
+def test_any_window_beyond_the_keys_is_all_of_them(implementation_or_reference, op):
+    implementation, case = implementation_or_reference, Case(op, 7, 9, s=9, segments=(4, 5))
+    arrays = case.arrays("float32")
     expected = values_and_gradients(case, arrays, "float32", implementation=implementation)
-    for window in (2**31 - 1, 2**31, 2**70):
+    for window in (2**31, 2**70):
         got = values_and_gradients(case, arrays, "float32", implementation=implementation, window=window)
         for name in expected:
             np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
@@ -275,15 +275,14 @@ def test_another_type_is_told_in_one_line(op):
         assert len(str(told.value)) < 600
 
 
-@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
-def test_float16_overflows_in_the_sum_alone_and_in_its_last_rounding(implementation):
+def test_float16_overflows_in_the_sum_alone_and_in_its_last_rounding(implementation_or_reference):
     arrays = Case(BOTH, 70, 20, sizes=(2, 1, 4, 4), states=()).arrays("float32")
     arrays = {name: x if "gain" in name else 600 * x for name, x in arrays.items()}
 
     @functools.partial(jax.jit, static_argnums=0)
     def outputs(dtype):
         given: dict[str, Any] = {name: jnp.asarray(x).astype(jnp.float16).astype(dtype) for name, x in arrays.items()}
-        shared: dict[str, Any] = dict(window=20, implementation=implementation)
+        shared: dict[str, Any] = dict(window=20, implementation=implementation_or_reference)
         maps: dict[str, Any] = dict(feature_map=pallas.feature_map.relu)
         qkv = [given[name] for name in ("q", "k", "v")]
         swa = pallas.sliding_window_attention(*qkv, **shared)
