@@ -12,6 +12,8 @@ from pallas.numerics import accumulation_dtype
 def check_attention(op: str, q: Array, k: Array, window: int, segment_ids: Array | None) -> None:
     """The rules that tie arguments together; rank and dtype are jaxtyping's to check."""
     (t, h, _), (s, kv, _) = q.shape, k.shape
+    if not (isinstance(t, int) and isinstance(s, int)):
+        raise ValueError(f"{op}: lengths must be static; got t={t}, s={s}; export once for each length")
     if t < 1:
         raise ValueError(f"{op}: t must be at least 1; got t={t}; skip empty sequences")
     if s < t:

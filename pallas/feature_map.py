@@ -159,8 +159,8 @@ class Hedgehog(eqx.Module):
 
     def __init__(self, head_size: int, num_features: int | None = None, *, key: PRNGKeyArray):
         num_features = head_size if num_features is None else num_features
-        noise = jax.random.normal(key, (head_size, num_features)) * (0.1 / head_size**0.5)
-        self.weight = jnp.eye(head_size, num_features) + noise
+        noise = jax.random.normal(key, (head_size, num_features), jnp.float32) * (0.1 / head_size**0.5)
+        self.weight = jnp.eye(head_size, num_features, dtype=jnp.float32) + noise
 
     @checked
     def __call__(self, x: Float[Array, "*batch {self.weight.shape[0]}"]) -> Float[Array, "*batch f"]:

@@ -43,6 +43,8 @@ def sliding_window_attention(
     Args:
       q, k, v: queries, keys and values of one sequence, in any floating dtypes; `jax.vmap` batches. With more keys than
         queries, queries stand at the last t of the s positions. Query head i reads key/value head i // (h / kv).
+        Lengths are static: under `jax.export` t and s are numbers, and each length is exported by itself; a batch axis
+        of `jax.vmap` may be symbolic.
       window: keys that a query sees, itself included; 0 gives exactly 0.
       scale: multiplies the logits; 1 / sqrt(d) by default.
       segment_ids: one id for each key; a query sees its own segment only. A segment is a maximal run of equal ids. What
@@ -55,7 +57,7 @@ def sliding_window_attention(
       block_sizes: how the sequence is cut; changes no result beyond rounding.
 
     Returns:
-      One output for each query and head, in v's dtype.
+      One output for each query and head, in v's dtype: a mean of values, finite in float16 too.
 
     Raises:
       ValueError: where arguments do not fit together. NotImplementedError: for an implementation that cannot do it.
@@ -117,11 +119,15 @@ def residual_linear_attention(
         another, nor its gradients; within a segment nothing is promised of it, and its outputs pass no gradient on.
       return_final_state: also return the state that the last query read, S_{s-1-W} of its segment. Pass it on as
         `initial_state`, with the last min(W, s) keys, values and ids in front, and the next call continues exactly.
+        With window=0 no key is left to tell which segment the state is of: where the next call begins a new segment,
+        pass it `segment_state` (or None, if that is zero) as `initial_state` instead.
       implementation, block_sizes: as in `sliding_window_attention`.
 
     Returns:
       One output for each query and head, in v's dtype; exactly 0 where the residual set is empty and there is no
-      initial state. With `return_final_state`, also the state in float32 (float64 for float64 inputs).
+      initial state. With `return_final_state`, also the state in float32 (float64 for float64 inputs). An output is a
+      sum over the residual set: beyond 65,504 it is infinite in float16, unless v is float32 or bfloat16. `rattention`
+      norms it in float32, and stays finite.
 
     Raises:
       ValueError: where arguments do not fit together. NotImplementedError: for an implementation that cannot do it.
@@ -271,6 +277,7 @@ def _call(
     arrays, spoilt = queries | keys | (states or {}), None
     if segment_ids is not None:
         arrays, spoilt = contained(segment_ids, queries, keys, states or {})
+    options["window"] = min(options["window"], next(iter(keys.values())).shape[0])  # as many keys as there are: all
     module = PORTABLE[chosen] if chosen in PORTABLE else importlib.import_module(f"pallas.{KERNELS[chosen]}.ops")
     blocks = block_sizes or default_block_sizes(options["window"], queries["q"].shape[0])
     result = getattr(module, op)(**arrays, segment_ids=segment_ids, block_sizes=blocks, **options)

@@ -92,8 +92,8 @@ class DecayGate(eqx.Module):
     bias: Float[Array, "kv"]
 
     def __init__(self, model_width: int, num_kv_heads: int):
-        self.weight = jnp.zeros((model_width, num_kv_heads))
-        self.bias = jnp.log(jnp.geomspace(SHORTEST, LONGEST, num_kv_heads))
+        self.weight = jnp.zeros((model_width, num_kv_heads), jnp.float32)
+        self.bias = jnp.log(jnp.geomspace(SHORTEST, LONGEST, num_kv_heads, dtype=jnp.float32))
 
     @checked
     def __call__(self, x: Float[Array, "t m"]) -> Float[Array, "t kv"]:
@@ -113,8 +113,8 @@ class Sinks(eqx.Module):
     values: Float[Array, "sinks kv dv"]
 
     def __init__(self, num_sinks: int, num_heads: int, num_kv_heads: int, head_size: int):
-        self.logits = jnp.zeros((num_sinks, num_heads))
-        self.values = jnp.zeros((num_sinks, num_kv_heads, head_size))
+        self.logits = jnp.zeros((num_sinks, num_heads), jnp.float32)
+        self.values = jnp.zeros((num_sinks, num_kv_heads, head_size), jnp.float32)
 
 
 @checked
@@ -156,7 +156,9 @@ class AblatedAttention(eqx.Module):
         self.layer = layer
         self.decay_gate = DecayGate(model_width, num_kv_heads) if departures.decay_gate else None
         self.sinks = Sinks(departures.num_sinks, num_heads, num_kv_heads, head_size) if departures.num_sinks else None
-        self.conv_taps = jnp.zeros((departures.conv_width, model_width)) if departures.conv_width else None
+        self.conv_taps = None
+        if departures.conv_width:
+            self.conv_taps = jnp.zeros((departures.conv_width, model_width), jnp.float32)
         self.departures = departures
 
     @property
@@ -280,7 +282,7 @@ def window_with_sinks(
     Plain XLA, memory of t * window.
     """
     t, num_sinks = q.shape[0], sink_logits.shape[0]
-    block = min(window, t)
+    window = block = min(window, t)
     n = -(-t // block)
     runs = _runs(t, segment_ids)
 

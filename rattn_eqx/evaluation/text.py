@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -34,14 +34,17 @@ def evaluate(model: LanguageModel, batches: Iterable[Batch], tokenizer: Tokenize
         if sum_nats is None:
             mesh = batch_mesh(len(batch["tokens"]))
             parameters = replicate(parameters, mesh)
-            sum_nats = _compile(static, mesh, tokenizer.padding)
+            leaves, structure = jax.tree.flatten(static)  # hashable, also where a module holds a list
+            sum_nats = _compile(tuple(leaves), structure, mesh, tokenizer.padding)
         nats += float(sum_nats(parameters, batch))
         num_bytes += int(tokenizer.byte_lengths[batch["targets"]].sum())
     return bits_per_byte(nats, num_bytes)
 
 
 @functools.lru_cache(maxsize=8)  # `train` evaluates again and again: compile once
-def _compile(static: LanguageModel, mesh: Mesh, padding: int) -> Callable:
+def _compile(leaves: tuple, structure: Any, mesh: Mesh, padding: int) -> Callable:
+    static = jax.tree.unflatten(structure, leaves)
+
     def local(parameters, batch):
         logits = batch_logits(eqx.combine(parameters, static), batch["tokens"], batch["segment_ids"])
         nats = cross_entropy(logits, batch["targets"], batch["targets"] != padding)

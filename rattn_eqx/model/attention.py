@@ -85,9 +85,9 @@ class MetaTokens(eqx.Module):
     values: Float[Array, "tokens kv dv"]
 
     def __init__(self, num_tokens: int, num_kv_heads: int, head_size: int, *, key: PRNGKeyArray):
-        keys = jax.random.split(key)
-        self.keys = jax.random.normal(keys[0], (num_tokens, num_kv_heads, head_size))
-        self.values = jax.random.normal(keys[1], (num_tokens, num_kv_heads, head_size)) / num_tokens**0.5
+        keys, shape = jax.random.split(key), (num_tokens, num_kv_heads, head_size)
+        self.keys = jax.random.normal(keys[0], shape, jnp.float32)
+        self.values = jax.random.normal(keys[1], shape, jnp.float32) / num_tokens**0.5
 
     @checked
     def state(self, phi_k: Callable) -> Float[Array, "kv f dv"]:
@@ -103,8 +103,8 @@ class FeatureScale(eqx.Module):
     key: Float[Array, "kv d"]
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_size: int):
-        self.query = jnp.ones((num_heads, head_size))
-        self.key = jnp.ones((num_kv_heads, head_size))
+        self.query = jnp.ones((num_heads, head_size), jnp.float32)
+        self.key = jnp.ones((num_kv_heads, head_size), jnp.float32)
 
 
 @checked

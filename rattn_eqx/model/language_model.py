@@ -19,11 +19,12 @@ from rattn_eqx.model.norm import RMSNorm
 class LanguageModel(eqx.Module):
     """Embedding, blocks in the repeated `config.pattern`, a final norm, and logits over the vocabulary.
 
-    Unbatched, causal. Parameters are float32; blocks compute in `compute_dtype`; logits are float32. `rematerialise`
-    recomputes each block in the backward pass instead of keeping what is inside it. `feature_map`, where given, makes
-    each local layer's own map from a key, in place of the one that `config` names: a learned one, such as
-    `lambda key: pallas.feature_map.Hedgehog(config.head_size, key=key)`, is trained with the rest. A ValueError refuses
-    it where `config` has no residual branch.
+    Unbatched, causal. Parameters are float32; blocks compute in `compute_dtype`, where float16 makes what exceeds
+    65,504 infinite, as bfloat16 does not; logits are float32. `rematerialise` recomputes each block in the backward
+    pass instead of keeping what is inside it. `feature_map`, where given, makes each local layer's own map from a
+    key, in place of the one that `config` names: a learned one, such as `lambda key:
+    pallas.feature_map.Hedgehog(config.head_size, key=key)`, is trained with the rest. A ValueError refuses it where
+    `config` has no residual branch.
 
     >>> from rattn_eqx.model.presets import tiny
     >>> model = LanguageModel(tiny, key=jax.random.key(0))

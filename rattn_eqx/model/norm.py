@@ -20,7 +20,7 @@ class RMSNorm(eqx.Module):
     eps: float | int = eqx.field(static=True)
 
     def __init__(self, size: int, eps: float | int = 1e-6):
-        self.weight = jnp.ones((size,))
+        self.weight = jnp.ones((size,), jnp.float32)
         self.eps = eps
 
     @checked

@@ -74,6 +74,27 @@ def test_bits_per_byte_by_hand(corpus, tokenizer, tmp_path: Path):
     np.testing.assert_allclose(evaluate(model, batches(), tokenizer), expected, rtol=1e-5)
 
 
+class Polynomial(eqx.Module):
+    """A map of the caller's own, with a list in it."""
+
+    coefficients: list[float]
+
+    def __call__(self, x):
+        return sum(c * x**power for power, c in enumerate(self.coefficients))
+
+
+def test_a_map_that_holds_a_list_is_evaluated(corpus, tmp_path: Path):
+    _, validation = tokenize(corpus, ByteTokenizer(), tmp_path)
+    config = dataclasses.replace(MODEL, num_layers=1, pattern=("local",))
+
+    def bits(feature_map):
+        model = LanguageModel(config, feature_map=lambda key: feature_map, key=jax.random.key(0))
+        batches = validation_batches(validation, context=CONTEXT, batch_size=3, document=256, max_tokens=96)
+        return evaluate(model, batches, ByteTokenizer())
+
+    assert bits(Polynomial([0.0, 1.0])) == pytest.approx(bits(lambda x: x), rel=1e-6)
+
+
 def test_loss_by_position_is_the_mean_of_its_positions(corpus, tokenizer, tmp_path: Path):
     _, validation = tokenize(corpus, tokenizer, tmp_path)
     documents = long_documents(validation, 301, document=tokenizer.document)

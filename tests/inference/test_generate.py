@@ -191,8 +191,9 @@ def test_numbers_and_ids_however_they_are_held(model):
     for prompt, forbid in ((PROMPT.tolist(), [2, 5]), (list(PROMPT), {2, 5}), (jnp.asarray(PROMPT), np.array([2, 5]))):
         assert text(prompt, forbid, **options) == expected
     logits = jnp.asarray([0.3, -1.0, 1.2])
+    of_numpy: dict[str, Any] = dict(temperature=np.float16(0.5), top_k=np.uint8(2), top_p=np.float32(0.5))
     np.testing.assert_array_equal(
-        filter_logits(logits, temperature=np.float16(0.5), top_k=np.uint8(2), top_p=np.float32(0.5)),
+        filter_logits(logits, **of_numpy),
         filter_logits(logits, temperature=0.5, top_k=2, top_p=0.5),
     )
 

@@ -1,15 +1,18 @@
 """Modules and configs tell a user's mistakes by name, before anything is computed."""
 
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 from test_modules import CONFIG, SIZES
 
 from pallas.feature_map import Hedgehog
+from rattn_eqx.ablation.layer import Departures, ablate
 from rattn_eqx.model.attention import GlobalAttention, Projections, RAttention
 from rattn_eqx.model.block import Block
 from rattn_eqx.model.feed_forward import FeedForward
@@ -107,6 +110,51 @@ def test_whole_numbers_are_numbers():
     assert jnp.array_equal(rotary(x, position, theta=10_000), rotary(x, position, theta=1e4))
     layer = RAttention(8, **SIZES, window=2, rope_theta=10_000, swa_gain=1, rla_gain=0, key=jax.random.key(0))
     assert layer(X).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("module", "numbers"),
+    [
+        (RAttention, {"model_width": 8, **SIZES, "window": 2, "rla_gain": 0.5}),
+        (GlobalAttention, {"model_width": 8, **SIZES}),
+        (FeedForward, {"model_width": 8, "width": 12}),
+        (Hedgehog, {"head_size": 4}),
+        (RMSNorm, {"size": 8, "eps": 0.5}),
+    ],
+)
+def test_numpys_numbers_are_numbers(module, numbers):
+    of_numpy = {name: np.int64(x) if isinstance(x, int) else np.float32(x) for name, x in numbers.items()}
+    key: dict[str, Any] = {} if module is RMSNorm else {"key": jax.random.key(0)}
+    assert eqx.tree_equal(module(**of_numpy, **key), module(**numbers, **key), typematch=True)
+
+
+@pytest.mark.parametrize("name", ["model_width", "window", "feature_map", "rla_gain", "key"])
+def test_another_type_is_told_in_one_line(name):
+    model = LanguageModel(CONFIG, key=jax.random.key(0))
+    options: dict[str, Any] = {"model_width": 8, "window": 2, "key": jax.random.key(0), **SIZES}
+    options[name] = 3 if name == "feature_map" else model
+    with pytest.raises(jaxtyping.TypeCheckError, match=f"typechecking parameter '{name}'") as told:
+        RAttention(**options)
+    assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 600
+
+
+@pytest.mark.parametrize("departures", [{}, {"num_sinks": 2, "conv_width": 3}, {"decay_gate": True}])
+def test_parameters_are_float32_where_float64_is_enabled(departures):
+    config = dataclasses.replace(CONFIG, feature_map="learned", tie_embeddings=False)
+    config = dataclasses.replace(config, num_meta_tokens=0) if "decay_gate" in departures else config
+
+    def build():
+        return ablate(LanguageModel(config, key=jax.random.key(0)), Departures(**departures))
+
+    plain = build()
+    with jax.enable_x64(True):
+        wide = build()
+        assert eqx.filter_eval_shape(wide, jnp.zeros(5, jnp.int32)).dtype == jnp.float32
+    parameters = jax.tree.leaves(eqx.filter(wide, eqx.is_array))
+    assert {x.dtype for x in parameters} == {jnp.dtype("float32")}
+    for x, y in zip(parameters, jax.tree.leaves(eqx.filter(plain, eqx.is_array)), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_a_feature_map_without_a_residual_branch_is_refused():

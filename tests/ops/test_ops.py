@@ -1,6 +1,10 @@
 """Every implementation computes what the float64 reference computes: outputs, final states and all gradients."""
 
+import functools
+from typing import Any
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
@@ -238,6 +242,78 @@ def test_a_state_of_another_feature_size_is_named(op, name):
 def test_whole_numbers_are_numbers(op, options):
     expected = call(op, **{name: float(value) for name, value in options.items()})
     np.testing.assert_array_equal(call(op, **options), expected)
+
+
+@pytest.mark.parametrize("op", ARRAYS)
+def test_numpys_numbers_are_numbers(op):
+    options: dict[str, Any] = (
+        {"window": 2} | ({} if op == RLA else {"scale": 0.5}) | ({"eps": 0.25} if op == BOTH else {})
+    )
+    of_numpy = {name: np.int64(x) if name == "window" else np.float32(x) for name, x in options.items()}
+    with jax.enable_x64(True):  # a float32 scale or eps beside float64
+        wide = {name: jnp.asarray(x, jnp.float64) for name, x in Case(op, 7, 3).arrays("float64").items()}
+        np.testing.assert_array_equal(call(op, **(wide | of_numpy)), call(op, **(wide | options)))
+
+
+@pytest.mark.parametrize("op", ARRAYS)
+def test_any_window_beyond_the_keys_is_all_of_them(implementation_or_reference, op):
+    implementation, case = implementation_or_reference, Case(op, 7, 9, s=9, segments=(4, 5))
+    arrays = case.arrays("float32")
+    expected = values_and_gradients(case, arrays, "float32", implementation=implementation)
+    for window in (2**31, 2**70):
+        got = values_and_gradients(case, arrays, "float32", implementation=implementation, window=window)
+        for name in expected:
+            np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("op", ARRAYS)
+def test_another_type_is_told_in_one_line(op):
+    for wrong in ({"window": [3] * 5000}, {"q": [[1.0] * 5000]}, {"block_sizes": "x" * 5000}):
+        with pytest.raises(jaxtyping.TypeCheckError, match=f"pallas.ops.{op}") as told:
+            call(op, **wrong)
+        assert "\n" not in str(told.value)
+        assert len(str(told.value)) < 600
+
+
+def test_float16_overflows_in_the_sum_alone_and_in_its_last_rounding(implementation_or_reference):
+    arrays = Case(BOTH, 70, 20, sizes=(2, 1, 4, 4), states=()).arrays("float32")
+    arrays = {name: x if "gain" in name else 600 * x for name, x in arrays.items()}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def outputs(dtype):
+        given: dict[str, Any] = {name: jnp.asarray(x).astype(jnp.float16).astype(dtype) for name, x in arrays.items()}
+        shared: dict[str, Any] = dict(window=20, implementation=implementation_or_reference)
+        maps: dict[str, Any] = dict(feature_map=pallas.feature_map.relu)
+        qkv = [given[name] for name in ("q", "k", "v")]
+        swa = pallas.sliding_window_attention(*qkv, **shared)
+        return (
+            swa,
+            pallas.residual_linear_attention(*qkv, **shared, **maps),
+            pallas.rattention(**given, **shared, **maps),
+        )
+
+    swa, rla, both = outputs(jnp.float16)
+    _, wide, _ = outputs(jnp.float32)
+    assert swa.dtype == rla.dtype == both.dtype == jnp.float16
+    assert jnp.isfinite(swa).all()
+    assert jnp.isfinite(both).all()
+    assert jnp.isfinite(wide).all()
+    assert jnp.isinf(rla).any()
+    np.testing.assert_array_equal(rla, wide.astype(jnp.float16))
+
+
+@pytest.mark.parametrize("op", ARRAYS)
+def test_lengths_are_static_under_export(op):
+    (length,) = jax.export.symbolic_shape("length")
+    case = {name: jnp.asarray(x) for name, x in Case(op, 7, 3).arrays("float32").items()}
+    tokens = [name for name, x in case.items() if len(x) == 7]
+
+    def run(x):
+        return call(op, **{name: jnp.broadcast_to(x, (x.shape[0], *case[name].shape[1:])) for name in tokens})
+
+    with pytest.raises(ValueError, match=f"^{op}: lengths must be static; got t=length, s=length; export once for"):
+        jax.export.export(jax.jit(run))(jax.ShapeDtypeStruct((length, 1, 1), jnp.float32))
+    jax.export.export(jax.jit(jax.vmap(run)))(jax.ShapeDtypeStruct((length, 7, 1, 1), jnp.float32))
 
 
 @pytest.mark.parametrize("op", ARRAYS)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,26 @@ def test_pieces_of_the_reference_equal_the_whole(cuts, boundaries, window):
 @given(cuts=points, boundaries=boundaries, window=windows)
 def test_any_pieces_equal_the_whole(implementation_or_reference, cuts, boundaries, window):
     assert_resumes(implementation_or_reference, cuts, boundaries, window)
+
+
+def test_a_segment_that_begins_where_no_key_is_kept_begins_from_segment_state():
+    arrays = {name: jnp.asarray(x, jnp.float32) for name, x in token_loop.draw(LENGTH).items()}
+    q, k, v = (arrays[name][:8] for name in ("q_rla", "k_rla", "v"))
+    ids = jnp.asarray([0] * 4 + [1] * 4)
+    fresh = arrays["segment_state"]
+
+    @jax.jit
+    def run():
+        rla: Any = functools.partial(pallas.residual_linear_attention, window=0, segment_state=fresh)
+        expected = rla(q, k, v, segment_ids=ids)
+        begun, state = rla(q[:4], k[:4], v[:4], segment_ids=ids[:4], return_final_state=True)
+        continued = [rla(q[4:], k[4:], v[4:], segment_ids=ids[4:], initial_state=start) for start in (fresh, state)]
+        return expected, *(jnp.concatenate([begun, rest]) for rest in continued)
+
+    expected, as_said, as_if_nothing_had_begun = run()
+    assert relative_rms(as_said, expected) <= BOUND
+    assert relative_rms(as_if_nothing_had_begun, expected) > 0.1
+    assert "pass it `segment_state`" in (pallas.residual_linear_attention.__doc__ or "")
 
 
 def test_one_token_at_a_time():
