@@ -315,7 +315,9 @@ def test_a_cache_has_the_permissions_of_the_umask_and_no_remains_of_the_dead(tmp
     assert not list((tmp_path / "cache").glob(".*"))
 
 
-@pytest.mark.parametrize("count", [15, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [15, pytest.param(250, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.long)]
+)
 def test_random_folders_give_their_texts_and_no_more(tmp_path, count):
     for seed in range(count):
         expected = random_folder(tmp_path / str(seed), random.Random(seed))
