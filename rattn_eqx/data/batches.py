@@ -135,15 +135,21 @@ def long_documents(path: Path, length: int, *, document: int = DOCUMENT) -> Int3
     """
     if length < 1:
         raise ValueError(f"long_documents: length must be at least 1; got {length}")
-    num_tokens, start, found = len(_open_tokens(path, document)), 0, []
+    num_tokens, start, found = len(_open_tokens(path, document)), 0, [np.zeros(0, np.int64)]
     for begin in range(0, num_tokens, _BLOCK):
         stream = _open_tokens(path, document)  # mapped anew, which lets go of the blocks before
         starts = begin + np.flatnonzero(stream[begin : begin + _BLOCK] == document)
         end = [num_tokens] if begin + _BLOCK >= num_tokens else []
         bounds = np.concatenate([[start], starts, end]).astype(np.int64)
-        found += [stream[at : at + length].astype(np.int32) for at in bounds[:-1][np.diff(bounds) >= length]]
+        found.append(bounds[:-1][np.diff(bounds) >= length])
         start = bounds[-1]
-    return np.asarray(found, np.int32).reshape(-1, length)
+    starts = np.concatenate(found)
+    documents = np.empty((len(starts), length), np.int32)
+    for begin in range(0, len(starts), 1024):
+        stream = _open_tokens(path, document)
+        for row, start in zip(documents[begin:], starts[begin : begin + 1024], strict=False):
+            row[:] = stream[start : start + length]
+    return documents
 
 
 def validation_batches(

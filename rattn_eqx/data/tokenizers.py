@@ -72,7 +72,7 @@ class BPETokenizer:
         """Read the library's own JSON text; use `BPETokenizer.train` or `load_tokenizer`.
 
         Raises:
-          ValueError: text that is not what `train` makes; names the key.
+          ValueError: other text, or pieces that are not of bytes.
           ImportError: the `tokenizers` library is missing.
         """
         self._definition = definition
@@ -162,7 +162,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
             return ByteTokenizer()
         case {"kind": "bpe", "tokenizers": dict(definition)}:
             try:
-                return BPETokenizer(json.dumps(definition))
+                tokenizer = BPETokenizer(json.dumps(definition))
+                _require_as_trained(tokenizer)
+                return tokenizer
             except (ValueError, RecursionError) as error:
                 raise DamagedError(f"load_tokenizer: {path}, key tokenizers: {error}; {remedy}") from error
     raise DamagedError(
@@ -239,26 +241,37 @@ def _untrained(library: Any) -> Any:
 
 
 def _read_definition(definition: str) -> Any:
-    """A tokenizer of the library that differs from an untrained one in its words, vocabulary and merges alone.
+    """The library's tokenizer.
 
     Raises:
-      ValueError: other text; names the key.
+      ValueError: other text, or pieces that are not of bytes.
     """
     library = _tokenizers()
     try:
         tokenizer = library.Tokenizer.from_str(definition)
     except Exception as error:  # the library raises no narrower class
         raise ValueError(f"BPETokenizer: not a definition of the tokenizers library: {str(error)!r:.120}") from error
-    given, expected = (_settings(json.loads(x.to_str())) for x in (tokenizer, _untrained(library)))
+    vocabulary = tokenizer.get_vocab()
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))) or len(vocabulary) > 2**16 - 2:
+        raise ValueError("BPETokenizer: model.vocab must number at most 65,534 pieces from 0 on")
+    if max(map(max, filter(None, vocabulary)), default="") > "\xff":
+        raise ValueError("BPETokenizer: model.vocab must have pieces of bytes alone, as Latin-1")
+    return tokenizer
+
+
+def _require_as_trained(tokenizer: BPETokenizer) -> None:
+    """Hold a tokenizer to what `BPETokenizer.train` makes, but for words, vocabulary and merges: others lose text.
+
+    Raises:
+      ValueError: names the key.
+    """
+    library = _tokenizers()
+    given, expected = (_settings(json.loads(x.to_str())) for x in (tokenizer._tokenizer, _untrained(library)))
     for key in sorted(given.keys() | expected.keys()):
         if given.get(key) != expected.get(key):
             raise ValueError(f"BPETokenizer: {key} must be {expected.get(key)!r:.80}; got {given.get(key)!r:.80}")
-    vocabulary = tokenizer.get_vocab()
-    if not 256 <= len(vocabulary) <= 2**16 - 2 or sorted(vocabulary.values()) != list(range(len(vocabulary))):
-        raise ValueError("BPETokenizer: model.vocab must number 256 to 65,534 pieces from 0 on")
-    if not {chr(byte) for byte in range(256)} <= vocabulary.keys() or max(map(max, vocabulary)) > "\xff":
-        raise ValueError("BPETokenizer: model.vocab must have all bytes, and pieces of bytes alone, as Latin-1")
-    return tokenizer
+    if not {bytes([byte]) for byte in range(256)} <= set(tokenizer._pieces):
+        raise ValueError("BPETokenizer: model.vocab must have every byte")
 
 
 def _settings(definition: dict[str, Any]) -> dict[str, Any]:

@@ -171,7 +171,9 @@ def random_edit(cache: Path, beside: Path, dice: random.Random) -> str:
     return f"{edit} {path}"
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [30, pytest.param(250, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.long)]
+)
 def test_after_random_edits_a_cache_gives_what_an_untouched_one_gives(text, tmp_path, count):
     cache, beside, reports = tmp_path / "cache", tmp_path / "beside", []
     beside.mkdir()

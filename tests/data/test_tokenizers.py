@@ -120,6 +120,10 @@ HOSTILE_DEFINITIONS = {  # what is changed in a definition, and what is said of 
     "dropout": (lambda definition: definition["model"].update(dropout=0.5), "model.dropout must be None; got 0.5"),
     "a gap": (lambda definition: definition["model"]["vocab"].update({"\u00e9\u00e9": 9999}), "from 0 on"),
     "a letter": (lambda definition: definition["model"]["vocab"].update({"\u20ac": 598}), "pieces of bytes alone"),
+    "no bytes": (
+        lambda definition: definition["model"].update(vocab={"a": 0, "b": 1}, merges=[]),
+        "model.vocab must have every byte",
+    ),
     "a list": (lambda definition: definition["model"].update(vocab=[]), "key tokenizers: BPETokenizer: not a defin"),
 }
 
