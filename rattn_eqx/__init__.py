@@ -4,8 +4,8 @@ The ops and their kernels are in the package `pallas`. Commands: `rattn --help`.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # for type checkers alone; `typing` is slow to import
 if TYPE_CHECKING:
     from rattn_eqx.inference.generate import generate
     from rattn_eqx.model import presets
@@ -27,7 +27,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"rattn_eqx.{_MODULES[name]}")

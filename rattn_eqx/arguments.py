@@ -36,7 +36,12 @@ def place(text: str) -> str:
 
 def path(text: str) -> Path:
     """A path with ~ expanded."""
-    return Path(place(text))
+    found = Path(place(text))
+    try:
+        found.resolve()
+    except (OSError, RuntimeError):  # which one depends on Python's version
+        raise argparse.ArgumentTypeError(f"must not lead in a circle of links; got {text!r:.200}") from None
+    return found
 
 
 def utf8(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Ctrl-C that is not lost: a destructor, a callback or an import may swallow a KeyboardInterrupt, so it comes again."""
+"""Ctrl-C that is not lost: a destructor or a callback may swallow a KeyboardInterrupt, so it comes again."""
 
 import contextlib
 import signal
@@ -8,18 +8,22 @@ from collections.abc import Iterator
 from types import FrameType
 
 AGAIN = 0.2  # seconds from one KeyboardInterrupt to the next, until one arrives
+PATIENCE = 50  # times that an import is left to end: an extension module whose import is cut short may crash
+_tries = 0
 
 
 @contextlib.contextmanager
 def insistent(*, for_good: bool = False) -> Iterator[None]:
     """Within the block Ctrl-C raises KeyboardInterrupt again and again, until `arrived` is called or the block ends.
 
-    While one is being handled, by a `finally` on its way out, no other is raised. A process in which Ctrl-C is ignored,
-    as in the background of a script, goes on ignoring it. On Windows, which has no such timer, it is raised once.
+    None is raised during an import, and no other while one is being handled, by a `finally` on its way out. A process
+    in which Ctrl-C is ignored, as in the background of a script, goes on ignoring it. On Windows, which has no such
+    timer, it is raised once.
 
     Args:
       for_good: whether Ctrl-C is ignored from the block's end on, where nothing is left to stop.
     """
+    global _tries
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
         yield
@@ -27,6 +31,7 @@ def insistent(*, for_good: bool = False) -> Iterator[None]:
     hook, timers = sys.unraisablehook, hasattr(signal, "setitimer")
     alarm = signal.signal(signal.SIGALRM, _raise) if timers else None
     sys.unraisablehook = lambda said: None if caused(said.exc_value) else hook(said)
+    _tries = 0
     signal.signal(signal.SIGINT, _raise)
     try:
         yield
@@ -48,7 +53,7 @@ def arrived() -> None:
 
 
 def caused(error: BaseException | None) -> bool:
-    """Whether an error is a KeyboardInterrupt, or was raised for one or while one was handled."""
+    """Whether an error is a KeyboardInterrupt, or was raised while one was handled."""
     seen = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, KeyboardInterrupt):
@@ -59,7 +64,19 @@ def caused(error: BaseException | None) -> bool:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
+    global _tries
+    _tries += 1
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        if _tries < PATIENCE and _importing(frame):
+            return
     if not caused(sys.exc_info()[1]):
         raise KeyboardInterrupt
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False

@@ -17,9 +17,9 @@ import pytest
 from training_child import MODEL, SAMPLE, training
 
 from pallas import feature_map
-from rattn_eqx import __main__ as command_line
-from rattn_eqx import interrupt
-from rattn_eqx.__main__ import _parser, main
+from rattn_eqx import commands, interrupt
+from rattn_eqx.__main__ import main
+from rattn_eqx.commands import _parser
 from rattn_eqx.data.tokenizers import ByteTokenizer, load_tokenizer
 from rattn_eqx.inference import cost
 from rattn_eqx.model.presets import presets
@@ -188,6 +188,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
     open_run(other, RunConfig(MODEL, training(), "0" * 64), ByteTokenizer())
     plot = folder / "plot" / "loss.png"
     plot.mkdir(parents=True)
+    (loop := folder / "loop").symlink_to(loop)
     pretrain = ["pretrain", "--cache", str(cache), "--out", str(folder / "out")]
     sample = [*pretrain, "--corpus", str(SAMPLE), *TINY]
     no_run = f"load_config: {empty} is not a run folder, it has no config.json; start one with `rattn pretrain`"
@@ -229,6 +230,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         ),
         "seed": (["generate", "--run", "x", "--seed", "9" * 23], "argument --seed: must be a whole number from 0 to "),
         "digits": (["cost", "--context", "9" * 400], "argument --context: must be a whole number from "),
+        "circle": ([*sample, "--cache", str(loop)], "argument --cache: must not lead in a circle of links; got "),
         "no command": ([], "the following arguments are required: COMMAND; see rattn --help"),
         "cost window": (["cost", "--window", "-5"], "window must be at least 0"),
         "cost context": (["cost", "--context", "0"], "context must be at least 1; got context=0"),
@@ -274,7 +276,7 @@ def told(mistakes_folder: Path) -> dict[str, tuple[str, str]]:
 
 NAMES = ["missing corpus", "empty folder", "binary file", "feature map", "pattern", "window", "warm-up", "steps"]
 NAMES += ["devices", "evaluation", "context", "other run", "no run", "no checkpoint", "cost window", "cost context"]
-NAMES += ["sample", "prompt", "plot", "memory", "devices, many", "samples", "seed", "digits", "no command"]
+NAMES += ["sample", "prompt", "plot", "memory", "devices, many", "samples", "seed", "digits", "circle", "no command"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -361,9 +363,9 @@ def test_home_is_found_in_every_path(monkeypatch, tmp_path):
 
 
 def test_names_that_are_written_twice():
-    assert tuple(presets) == command_line.PRESETS
-    assert tuple(feature_map.named) == command_line.FEATURE_MAPS
-    assert tuple(cost.hardwares) == command_line.HARDWARES
+    assert tuple(presets) == commands.PRESETS
+    assert tuple(feature_map.named) == commands.FEATURE_MAPS
+    assert tuple(cost.hardwares) == commands.HARDWARES
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating")])
@@ -394,7 +396,7 @@ class Finder:
             try:
                 os.kill(os.getpid(), signal.SIGINT)
             except KeyboardInterrupt:
-                raise ImportError("as an extension module says it")
+                os.abort()  # as an extension module may
 
 sys.meta_path.insert(0, Finder)
 sys.exit(rattn_eqx.__main__.main(sys.argv[2:]))

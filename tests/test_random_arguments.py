@@ -1,5 +1,6 @@
 """Random argument lists over all commands: no traceback, one line for a mistake, no memory for what is refused."""
 
+import collections
 import os
 import random
 import traceback
@@ -9,7 +10,7 @@ import jax
 import pytest
 from training_child import MODEL, SAMPLE
 
-from rattn_eqx import __main__ as command_line
+from rattn_eqx import commands as command_line
 from rattn_eqx.__main__ import main
 from rattn_eqx.model.presets import presets
 
@@ -103,7 +104,7 @@ def test_random_argument_lists(tmp_path, monkeypatch, capfd, count):
     (tmp_path / "edited.jsonl").write_text((tmp_path / "out.jsonl").read_text().replace('"tests": [', '"tests": [3,'))
     kept = {name: (tmp_path / name).read_bytes() for name in ("out.jsonl", "grid.py", "run/results.json")}
     untouched, _ = peak_and_now()
-    rng, statuses, most, wrong = random.Random(count), {0: 0, 2: 0}, 0, []
+    rng, statuses, most, wrong = random.Random(count), collections.Counter(), 0, []
     for number in range(count):
         name = rng.choice(list(commands))
         base, more = commands[name]
@@ -124,7 +125,7 @@ def test_random_argument_lists(tmp_path, monkeypatch, capfd, count):
         said, peak = capfd.readouterr().err.splitlines(), peak_and_now()[0]
         most = max(most, peak)
         in_a_line = status == 0 or (status == 2 and len(said) and said[-1].startswith("rattn: "))
-        statuses[status] = statuses.get(status, 0) + 1
+        statuses[status] += 1
         if not in_a_line or peak > untouched + 10**9:
             wrong.append(f"{[part[:60] for part in arguments]}: {status}, {peak - untouched:,} bytes, {said[-1:]}")
         if number % 50 == 49:
