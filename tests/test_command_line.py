@@ -437,7 +437,7 @@ def test_an_interrupt_that_is_swallowed_comes_again(monkeypatch, capsys):
 def test_a_reader_that_goes_away_ends_it_quietly():
     read, write = os.pipe()
     os.close(read)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": ""}
     for arguments, status in ((["cost"], 141), (["--help"], 0)):
         command = [sys.executable, "-m", "rattn_eqx", *arguments]
         done = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, timeout=60)
