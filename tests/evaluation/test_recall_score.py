@@ -22,7 +22,7 @@ from rattn_eqx.tasks.recall_text import needle
 from rattn_eqx.training.checkpoint import save_checkpoint
 from rattn_eqx.training.config import RunConfig
 from rattn_eqx.training.loop import initial_state
-from rattn_eqx.training.run_folder import open_run
+from rattn_eqx.training.run_folder import identity, open_run
 
 OPTIONS = {
     "mqar": {"num_pairs": 4, "num_queries": 4},
@@ -38,7 +38,8 @@ def make_run(folder: Path, tokenizer: Tokenizer) -> Path:
     model = dataclasses.replace(MODEL, vocabulary_size=tokenizer.vocabulary_size, num_layers=2)
     config = RunConfig(model, training(), "of no corpus")
     open_run(folder, config, tokenizer)
-    save_checkpoint(folder / "checkpoints", 0, eqx.filter_jit(initial_state)(config), {})
+    metadata = {"run": identity(config, tokenizer)}
+    save_checkpoint(folder / "checkpoints", 0, eqx.filter_jit(initial_state)(config), metadata)
     return folder
 
 
