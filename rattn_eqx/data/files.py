@@ -214,7 +214,7 @@ def lock(folder: Path, what: str, *, shared: bool = False) -> Iterator[None]:
       LockedError: another process holds it; with the process id of the last that took it alone.
       OSError: the folder cannot be made or written.
     """
-    key = folder.resolve()
+    key = os.path.realpath(folder)
     if key in _alone:
         yield
         return
@@ -244,7 +244,7 @@ def lock(folder: Path, what: str, *, shared: bool = False) -> Iterator[None]:
         yield
 
 
-_alone: set[Path] = set()  # folders whose lock this process holds, not shared
+_alone: set[str] = set()  # folders whose lock this process holds, not shared
 
 
 def _open_own(path: Path, flags: int, what: str) -> int:

@@ -18,7 +18,7 @@ from rattn_eqx.data.tokenizers import Tokenizer, load_tokenizer
 from rattn_eqx.evaluation.text import evaluate
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.model.sharding import batch_mesh, replicate
-from rattn_eqx.training.checkpoint import explained, restore_latest, save_checkpoint
+from rattn_eqx.training.checkpoint import CheckpointError, claimed_metadata, explained, restore_latest, save_checkpoint
 from rattn_eqx.training.config import RunConfig, TrainConfig
 from rattn_eqx.training.run_folder import Metrics, identity, load_config, metrics_obstacle, of_another_run, open_run
 from rattn_eqx.training.step import build_model, learning_rate_schedule, make_optimizer, make_step
@@ -48,8 +48,14 @@ def load_model(folder: Path, *, report: Callable[[str], object] = print) -> tupl
             f"{tokenizer.vocabulary_size} in tokenizer.json; put back the run's own"
         )
     run = identity(config, tokenizer)
-    like = eqx.filter_eval_shape(initial_state, config)
     obstacle = lambda metadata: of_another_run(metadata, run) if "run" in metadata else None
+    claims = {path: obstacle(metadata) for path, metadata in claimed_metadata(folder / "checkpoints").items()}
+    if claims and None not in claims.values():  # else a config of a million layers would first be traced
+        path, reason = next(iter(claims.items()))
+        raise CheckpointError(
+            f"load_model: {folder} has no checkpoint of its own; of {path}: {reason}; put back its files"
+        )
+    like = eqx.filter_eval_shape(initial_state, config)
     restored = restore_latest(folder / "checkpoints", like, report=report, obstacle=obstacle)
     if restored is None:
         raise ValueError(f"load_model: {folder} has no checkpoint yet; let `rattn pretrain` reach its first one")

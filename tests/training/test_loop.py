@@ -176,12 +176,16 @@ def test_a_checkpoint_of_another_run_is_named_and_the_one_before_it_used(interru
     assert reason in said[0]
 
 
-def test_a_config_edited_to_equal_shapes_is_noticed(interrupted, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value"), [("rope_theta", "10000.0"), ("num_layers", "99999999999")], ids=["equal shapes", "huge"]
+)
+def test_a_config_that_was_edited_is_noticed_before_a_model_is_made(interrupted, tmp_path, name: str, value: str):
     folder = tmp_path / "run"
     shutil.copytree(interrupted, folder)
     path = folder / "config.json"
-    path.write_text(path.read_text().replace('"rope_theta": 500000.0', '"rope_theta": 10000.0'))
-    with pytest.raises(ValueError, match=r"another run: model.rope_theta is 500000.0 in it and 10000.0 in config.json"):
+    old = json.loads(path.read_text())["model"][name]
+    path.write_text(path.read_text().replace(f'"{name}": {old}', f'"{name}": {value}'))
+    with pytest.raises(ValueError, match=rf"another run: model.{name} is {old} in it and {value} in config.json"):
         training.load_model(folder, report=lambda line: None)
 
 
