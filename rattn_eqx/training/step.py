@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from rattn_eqx.model.config import ModelConfig
-from rattn_eqx.model.language_model import LanguageModel, batch_logits
-from rattn_eqx.model.loss import cross_entropy
+from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.model.loss import summed_nats
 from rattn_eqx.model.sharding import BATCH, over_batch
 from rattn_eqx.training.config import TrainConfig
 
@@ -67,16 +67,16 @@ def mean_loss(model: LanguageModel, batch: dict[str, jax.Array], scored: Sequenc
     `scored`, masks of the targets, makes it the sum of the means over each of them; a mask of nothing adds 0.
     """
     targets = batch["targets"]
-    logits = batch_logits(model, batch["tokens"], batch.get("segment_ids"))
+    nats = summed_nats(model, batch, scored or [jnp.ones(targets.shape, bool)])
     if not scored:
-        return cross_entropy(logits, targets, jnp.ones(targets.shape, bool)) / targets.size
-    means = [cross_entropy(logits, targets, mask) / jnp.maximum(1, jnp.sum(mask)) for mask in scored]
-    return functools.reduce(jnp.add, means)
+        return nats[0] / targets.size
+    counts = [jnp.maximum(1, jnp.sum(mask)).astype(jnp.float32) for mask in scored]
+    return functools.reduce(jnp.add, map(jnp.divide, nats, counts))
 
 
 def train_step(
     loss_and_gradients: Callable,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     parameters: Any,
     optimizer_state: Any,
     batch: Any,
