@@ -19,7 +19,7 @@ from rattn_eqx.data.batches import Batch
 from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.evaluation.recall import predict
 from rattn_eqx.evaluation.text import GAINS, evaluate, switch_off
-from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.model.language_model import MAX_LOGITS, LanguageModel
 from rattn_eqx.tasks.draw import below, bits, distinct
 from rattn_eqx.tasks.recall import RecallBatch, RecallScore, score
 
@@ -158,7 +158,7 @@ def effective_memory(
     Raises:
       ValueError: num_places outside 1 to t, places outside the samples, or samples of one id only.
 
-    Cost: n (p + 1) forward passes.
+    Cost: n (p + 1) forward passes, and as many of the head again. Logits are formed by blocks of tokens.
     """
     n, t = tokens.shape
     ids = np.unique(tokens)
@@ -181,13 +181,13 @@ def effective_memory(
     others = ids[(rank + 1 + below(source, places.shape, len(ids) - 1)) % len(ids)]
     total, pairs = np.zeros(t), np.zeros(t, np.int64)
     for sample in range(n):
-        before = _centred_logits(model, jnp.asarray(tokens[sample]))
+        before = _final_stream(model, jnp.asarray(tokens[sample]))
         for place, other in zip(places[sample], others[sample], strict=True):
             replaced = tokens[sample].copy()
             replaced[place] = other
-            after = _centred_logits(model, jnp.asarray(replaced))  # the same program: what is equal is so to the bit
+            after = _final_stream(model, jnp.asarray(replaced))  # the same program: what is equal is so to the bit
             at = np.arange(place, t) if read is None else place + np.flatnonzero(read[sample, place:])
-            change = np.asarray(_relative_change(before, after), np.float64)
+            change = _change_of_logits(model, before, after)
             total += np.bincount(at - place, change[at], minlength=t)
             pairs += np.bincount(at - place, minlength=t)
     if not pairs.any():
@@ -196,8 +196,20 @@ def effective_memory(
 
 
 @eqx.filter_jit
-def _centred_logits(model: LanguageModel, tokens: Int[Array, "t"]) -> Float[Array, "t vocabulary"]:
-    logits = model(tokens)
+def _final_stream(model: LanguageModel, tokens: Int[Array, "t"]) -> Float[Array, "t m"]:
+    return model.final_stream(tokens)
+
+
+def _change_of_logits(model: LanguageModel, before: Array, after: Array) -> Float[np.ndarray, "t"]:
+    block = max(1, MAX_LOGITS // model.config.vocabulary_size)
+    pieces = ([x[start : start + block] for x in (before, after)] for start in range(0, len(before), block))
+    changes = [_relative_change(*(_centred_logits(model, x) for x in piece)) for piece in pieces]
+    return np.concatenate(changes, dtype=np.float64)
+
+
+@eqx.filter_jit
+def _centred_logits(model: LanguageModel, x: Float[Array, "t m"]) -> Float[Array, "t vocabulary"]:
+    logits = model.logits(x)
     return logits - jnp.mean(logits, axis=-1, keepdims=True)
 
 

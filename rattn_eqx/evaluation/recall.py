@@ -14,7 +14,7 @@ from pallas.checked import checked
 from rattn_eqx.data.tokenizers import ByteTokenizer, Tokenizer
 from rattn_eqx.inference.cost import require_memory
 from rattn_eqx.model.config import ModelConfig
-from rattn_eqx.model.language_model import LanguageModel, batch_logits
+from rattn_eqx.model.language_model import MAX_LOGITS, LanguageModel, map_logits
 from rattn_eqx.tasks.recall import RecallBatch, RecallScore, bigrams, mqar, score, share_beyond
 from rattn_eqx.tasks.recall_text import common_words, frequent_words, needle, variables
 
@@ -70,12 +70,13 @@ def make_task(
 
 @checked
 def predict(
-    model: LanguageModel, tokens: Int32[np.ndarray, "n t"], *, max_logits: int = 2**26
+    model: LanguageModel, tokens: Int32[np.ndarray, "n t"], *, max_logits: int = MAX_LOGITS
 ) -> Int32[np.ndarray, "n t"]:
     """The likeliest token after each position, a few samples at a time.
 
     So many samples are computed together that their logits are at most `max_logits` numbers (256 MiB of them by
-    default), or one sample where it alone has more. The last piece is filled up, so that the model is compiled once.
+    default), or one sample where it alone has more, whose logits are formed by blocks.
+    The last piece is filled up, so that the model is compiled once.
     """
     n, length = tokens.shape
     size = min(n, max(1, max_logits // (length * model.config.vocabulary_size)))
@@ -89,7 +90,8 @@ def predict(
 
 @eqx.filter_jit
 def _likeliest(model: LanguageModel, tokens: Int[Array, "batch t"]) -> Int[Array, "batch t"]:
-    return jnp.argmax(batch_logits(model, tokens, jnp.zeros_like(tokens)), axis=-1).astype(jnp.int32)
+    likeliest = lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return map_logits(likeliest, model, tokens, jnp.zeros_like(tokens))
 
 
 def evaluate_task(

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int, Int32
 from pallas.checked import checked
 from rattn_eqx.data.batches import Batch
 from rattn_eqx.data.tokenizers import Tokenizer
-from rattn_eqx.model.language_model import LanguageModel, batch_logits
-from rattn_eqx.model.loss import bits_per_byte, cross_entropy
+from rattn_eqx.model.language_model import LanguageModel, map_logits
+from rattn_eqx.model.loss import bits_per_byte, log_likelihood, summed_nats
 from rattn_eqx.model.sharding import BATCH, batch_mesh, over_batch, replicate
 
 GAINS = {"window": "swa_gain", "residual": "rla_gain"}  # what scales a branch in a local layer, if it has two
@@ -46,8 +46,7 @@ def _compile(leaves: tuple, structure: Any, mesh: Mesh, padding: int) -> Callabl
     static = jax.tree.unflatten(structure, leaves)
 
     def local(parameters, batch):
-        logits = batch_logits(eqx.combine(parameters, static), batch["tokens"], batch["segment_ids"])
-        nats = cross_entropy(logits, batch["targets"], batch["targets"] != padding)
+        [nats] = summed_nats(eqx.combine(parameters, static), batch, [batch["targets"] != padding])
         return jax.lax.psum(nats, BATCH)
 
     return jax.jit(over_batch(local, mesh, 1))
@@ -80,8 +79,8 @@ def loss_by_position(
 
 @eqx.filter_jit
 def _nats(model: LanguageModel, document: Int[Array, "length"]) -> Float[Array, "length-1"]:
-    one = lambda logits, target: cross_entropy(logits, target, jnp.bool_(True))
-    return jax.vmap(one)(model(document[:-1]), document[1:])
+    nats = lambda logits, targets: -log_likelihood(logits, targets, jnp.ones_like(targets, bool))
+    return map_logits(nats, model, document[None, :-1], None, document[None, 1:])[0]
 
 
 def switch_off(model: LanguageModel, branch: Literal["window", "residual"]) -> LanguageModel:

@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from rattn_eqx.ablation import table
 from rattn_eqx.data.files import new_file
 from rattn_eqx.evaluation.attribution import BranchShares, EffectiveMemory
+from rattn_eqx.figures.names import PLAIN, label, legend, shown
 
 
 def loss_curves(
@@ -34,18 +35,20 @@ def loss_curves(
         width = min(smooth, len(bits))
         if width:
             means = np.convolve(bits, np.ones(width) / width, mode="valid")
-            axes.plot(steps[width - 1 :], means, color=f"C{colour}", linewidth=1, alpha=0.7, label=f"{name}, training")
+            axes.plot(
+                steps[width - 1 :], means, color=f"C{colour}", linewidth=1, alpha=0.7, label=label(f"{name}, training")
+            )
         at, held_out = _column(rows, "validation_bits_per_byte")
         if len(at):
-            axes.plot(at, held_out, "o", color=f"C{colour}", markersize=4, label=f"{name}, validation")
+            axes.plot(at, held_out, "o", color=f"C{colour}", markersize=4, label=label(f"{name}, validation"))
     for style, (name, value) in enumerate((lines or {}).items()):
         dashes = ("--", ":", "-.")[style % 3]
-        axes.axhline(value, color="black", linestyle=dashes, linewidth=1, label=f"{name}: {value:.2f}")
+        axes.axhline(value, color="black", linestyle=dashes, linewidth=1, label=label(f"{name}: {value:.2f}"))
     axes.set(xlabel="optimiser step", ylabel="bits per byte (log scale)", yscale="log")
     _ticks_at(axes.yaxis, [1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10])
     axes.grid(alpha=0.3)
     if axes.has_data():
-        axes.legend()
+        legend(axes)
     return figure
 
 
@@ -79,7 +82,9 @@ def effective_memory(curves: dict[str, EffectiveMemory], window: int, num_local:
     for number, (name, memory) in enumerate(curves.items()):
         distance = np.arange(1, len(memory.change))
         change = memory.change[1:]
-        axes.plot(distance, np.where(change > 0, change, np.nan), ".-", color=f"C{number}", markersize=3, label=name)
+        axes.plot(
+            distance, np.where(change > 0, change, np.nan), ".-", color=f"C{number}", markersize=3, label=label(name)
+        )
         zeros, height = distance[change == 0], 0.02 + 0.03 * number
         axes.plot(zeros, np.full(len(zeros), height), "v", color=f"C{number}", markersize=3,
                   transform=axes.get_xaxis_transform())  # fmt: skip
@@ -95,7 +100,7 @@ def effective_memory(curves: dict[str, EffectiveMemory], window: int, num_local:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    legend(axes, fontsize=8)
     return figure
 
 
@@ -162,7 +167,8 @@ def differences(rows: list[dict[str, Any]], names: Sequence[str], baseline: str,
         seeds = list(found.by_seed.values())
         axes.plot(seeds, [place] * len(seeds), ".", color=colour, alpha=0.5)
     axes.axvline(0, color="black", linestyle="--", linewidth=1)
-    axes.set(yticks=range(len(names)), yticklabels=names, xlabel=f"{_metric_name(metric)}, less that of {baseline!r}")
+    axes.set_yticks(range(len(names)), [shown(name) for name in names], **PLAIN)
+    axes.set_xlabel(f"{_metric_name(metric)}, less that of '{shown(baseline)}'", **PLAIN)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     return figure
@@ -178,23 +184,23 @@ def by_length(rows: dict[str, list[dict[str, Any]]], trained: int) -> Figure:
     """Whole answers right, of `rattn ablate`, by the length of the test: means over seeds, each seed a dot.
 
     Args:
-      rows: lines of each curve, by its label.
+      rows: lines of each curve, by its name.
       trained: tokens in a training sequence; marked by a line.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for number, (label, lines) in enumerate(rows.items()):
+    for number, (name, lines) in enumerate(rows.items()):
         lengths = sorted({test["length"] for row in lines for test in row["tests"]})
         found = [[table.result(row, f"exact {length}") for row in lines] for length in lengths]
         seen = [np.array([value for value in values if value is not None], float) for values in found]
         style = {"color": f"C{number}", "marker": "osD^v"[number % 5], "markersize": 9 - 2 * (number % 4)}
-        axes.plot(lengths, [values.mean() if len(values) else np.nan for values in seen], label=label, **style)
+        axes.plot(lengths, [values.mean() if len(values) else np.nan for values in seen], label=label(name), **style)
         _dots(axes, lengths, seen, f"C{number}")
     axes.axvline(trained, color="black", linestyle="--", linewidth=1, label="length of training")
     axes.set(xlabel="length of the test, in tokens", ylabel="share of answers right", xscale="log", ylim=(-0.03, 1.05))
     _ticks_at(axes.xaxis, lengths, lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    legend(axes)
     return figure
 
 

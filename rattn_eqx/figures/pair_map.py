@@ -22,6 +22,7 @@ from pallas.checked import checked
 from pallas.checks import check_feature_map
 from pallas.feature_map import FeatureMap, as_pair
 from pallas.numerics import accumulation_dtype
+from rattn_eqx.figures.names import PLAIN, shown
 
 BLUE, ORANGE, GREY, FUTURE = "#0072B2", "#E69F00", "#777777", "#F2F2F2"
 
@@ -189,7 +190,7 @@ def draw(found: PairMap, title: str = "") -> Figure:
     figure = Figure(figsize=(12, 7.4), layout="none")  # pyright: ignore[reportArgumentType]
     (pairs, exact, linear), (agreement, state, collisions) = figure.subplots(2, 3)
     figure.subplots_adjust(left=0.06, right=0.93, bottom=0.075, top=0.88, wspace=0.29, hspace=0.33)
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(shown(title), fontsize=13, **PLAIN)
     _draw_pairs(pairs, found)
     _draw_weights(exact, found, found.softmax_weights, "softmax weights of the residual pairs")
     _draw_weights(linear, found, found.feature_weights, "φ(q)·φ(k) weights of the residual pairs")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from pallas.checked import checked
 from pallas.feature_map import FeatureMap
@@ -13,6 +13,8 @@ from rattn_eqx.model.block import Block
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.initialise import truncated_normal
 from rattn_eqx.model.norm import RMSNorm
+
+MAX_LOGITS = 2**26  # formed at once where they are reduced: 256 MiB in float32, and a few times that beside them
 
 
 @checked
@@ -81,11 +83,22 @@ class LanguageModel(eqx.Module):
         self, tokens: Int[Array, "t"], segment_ids: Int[Array, "t"] | None = None
     ) -> Float[Array, "t vocabulary"]:
         """Logits of the token after each position. A position reads the tokens up to its own, of its own segment."""
+        return self.logits(self.final_stream(tokens, segment_ids))
+
+    @checked
+    def final_stream(
+        self, tokens: Int[Array, "t"], segment_ids: Int[Array, "t"] | None = None
+    ) -> Float[Array, "t {self.config.model_width}"]:
+        """The normed stream that the head reads, in `compute_dtype`: `logits` of it is what a call gives."""
         x = self.embed(tokens)
         for block in self.blocks:
             apply = eqx.filter_checkpoint(block) if self.rematerialise else block
             x = apply(x, segment_ids)
-        x = self.final_norm(x)
+        return self.final_norm(x)
+
+    @checked
+    def logits(self, x: Float[Array, "*batch {self.config.model_width}"]) -> Float[Array, "*batch vocabulary"]:
+        """What the head makes of the final stream, in float32."""
         head = self.embedding.T if self.head is None else self.head
         return jnp.dot(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
 
@@ -100,6 +113,33 @@ def batch_logits(
     model: LanguageModel, tokens: Int[Array, "batch t"], segment_ids: Int[Array, "batch t"] | None = None
 ) -> Float[Array, "batch t vocabulary"]:
     """The model's logits for each sequence of a batch; without segment ids each is one document."""
+    return _each(model, tokens, segment_ids)
+
+
+@checked
+def map_logits(
+    function: Callable,
+    model: LanguageModel,
+    tokens: Int[Array, "batch t"],
+    segment_ids: Int[Array, "batch t"] | None,
+    *others: Shaped[Array, "batch t"],
+) -> PyTree[Shaped[Array, "batch t"]]:
+    """`function(logits, *others)`, which gives arrays of a number for each token, over the logits of a batch.
+
+    Of up to MAX_LOGITS numbers the logits are formed at once: [batch, t, vocabulary]. Of more, by blocks of so many
+    tokens that theirs are, and once more in the backward pass: [vocabulary], under `vmap`.
+    """
+    block = max(1, MAX_LOGITS // model.config.vocabulary_size)
+    if tokens.size <= block:
+        return function(batch_logits(model, tokens, segment_ids), *others)
+    block = 1 << block.bit_length() - 1  # a power of two: batches divide by it, and what is left is one more program
+    stream = _each(model.final_stream, tokens, segment_ids)
+    in_row = jax.tree.map(lambda x: x.reshape(tokens.size, *x.shape[2:]), (stream, *others))
+    of_token = jax.checkpoint(lambda token: function(model.logits(token[0]), *token[1:]), prevent_cse=False)
+    return jax.tree.map(lambda x: x.reshape(tokens.shape), jax.lax.map(of_token, in_row, batch_size=block))
+
+
+def _each(apply: Callable, tokens: Array, segment_ids: Array | None) -> Array:
     if tokens.shape[0] == 1:  # without the batch axis, XLA's matrix products on CPU take a third less time
-        return model(tokens[0], None if segment_ids is None else segment_ids[0])[None]
-    return jax.vmap(model)(tokens, segment_ids)
+        return apply(tokens[0], None if segment_ids is None else segment_ids[0])[None]
+    return jax.vmap(apply)(tokens, segment_ids)

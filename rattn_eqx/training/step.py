@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from rattn_eqx.model.config import ModelConfig
-from rattn_eqx.model.language_model import LanguageModel, batch_logits
-from rattn_eqx.model.loss import cross_entropy
+from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.model.loss import summed_nats
 from rattn_eqx.model.sharding import BATCH, over_batch
 from rattn_eqx.training.config import TrainConfig
 
@@ -36,11 +36,11 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, config.steps)
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     """AdamW, or RMSProp with momentum as the paper has it; gradients clipped by their global norm.
 
-    Weight decay acts on the matrices of attention and feed-forward alone. A step whose gradients are not finite leaves
-    parameters and optimiser state as they were, and is counted.
+    Weight decay acts on the matrices of attention and feed-forward alone. A step whose gradients or `others`, numbers
+    given to `update`, are not finite leaves parameters and optimiser state as they were, and is counted.
     """
     schedule = learning_rate_schedule(config)
     if config.optimizer == "adamw":
@@ -53,7 +53,25 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             optax.scale_by_learning_rate(schedule),
         )
     clipped = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
-    return optax.apply_if_finite(clipped, max_consecutive_errors=2**31 - 1)
+    return apply_if_finite(clipped)
+
+
+def apply_if_finite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """As that of optax, which looks at the gradients alone: a loss may be NaN where they are not."""
+
+    def init(params):
+        return optax.ApplyIfFiniteState(jnp.int32(0), jnp.array(True), jnp.int32(0), inner.init(params))
+
+    def update(updates, state, params=None, *, others=()):
+        is_finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((updates, others))]))
+        accept = lambda: inner.update(updates, state.inner_state, params)
+        refuse = lambda: (optax.tree.zeros_like(updates), state.inner_state)
+        updates, inner_state = jax.lax.cond(is_finite, accept, refuse)
+        in_row = jnp.where(is_finite, 0, state.notfinite_count + 1)
+        total = jnp.where(is_finite, state.total_notfinite, state.total_notfinite + 1)
+        return updates, optax.ApplyIfFiniteState(in_row, is_finite, total, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def is_decayed(parameters: Any) -> Any:
@@ -67,16 +85,16 @@ def mean_loss(model: LanguageModel, batch: dict[str, jax.Array], scored: Sequenc
     `scored`, masks of the targets, makes it the sum of the means over each of them; a mask of nothing adds 0.
     """
     targets = batch["targets"]
-    logits = batch_logits(model, batch["tokens"], batch.get("segment_ids"))
+    nats = summed_nats(model, batch, scored or [jnp.ones(targets.shape, bool)])
     if not scored:
-        return cross_entropy(logits, targets, jnp.ones(targets.shape, bool)) / targets.size
-    means = [cross_entropy(logits, targets, mask) / jnp.maximum(1, jnp.sum(mask)) for mask in scored]
-    return functools.reduce(jnp.add, means)
+        return nats[0] / targets.size
+    counts = [jnp.maximum(1, jnp.sum(mask)).astype(jnp.float32) for mask in scored]
+    return functools.reduce(jnp.add, map(jnp.divide, nats, counts))
 
 
 def train_step(
     loss_and_gradients: Callable,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     parameters: Any,
     optimizer_state: Any,
     batch: Any,
@@ -85,15 +103,18 @@ def train_step(
 ) -> tuple[Any, Any, jax.Array, jax.Array]:
     """Parameters, optimiser state, loss and the gradients' norm after a step.
 
+    A loss or norm that is not finite is skipped and counted as gradients are that are not (`make_optimizer`).
+
     Args:
       loss_and_gradients: of (parameters, batch).
       scale: what the optimiser's update is multiplied by, such as a learning rate that is no part of the program.
     """
     loss, gradients = loss_and_gradients(parameters, batch)
-    updates, optimizer_state = optimizer.update(gradients, optimizer_state, parameters)
+    norm = optax.tree.norm(gradients)
+    updates, optimizer_state = optimizer.update(gradients, optimizer_state, parameters, others=(loss, norm))
     if scale is not None:
         updates = jax.tree.map(lambda x: x * scale, updates)
-    return optax.apply_updates(parameters, updates), optimizer_state, loss, optax.tree.norm(gradients)
+    return optax.apply_updates(parameters, updates), optimizer_state, loss, norm
 
 
 def make_step(static: LanguageModel, config: TrainConfig, mesh: Mesh | None = None) -> Callable:

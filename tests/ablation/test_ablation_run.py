@@ -74,6 +74,14 @@ def test_a_seed_trains_alone_as_it_trains_beside_others(rows):
     assert skipped.tolist() == [0]
 
 
+def test_a_loss_that_is_not_finite_is_counted_where_gradients_are(monkeypatch):
+    really = run.mean_loss
+    monkeypatch.setattr(run, "mean_loss", lambda *batch: really(*batch) + jax.lax.stop_gradient(jnp.nan))
+    _, losses, skipped = train_trial(TINY, [0, 5], None, **QUIET)
+    assert np.isnan(losses).all()
+    assert skipped.tolist() == [3, 3]
+
+
 def test_a_grid_goes_on_where_it_stopped(tmp_path, monkeypatch, rows):
     ran = []
 

@@ -13,7 +13,11 @@ from training_child import MODEL, SAMPLE
 from rattn_eqx.data.batches import long_documents, validation_batches
 from rattn_eqx.data.corpus import Corpus, build_corpus
 from rattn_eqx.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, tokenize
+from rattn_eqx.evaluation import attribution, recall
+from rattn_eqx.evaluation.attribution import effective_memory
+from rattn_eqx.evaluation.recall import predict
 from rattn_eqx.evaluation.text import evaluate, loss_by_position, without_residual
+from rattn_eqx.model import language_model
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.pretrain import as_bytes
 
@@ -107,6 +111,29 @@ def test_loss_by_position_is_the_mean_of_its_positions(corpus, tokenizer, tmp_pa
     num_bytes = tokenizer.byte_lengths[documents[:, 1:]]
     for low, high, found in rows:
         assert np.isclose(found, bits[:, low:high].sum() / num_bytes[:, low:high].sum(), rtol=1e-5)
+
+
+def test_logits_by_blocks_give_the_same_numbers(corpus, tmp_path, monkeypatch):
+    _, validation = tokenize(corpus, ByteTokenizer(), tmp_path)
+    documents, model = long_documents(validation, 151, document=256)[:2], make_model(258, pattern=("global",))
+    tokens, targets = documents[:, :-1], documents[:, 1:]
+    batch = {"tokens": tokens, "targets": targets, "segment_ids": np.zeros_like(tokens)}
+
+    def numbers():
+        rows = loss_by_position(model, documents, ByteTokenizer())
+        memory = effective_memory(model, tokens, num_places=2)
+        return evaluate(model, [batch], ByteTokenizer()), [bits for _, _, bits in rows], predict(model, tokens), memory
+
+    bits, by_position, predicted, memory = numbers()
+    for module in (language_model, recall, attribution):
+        monkeypatch.setattr(module, "MAX_LOGITS", 40 * 258)
+    jax.clear_caches()  # so that functions compiled above are compiled anew
+    formed = eqx.filter_make_jaxpr(recall._likeliest)(model, jnp.asarray(tokens))[0]
+    assert "[2,150,258]" not in str(formed), "the logits are formed at once"
+    bits_again, by_position_again, predicted_again, memory_again = numbers()
+    np.testing.assert_allclose([bits_again, *by_position_again], [bits, *by_position], rtol=1e-6)
+    np.testing.assert_array_equal(predicted_again, predicted)
+    np.testing.assert_allclose(memory_again.change, memory.change, rtol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("pattern", [("local",), ("local", "global")])

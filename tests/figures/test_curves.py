@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from rattn_eqx.figures import curves
+from rattn_eqx.evaluation.attribution import EffectiveMemory
+from rattn_eqx.figures import curves, pair_map
 
 ROWS = [{"step": step, "bits_per_byte": 8 - 0.05 * step} for step in range(1, 51)]
 ROWS += [{"step": step, "validation_bits_per_byte": 8.1 - 0.05 * step} for step in (25, 50)]
@@ -117,3 +118,25 @@ def test_results_by_length_show_the_length_of_training():
     (axes,) = figure.axes
     assert texts(figure) == ["one", "length of training"]
     assert np.asarray(axes.get_lines()[0].get_ydata()).tolist() == [0.75, 0.75]
+
+
+@pytest.mark.parametrize("name", [r"a$\x$", "_hidden", "two\nlines", "not UTF-8 \udce9"])
+def test_names_are_drawn_as_they_are(name, tmp_path):
+    drawn = name.encode("unicode_escape").decode("ascii") if not name.isprintable() else name
+    memory = EffectiveMemory(np.array([1, 0.5, 0]), np.array([1, 1, 1]))
+    rows = [line(True, 8, seed, seed) | {"name": each} for seed in (1, 2) for each in (name, "b")]
+    title = pair_map.pair_map(*pair_map.random_head(length=4, head_size=2), window=2, feature_map=lambda x: x)
+    figures = {
+        "loss": curves.loss_curves({name: ROWS}, {name: 7.0}),
+        "memory": curves.effective_memory({name: memory}, 2, 1),
+        "length": curves.by_length({name: rows}, 512),
+        "differences": curves.differences(rows, [name, "b"], name, "bits_per_byte"),
+        "title": pair_map.draw(title, name),
+    }
+    for each, figure in figures.items():
+        curves.save(figure, tmp_path / f"{each}.png")
+    assert texts(figures["loss"]) == [f"{drawn}, training", f"{drawn}, validation", f"{drawn}: 7.00"]
+    assert texts(figures["memory"])[0] == texts(figures["length"])[0] == figures["title"].get_suptitle() == drawn
+    (axes,) = figures["differences"].axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == [drawn, "b"]
+    assert axes.get_xlabel() == f"bits per byte, less that of '{drawn}'"

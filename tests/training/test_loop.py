@@ -260,7 +260,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_usable(interrupted, whole, scrat
     assert said[0].startswith("resuming after step 50 from ")
 
 
-def test_bad_steps_are_skipped_and_a_loss_that_stays_bad_stops_the_run(scratch, tmp_path, monkeypatch):
+@pytest.mark.parametrize("bad_gradients", [True, False])
+def test_bad_steps_are_skipped_and_a_loss_that_stays_bad_stops_the_run(scratch, tmp_path, monkeypatch, bad_gradients):
     config, tokens, _, tokenizer = training_child.run_arguments(scratch, checkpoint_every=5)
     batches = training_batches(tokens, context=32, batch_size=2, seed=0, document=tokenizer.document)
     drawn = [next(batches) for _ in range(30)]
@@ -271,7 +272,9 @@ def test_bad_steps_are_skipped_and_a_loss_that_stays_bad_stops_the_run(scratch, 
     really, bad_sums = stepping.mean_loss, jnp.array([sums[step - 1] for step in bad])
 
     def mean_loss(model, batch):
-        return jnp.where(jnp.any(batch["tokens"].sum() == bad_sums), jnp.nan, 1.0) * really(model, batch)
+        factor = jnp.where(jnp.any(batch["tokens"].sum() == bad_sums), jnp.nan, 1.0)
+        loss = really(model, batch)
+        return factor * loss if bad_gradients else loss + jax.lax.stop_gradient(factor - 1.0)
 
     monkeypatch.setattr(stepping, "mean_loss", mean_loss)
     folder, said = tmp_path / "run", []
@@ -279,6 +282,7 @@ def test_bad_steps_are_skipped_and_a_loss_that_stays_bad_stops_the_run(scratch, 
         run(folder, scratch, said.append, checkpoint_every=5)
     rows = [row for row in read_metrics(folder) if "bits_per_byte" in row]
     assert [row["step"] for row in rows if row["bits_per_byte"] is None] == [3, 4, *range(8, 18)]
+    assert [row["gradient_norm"] is None for row in rows] == [bad_gradients and row["step"] in bad for row in rows]
     assert [row["skipped"] for row in rows[:8]] == [0, 0, 1, 2, 2, 2, 2, 3]
     rate = stepping.learning_rate_schedule(config.training)
     assert [row["learning_rate"] for row in rows[4:7]] == [float(np.asarray(rate(step))) for step in (2, 3, 4)], (
@@ -380,6 +384,20 @@ def by_hand(config, gradients: list[dict[str, np.ndarray]], parameters: dict[str
             decay = config.weight_decay * parameters[name] if name == "up_weight" else 0
             parameters = parameters | {name: parameters[name] - rate * (update + decay)}
     return parameters
+
+
+@pytest.mark.parametrize(
+    ("loss", "size", "skipped"), [(1.0, 1e15, 0), (1.0, 1e30, 1), (math.inf, 1.0, 1), (math.nan, 1.0, 1)]
+)
+def test_a_step_is_skipped_for_its_loss_or_a_norm_that_overflows(loss, size, skipped):
+    optimizer = stepping.make_optimizer(training_child.training(warmup_steps=0))
+    parameters: Any = Toy(jnp.ones(2), jnp.ones(2))
+    gradients = jax.tree.map(lambda x: size * x, parameters)
+    state: Any = optimizer.init(parameters)
+    found: Any = stepping.train_step(lambda *_: (jnp.float32(loss), gradients), optimizer, parameters, state, None)
+    after, state_after, *_ = found
+    assert int(state_after.total_notfinite) == int(state_after.notfinite_count) == skipped
+    assert (bits((after, state_after.inner_state)) == bits((parameters, state.inner_state))) == bool(skipped)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def start(command: str, folder: Path, compiled: Path | None) -> subprocess.Popen:
     out = folder / ("run" if command == "pretrain" else "run.jsonl")
     arguments = [command, *COMMANDS[command].split(), "--out", str(out), "--cache", str(folder / "cache")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     if compiled:
         environment |= {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(

@@ -1,0 +1,28 @@
+"""Names of runs, trials and maps in a figure: drawn as they are, no `$` as mathematics, no leading `_` as hidden."""
+
+from typing import Any
+
+from matplotlib.axes import Axes
+
+PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}  # of a matplotlib text that holds a name
+SEEN = "\u200b"  # matplotlib leaves labels that begin with "_" out of a legend
+
+
+def shown(name: str) -> str:
+    """The name, with escapes for what no font draws: control characters, newlines, what was no UTF-8 in a file's name.
+
+    >>> shown("a$b"), shown("two\\nlines")
+    ('a$b', 'two\\\\nlines')
+    """
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode("ascii") for x in name)
+
+
+def label(name: str) -> str:
+    """The label of an artist, for `legend`."""
+    return SEEN + shown(name)
+
+
+def legend(axes: Axes, **options: Any) -> None:
+    """Draw the legend of labels of `label` and others."""
+    for text in axes.legend(**options).get_texts():
+        text.set(text=text.get_text().removeprefix(SEEN), **PLAIN)
