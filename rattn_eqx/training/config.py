@@ -42,8 +42,10 @@ class TrainConfig:
             "evaluate_every",
             "evaluation_tokens",
         ):
-            if not 1 <= getattr(self, name) < 2**31:
-                raise ValueError(f"TrainConfig: {name} must be at least 1; got {getattr(self, name)}; below 2**31")
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig: {name} must be at least 1; got {getattr(self, name)}")
+            if getattr(self, name) >= 2**31:
+                raise ValueError(f"TrainConfig: {name} must be below 2**31; got {getattr(self, name)}")
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"TrainConfig: {name} must be above 0 and finite; got {getattr(self, name)}")
