@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from types import FrameType
 
 AGAIN = 0.2  # seconds from one KeyboardInterrupt to the next, until one arrives
-PATIENCE = 50  # times that an import is left to end: an extension module whose import is cut short may crash
+SOON = 0.02  # seconds from one look at an import that has to end first, to the next
+PATIENCE = 500  # such looks: an extension module whose import is cut short may crash
 _tries = 0
 
 
@@ -67,8 +68,9 @@ def _raise(number: int, frame: FrameType | None) -> None:
     global _tries
     _tries += 1
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, AGAIN)
-        if _tries < PATIENCE and _importing(frame):
+        wait = _tries < PATIENCE and _importing(frame)
+        signal.setitimer(signal.ITIMER_REAL, SOON if wait else AGAIN)
+        if wait:
             return
     if not caused(sys.exc_info()[1]):
         raise KeyboardInterrupt

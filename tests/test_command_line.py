@@ -413,7 +413,7 @@ def test_an_interrupt_during_imports(module):
 
 
 def test_an_interrupt_that_is_swallowed_comes_again(monkeypatch, capsys):
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
     def work(*_, **__):
         with contextlib.suppress(KeyboardInterrupt):
@@ -431,7 +431,7 @@ def test_an_interrupt_that_is_swallowed_comes_again(monkeypatch, capsys):
     assert cleaned
     assert capsys.readouterr().err == "\nrattn: stopped\n"
     time.sleep(1.5 * interrupt.AGAIN)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_a_reader_that_goes_away_ends_it_quietly():

@@ -148,7 +148,7 @@ def restore_latest(
     """
     refusals: dict[Path, str] = {}
     while True:
-        listed = _newest_first(folder)
+        before, listed = _last_change(folder), _newest_first(folder)
         for path in listed:
             if path in refusals:
                 continue
@@ -167,6 +167,8 @@ def restore_latest(
             except CheckpointError as error:
                 refusals[path] = str(error)
         else:
+            if _last_change(folder) != before:
+                continue  # a listing misses what takes its name meanwhile
             if refusals:
                 reasons = "; ".join(refusals.values())
                 remedy = "put back a good copy, or empty the folder to start afresh"
@@ -370,6 +372,10 @@ def _newest_first(folder: Path) -> list[Path]:
         with contextlib.suppress(FileNotFoundError):  # removed since, for newer ones
             found.append((_name_parts(path)[0], path.lstat().st_mtime_ns, path))
     return [path for *_, path in sorted(found, reverse=True)]
+
+
+def _last_change(folder: Path) -> int:
+    return folder.stat().st_mtime_ns if folder.exists() else 0
 
 
 def _name_parts(path: Path) -> tuple[int, str]:
