@@ -86,7 +86,8 @@ def check(case: int, number: int, folder: Path, whole) -> None:
         assert child.returncode in ((130, 0) if sent == signal.SIGINT else (-sent, 0)), said
         if child.returncode == 130:
             assert "rattn: stopped" in said
-            assert "Traceback" not in said, said
+            by_jax = "ERROR:jax._src.xla_bridge" in said  # which swallows an interrupt while it loads CUDA, and logs it
+            assert "Traceback" not in said or by_jax, said
     print(f"{command}: {sent.name} after {moment:.2f} of {seconds:.2f} s: {child.returncode}")
     child = start(command, folder, compiled)
     _, said = child.communicate(timeout=300)
