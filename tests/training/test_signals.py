@@ -23,6 +23,12 @@ COMMANDS = {
     "--set training.context=32 --set task_share=0.5 --set training.evaluation_tokens=256 --set test_samples=4 "
     "--set test_lengths=32 --set task_options.gap=4",
 }
+PROGRAM = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
+from rattn_eqx.__main__ import main
+sys.exit(main())
+"""
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
 
@@ -33,13 +39,12 @@ def start(command: str, folder: Path, compiled: Path | None) -> subprocess.Popen
     if compiled:
         environment |= {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(
-        [sys.executable, "-m", "rattn_eqx", *arguments],
+        [sys.executable, "-c", PROGRAM, *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
 
 
