@@ -1,5 +1,6 @@
 """The program `rattn`: a command of `commands`, and what Ctrl-C does from the first moment on."""
 
+import os
 import sys
 
 from rattn_eqx import interrupt
@@ -21,10 +22,13 @@ def main(arguments: list[str] | None = None) -> int:
             interrupt.arrived()
             import shlex
 
-            from rattn_eqx.console import say
+            from rattn_eqx.console import close_output, say
 
             resumes = given[:1] in (["pretrain"], ["ablate"])
             say(f"stopped, resume with: {shlex.join(['rattn', *given])}" if resumes else "stopped", start="\n")
+            if arguments is None:  # at once: XLA crashes where the interpreter ends while it compiles
+                close_output()
+                os._exit(130)
             return 130
 
 

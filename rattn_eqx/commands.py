@@ -6,9 +6,12 @@ Nothing slow is imported before a command runs: help is quick.
 import argparse
 import contextlib
 import dataclasses
+import linecache
 import os
 import sys
+import traceback
 
+from rattn_eqx import interrupt
 from rattn_eqx.arguments import finite, path, place, utf8, whole
 from rattn_eqx.console import close_output, open_streams, say
 
@@ -28,16 +31,31 @@ def run(given: list[str]) -> int:
         return 141  # as of a process that SIGPIPE ends
     except MemoryError as error:
         return _out_of_memory(error)
-    except (ValueError, NotImplementedError, FloatingPointError, OSError, ImportError) as error:
+    except Exception as error:
+        if interrupt.caused(error):
+            raise KeyboardInterrupt from error
+        if isinstance(error, RuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED"):  # as XLA says it
+            return _out_of_memory(error)
+        if not _is_refusal(error):
+            raise
         say(str(error))
         return 2
-    except RuntimeError as error:
-        if not str(error).startswith("RESOURCE_EXHAUSTED"):  # as XLA says it
-            raise
-        return _out_of_memory(error)
     finally:
         close_output()
     return 0
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the system refused something, or a `raise` of ours: anything else is a bug, and shows its traceback."""
+    if isinstance(error, OSError | ImportError):
+        return True
+    if not isinstance(error, ValueError | NotImplementedError | FloatingPointError):
+        return False
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    file = frame.f_code.co_filename
+    statement = linecache.getline(file, line).strip()  # none where there are no sources
+    packages = [os.path.join(os.path.dirname(os.path.dirname(__file__)), name, "") for name in ("rattn_eqx", "pallas")]
+    return not statement or (file.startswith(tuple(packages)) and statement.startswith("raise"))
 
 
 def _out_of_memory(error: Exception) -> int:

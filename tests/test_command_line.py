@@ -60,7 +60,7 @@ def test_pretrain_leaves_a_run_folder(finished, scratch):
     folder = scratch / "run"
     present = {path.name for path in folder.iterdir()}
     files = {"config.json", "tokenizer.json", "metrics.jsonl", "results.json", "loss.png", "sample.txt"}
-    assert present == files | {"checkpoints", "lock"}
+    assert present == files | {"checkpoints", ".lock"}
     assert [path.name[:13] for path in sorted((folder / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
     rows = read_metrics(folder)
     assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6]
@@ -407,7 +407,7 @@ sys.exit(rattn_eqx.__main__.main(sys.argv[2:]))
 def test_an_interrupt_during_imports(module):
     command = [sys.executable, "-c", INTERRUPTED, module, "pretrain", "--out", "a b"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, encoding="utf-8")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, encoding="utf-8")
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "\nrattn: stopped, resume with: rattn pretrain --out 'a b'\n"
 

@@ -20,12 +20,14 @@ from typing import Any
 
 from rattn_eqx.data.files import UNFINISHED, DamagedError, lock, read_json, remove_unfinished, sha256, write_json
 
-IS_CACHE = re.compile(
-    r"(python|environment|files|tokens)-[0-9a-f]{16}"
-)  # a folder's name; what is in it may be damaged
+IS_CACHE = re.compile(r"(python|environment|files|tokens)-[0-9a-f]{16}")  # a folder, whatever is in it
 CORPUS = ("train.bin", "validation.bin")
 TOKENS = ("train.npy", "validation.npy", "tokenizer.json")
 _MANIFEST = "manifest.json"
+_FIELDS: dict[tuple[str, ...], dict[str, type]] = {  # of the manifests of the two kinds
+    CORPUS: {"path": str, "validation_share": float, "python": str, "sha256": str},
+    TOKENS: {"corpus": str, "tokenizer": str},
+}
 
 
 def write_manifest(folder: Path, name: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -52,8 +54,10 @@ def check(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     _require(folder / _MANIFEST, stat.S_ISREG, "file")
     try:
         manifest = read_json(folder / _MANIFEST)
-        sound = manifest["digest"] == _digest(manifest) and manifest["folder"] == folder.name
-    except (DamagedError, LookupError, TypeError, RecursionError):  # other JSON, of older versions too
+        fields = _FIELDS.get(tuple(names), {}) | {"digest": str, "digests": dict, "folder": str}
+        sound = isinstance(manifest, dict) and all(isinstance(manifest.get(x), fields[x]) for x in fields)
+        sound = sound and manifest["digest"] == _digest(manifest) and manifest["folder"] == folder.name
+    except (DamagedError, RecursionError):
         sound = False
     if not sound:
         raise DamagedError(f"{folder / _MANIFEST} is not what was written")

@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
@@ -27,7 +28,9 @@ except ImportError:  # Windows: one process at a time is the user's to see to
 UNFINISHED = (
     ".unfinished-"  # begins the name of what is being written; left by a killed process, for the next to remove
 )
-SMALL = 2**26  # bytes of a configuration, a tokenizer, a manifest: at most 64 MiB
+SMALL = 2**20  # bytes of a configuration or a manifest, at most; JSON may take thirty times its length in memory
+LOCK = ".lock"  # hidden, so that a corpus of the folder above does not read it
+DEAD = 24 * 3600  # seconds after which unfinished work is a dead process's, where the file system has no locks
 
 
 class DamagedError(ValueError):
@@ -111,15 +114,17 @@ def new_folder(target: Path) -> Iterator[Path]:
 def remove_unfinished(folder: Path) -> None:
     """Remove what killed processes began to write in a folder, and leave what a process is writing now.
 
-    Files are removed whether or not they are being written: only the holder of the folder's lock may ask for them.
+    Files are removed whether or not they are being written: only the holder of the folder's lock may ask for them. What
+    belongs to somebody else stays.
     """
     for path in list(folder.glob(f"{UNFINISHED}*")):
-        if path.is_dir() and not path.is_symlink():
-            with contextlib.ExitStack() as stack, contextlib.suppress(LockedError, FileNotFoundError):
-                _hold(path, stack)
-                shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(LockedError, FileNotFoundError, PermissionError):
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+                continue
+            with contextlib.ExitStack() as stack:
+                if _hold(path, stack) or time.time() - path.stat().st_mtime > DEAD:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def open_regular(path: Path, limit: int | None = None) -> BufferedReader:
@@ -131,18 +136,18 @@ def open_regular(path: Path, limit: int | None = None) -> BufferedReader:
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # opening a FIFO waits for ever
     if os.path.isdir(path):
-        raise DamagedError(f"{path} must be a regular file; it is a folder; remove it, or give another path")
+        raise DamagedError(f"{path} must be a regular file; it is a folder; give another path")
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
         if error.errno in (errno.ENXIO, errno.ELOOP):  # a socket, a circle of links
-            raise DamagedError(f"{path} must be a regular file; {error.strerror}; remove it") from error
+            raise DamagedError(f"{path} must be a regular file; {error.strerror}; give another path") from error
         raise
     file = os.fdopen(descriptor, "rb")
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         file.close()
-        raise DamagedError(f"{path} must be a regular file; it is a pipe or a device; remove it")
+        raise DamagedError(f"{path} must be a regular file; it is a pipe or a device; give another path")
     if limit is not None and status.st_size > limit:
         file.close()
         raise DamagedError(f"{path} must have at most {limit:,} bytes; it has {status.st_size:,}; put back a good copy")
@@ -201,17 +206,19 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def lock(folder: Path, what: str, *, shared: bool = False) -> Iterator[None]:
-    """Hold a folder's lock, made with its file `lock` if missing, while the block runs.
+    """Hold a folder's lock, made with its file `.lock` if missing, while the block runs.
 
-    Any number of processes may hold it `shared`, or one alone, which may ask for it again. The lock ends with the
-    process that holds it, however that ends. A folder that the block leaves with nothing but the lock is removed if it
-    was not there before.
+    Any number of processes may hold it `shared`, or one alone, which may ask for it again, in any of its threads. The
+    lock ends with the process that holds it, however that ends. A folder that the block leaves with nothing but the
+    lock is removed if it was not there before. Where the file system has no locks, and where a folder may be read but
+    not written (`shared`), nobody is kept out.
 
     Args:
       what: begins the message, such as "train: runs/tiny".
 
     Raises:
-      LockedError: another process holds it; with the process id of the last that took it alone.
+      LockedError: another process holds it; with the process id if that holds it alone.
+      DamagedError: no folder, or another thing than a file in the lock's place.
       OSError: the folder cannot be made or written.
     """
     key = os.path.realpath(folder)
@@ -219,26 +226,34 @@ def lock(folder: Path, what: str, *, shared: bool = False) -> Iterator[None]:
         yield
         return
     made = not folder.exists()
-    path = folder / "lock"
+    path = folder / LOCK
     with contextlib.ExitStack() as stack:
         while True:  # until the locked file is the one of this name: another process may have removed the folder
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = _open_own(path, os.O_RDWR | os.O_CREAT, f"{what}: {path}")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise DamagedError(f"{what}: {folder} must be a folder; it is not; give another path") from error
+            descriptor = _open_lock(path, what, shared)
+            if descriptor is None:
+                yield
+                return
             stack.callback(os.close, descriptor)
             try:
                 _flock(descriptor, shared)
             except LockedError as error:
-                holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-                message = f"{what}: process {holder} holds it; wait for that process or stop it, or use another folder"
+                holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
+                who = f"process {holder} holds" if holder else "other processes hold"
+                message = f"{what}: {who} it; wait for that process or stop it, or use another folder"
                 raise LockedError(error.errno, message, str(folder)) from None
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(path), os.fstat(descriptor)):
                     break
         if made:
-            stack.callback(_remove_if_empty, folder, path)
+            stack.callback(_remove_if_empty, folder, descriptor)
         if not shared:
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
+            stack.callback(os.ftruncate, descriptor, 0)
             _alone.add(key)
             stack.callback(_alone.discard, key)
         yield
@@ -247,10 +262,23 @@ def lock(folder: Path, what: str, *, shared: bool = False) -> Iterator[None]:
 _alone: set[str] = set()  # folders whose lock this process holds, not shared
 
 
+def _open_lock(path: Path, what: str, shared: bool) -> int | None:
+    """Open a lock's file; None where only readers may come, and there is none."""
+    try:
+        return _open_own(path, os.O_RDWR | os.O_CREAT, f"{what}: {path}")
+    except OSError as error:
+        if not shared or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    try:
+        return _open_own(path, os.O_RDONLY, f"{what}: {path}")
+    except (FileNotFoundError, PermissionError):
+        return None
+
+
 def _open_own(path: Path, flags: int, what: str) -> int:
     """Open a file of ours to write: a regular one, and no link."""
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    remedy = "must be a regular file and no link; remove it"
+    remedy = "must be a regular file and no link; give another path"
     try:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
@@ -263,11 +291,12 @@ def _open_own(path: Path, flags: int, what: str) -> int:
     return descriptor
 
 
-def _remove_if_empty(folder: Path, path: Path) -> None:
-    """Remove a folder with nothing but its lock."""
+def _remove_if_empty(folder: Path, descriptor: int) -> None:
+    """Remove a folder with nothing but its lock, if nobody else holds that."""
     with contextlib.suppress(OSError):
-        if [entry.name for entry in os.scandir(folder)] == [path.name]:
-            path.unlink()
+        _flock(descriptor, shared=False)
+        if [entry.name for entry in os.scandir(folder)] == [LOCK]:
+            (folder / LOCK).unlink()
             folder.rmdir()
 
 
@@ -283,17 +312,22 @@ def _held_folder(parent: Path, stack: contextlib.ExitStack) -> Path:
                 return folder
 
 
-def _hold(folder: Path, stack: contextlib.ExitStack) -> None:
-    """Hold a lock on a folder itself until the stack ends; a LockedError where another process does."""
-    if fcntl is not None:
-        descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-        stack.callback(os.close, descriptor)
-        _flock(descriptor, shared=False)
+def _hold(folder: Path, stack: contextlib.ExitStack) -> bool:
+    """Hold a lock on a folder itself until the stack ends; a LockedError where another process does.
 
-
-def _flock(descriptor: int, shared: bool) -> None:
+    Returns whether it is held: not where there are no locks.
+    """
     if fcntl is None:
-        return
+        return False
+    descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    stack.callback(os.close, descriptor)
+    return _flock(descriptor, shared=False)
+
+
+def _flock(descriptor: int, shared: bool) -> bool:
+    """Take a lock, and say whether there is one to take."""
+    if fcntl is None:
+        return False
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -301,12 +335,14 @@ def _flock(descriptor: int, shared: bool) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
             raise
+        return False
+    return True
 
 
 def _sync_path(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders, and syncs what is open for writing
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

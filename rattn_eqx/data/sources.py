@@ -4,12 +4,14 @@ import collections
 import dataclasses
 import functools
 import os
+import re
 import stat
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rattn_eqx.data.cache import IS_CACHE
+from rattn_eqx.data.files import LOCK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +62,14 @@ def find_files(roots: list[Root], cache: Path, exclude: Iterable[Path]) -> tuple
     excluded itself.
     """
     cache_path, excluded_paths = os.path.realpath(cache), [os.path.realpath(path) for path in exclude]
-    lock = os.path.join(cache_path, "lock")
     found, left_out = [], {}
     for root in roots:
         excluded = {
             path: "excluded path" for path in excluded_paths if path == root.path or not _within(root.path, path)
         }
-        excluded |= {path: "cache" for path in (cache_path, lock) if not _within(root.path, path)}
+        if not _within(root.path, cache_path):
+            excluded[cache_path] = "cache"
         left_out |= {path: reason for path, reason in excluded.items() if _within(path, root.path)}
-        left_out.pop(lock, None)
         found += _walk(root, excluded, left_out)
     counts = dict(sorted(collections.Counter(left_out.values()).items()))
     return sorted(found, key=lambda file: os.fsencode(file.name)), counts
@@ -136,6 +137,8 @@ def _walk(root: Root, excluded: dict[str, str], left_out: dict[str, str]) -> Ite
                 left_out[path] = "pipe or device"
             elif is_link and (why := reason_of_link(real)):
                 left_out[path] = why
+            elif name.endswith(".jsonl") and _is_results(path):
+                left_out[path] = "results"
             elif not root.label or name.endswith(".py"):
                 yield _file(f"{prefix}{name}", path, status)
 
@@ -145,8 +148,17 @@ def _ours(folder: str) -> str | None:
     if IS_CACHE.fullmatch(os.path.basename(folder)):
         return "cache"
     has = lambda name: os.path.lexists(os.path.join(folder, name))
-    begun = has("config.json") and (has("tokenizer.json") or has("lock") or has("checkpoints") or has("metrics.jsonl"))
+    begun = has("config.json") and (has(LOCK) or has("checkpoints") or has("metrics.jsonl"))
     return "run folder" if begun or (has("metrics.jsonl") and has("checkpoints")) else None
+
+
+def _is_results(path: str) -> bool:
+    """Whether a file is one to which `rattn ablate` or `rattn evaluate` added lines."""
+    try:
+        with open(path, "rb") as file:
+            return re.match(rb'\{"(name|run)": ".*?", "(trial|task)": ', file.read(2**12)) is not None
+    except OSError:
+        return False
 
 
 def _file(name: str, path: str, status: os.stat_result) -> File:

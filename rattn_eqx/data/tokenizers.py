@@ -154,7 +154,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     remedy = "give a file that a tokenizer's save wrote"
     try:
-        content = read_json(Path(path))
+        content = read_json(Path(path), 2**24)  # of 65,536 pieces it is some 4 MB
     except DamagedError as error:
         raise DamagedError(f"load_tokenizer: {error}, or {remedy}") from error
     match content:

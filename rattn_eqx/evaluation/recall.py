@@ -142,7 +142,7 @@ def require_task_memory(config: ModelConfig, lengths: Sequence[int], samples: in
     """
     longest = max(lengths, default=0)
     held = 20 * samples * sum(lengths)  # ids, targets and distances, and the whole sample in int64
-    held += 4 * longest * (config.vocabulary_size + config.model_width)
+    held += 4 * min(longest * config.vocabulary_size, MAX_LOGITS) + 4 * longest * config.model_width
     require_memory(f"evaluate: {samples} samples of length {longest}", held, "give fewer or shorter ones")
 
 

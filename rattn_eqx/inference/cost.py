@@ -215,7 +215,9 @@ def training_bytes(config: ModelConfig, training: TrainConfig) -> int:
     """
     tokens = training.batch_size // training.microbatches * training.context
     held = 16 * num_weights(config) + config.num_layers * LAYER
-    return held + 4 * tokens * config.model_width * config.num_layers
+    itemsize = {"float32": 4, "bfloat16": 2}[training.compute_dtype]
+    devices = 1 if jax.default_backend() == "cpu" else jax.local_device_count()  # of which each holds its share
+    return held + itemsize * tokens * config.model_width * config.num_layers // devices
 
 
 def num_weights(config: ModelConfig) -> int:

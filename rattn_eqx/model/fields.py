@@ -4,6 +4,7 @@ A value comes from a caller, from JSON, or from the command line: all pass here.
 """
 
 import dataclasses
+import math
 import operator
 import types
 import typing
@@ -40,7 +41,7 @@ def _settled(name: str, value: Any, hint: Any) -> Any:
                 number = float(value)
             except (TypeError, ValueError):
                 raise refusal from None
-        if not -(2**63) <= number < 2**63:  # not NaN either
+        if not (math.isfinite(number) if isinstance(number, float) else -(2**63) <= number < 2**63):
             raise refusal
         return number
     if origin is Literal:

@@ -34,6 +34,7 @@ _HEADER = re.compile(
     re.DOTALL,
 )
 _LONGEST_HEADER = 2**12
+_MORE = 2**26  # bytes that a checkpoint may have more than twice what its arrays have
 # What zipfile and NumPy raise on a file that is not what it should be.
 _UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile)
 
@@ -171,7 +172,7 @@ def restore_latest(
                 continue  # a listing misses what takes its name meanwhile
             if refusals:
                 reasons = "; ".join(refusals.values())
-                remedy = "put back a good copy, or empty the folder to start afresh"
+                remedy = "put back a good copy, or train in another folder"
                 raise CheckpointError(f"restore_latest: no usable checkpoint in {folder}: {reasons}; {remedy}")
             return None
 
@@ -258,7 +259,7 @@ def _opened(path: Path, like: Any) -> Iterator[_Checkpoint]:
     No array has been read: what the file claims is held against its length first.
     """
     largest = (
-        2 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _array_leaves("like", like).values()) + SMALL
+        2 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _array_leaves("like", like).values()) + _MORE
     )
     with contextlib.ExitStack() as stack:
         try:
@@ -284,6 +285,8 @@ def _inspected(path: Path, largest: int, stack: contextlib.ExitStack) -> _Checkp
     if len(entries) < len(archive.infolist()) or _DOCUMENT not in entries:
         raise ValueError(f"it must have one entry {_DOCUMENT} and each other once")
     document = entries.pop(_DOCUMENT)
+    if math.prod(document.shape) > SMALL:
+        raise ValueError(f"its {_DOCUMENT} must have at most {SMALL:,} bytes; it has {math.prod(document.shape):,}")
     content = parse_json(archive.read(document.name)[document.offset :].decode(), f"its {_DOCUMENT}")
     match content:
         case {"step": int(stated), "views": dict(views), "metadata": dict(metadata)}:
@@ -352,7 +355,7 @@ def _fill(checkpoint: _Checkpoint, like: Any) -> Any:
 def _prune(written: Path, keep: int) -> None:
     """Keeps `written` and the `keep - 1` newest sound checkpoints of earlier steps; leaves alone what is no file."""
     written_step, kept = _name_parts(written)[0], 1
-    largest = 2 * written.stat().st_size + SMALL
+    largest = 2 * written.stat().st_size + _MORE
     for path in _newest_first(written.parent):
         step, digest = _name_parts(path)
         with contextlib.suppress(FileNotFoundError):

@@ -6,15 +6,18 @@ sample.txt.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rattn_eqx.data.files import (
+    DamagedError,
     open_append,
+    open_regular,
     parse_json,
-    read_bytes,
     read_json,
     sync,
     write_json,
@@ -22,6 +25,8 @@ from rattn_eqx.data.files import (
 from rattn_eqx.data.tokenizers import Tokenizer, load_tokenizer
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.training.config import RunConfig, TrainConfig
+
+_LONGEST_ROW = 2**12  # bytes of a line of metrics.jsonl
 
 # Fields that a run's model once had and that are departures of ablations now, with what `rattn pretrain` wrote.
 _FORMER = {
@@ -56,6 +61,8 @@ def open_run(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
     here = identity(config, tokenizer)
     there = identity(load_config(folder), load_tokenizer(tokenizer_path))
     if different := _differences(there, here, "there", "here"):
+        if there["config"]["corpus"] != here["config"]["corpus"]:
+            different += " (the text that the corpus is made of has changed)"
         raise ValueError(
             f"open_run: {folder} holds a run of another config: {different}. "
             "Choose another folder with --out, or give the options that the run was started with"
@@ -72,9 +79,14 @@ def of_another_run(metadata: dict[str, Any], run: dict[str, Any]) -> str | None:
     """Why a checkpoint with this metadata does not belong to the run of an `identity`, or None."""
     match metadata.get("run"):
         case {"config": dict(config), "tokenizer": str(tokenizer)}:
-            found = {"config": config, "tokenizer": tokenizer}
+            pass
         case _:
-            return "it does not say which run it belongs to; it is of an older version of rattn-eqx, or edited"
+            return "it does not say which run it belongs to; an older version of rattn-eqx wrote it, which can go on"
+    try:
+        made = _config_of(config)[0]  # a field that is younger than the checkpoint has its default
+    except ValueError as error:
+        return f"its config is no config of this version of rattn-eqx: {error}"
+    found = {"config": json.loads(json.dumps(dataclasses.asdict(made))), "tokenizer": tokenizer}
     different = _differences(found, run, "in it", "in config.json and tokenizer.json")
     return f"it belongs to another run: {different}" if different else None
 
@@ -102,14 +114,7 @@ def load_config(folder: Path) -> RunConfig:
             f"load_config: {folder} is not a run folder, it has no config.json; start one with `rattn pretrain`"
         )
     try:
-        match read_json(path):
-            case {"model": dict(model), "training": dict(training), "corpus": str(corpus)}:
-                pass
-            case _:
-                raise ValueError("it must hold model, training and corpus")
-        former = {name: value for name, value in model.items() if name in _FORMER}
-        model = {name: value for name, value in model.items() if name not in _FORMER}
-        config = RunConfig(_made(ModelConfig, model), _made(TrainConfig, training), corpus)
+        config, former = _config_of(read_json(path))
     except ValueError as error:
         raise ValueError(
             f"load_config: {path} is damaged: {error}; put back a good copy, or start again in another folder"
@@ -120,6 +125,18 @@ def load_config(folder: Path) -> RunConfig:
             "trains now; use the version that it was trained with"
         )
     return config
+
+
+def _config_of(values: Any) -> tuple[RunConfig, dict[str, Any]]:
+    """The config that JSON held, and the fields of a former version's model; a ValueError names what is wrong."""
+    match values:
+        case {"model": dict(model), "training": dict(training), "corpus": str(corpus)}:
+            pass
+        case _:
+            raise ValueError("it must hold model, training and corpus")
+    former = {name: value for name, value in model.items() if name in _FORMER}
+    model = {name: value for name, value in model.items() if name not in _FORMER}
+    return RunConfig(_made(ModelConfig, model), _made(TrainConfig, training), corpus), former
 
 
 def _made(kind: type, values: dict[str, Any]) -> Any:
@@ -144,7 +161,7 @@ class Metrics:
         """Open the file, made if it is missing, and drop what it has past its first `kept` rows."""
         self._file = open_append(path)
         self._rows, self._digest = kept, hashlib.sha256()
-        lines = _lines(path)[:kept]
+        lines = list(itertools.islice(_whole_lines(path), kept))
         for line in lines:
             self._digest.update(_stated(json.loads(line)))
         # Unlike a rewritten copy, a shorter file needs no space on a full disk.
@@ -173,21 +190,28 @@ def metrics_obstacle(path: Path, metadata: dict[str, Any]) -> str | None:
             pass
         case _:
             return "it does not state its metrics; it is of an older version of rattn-eqx, or edited"
-    found = hashlib.sha256()
+    found, number = hashlib.sha256(), 0
     try:
-        lines = _lines(path)[:rows]
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(itertools.islice(_whole_lines(path), rows), 1):
             found.update(_stated(_row(line, f"line {number} of {path}")))
     except (OSError, ValueError) as error:
         return f"its metrics cannot be read: {error}"
-    if len(lines) < rows or found.hexdigest() != digest:
+    if number < rows or found.hexdigest() != digest:
         return f"{path} does not begin with the {rows:,} rows that it was saved after; put back a good copy"
     return None
 
 
-def _lines(path: Path) -> list[bytes]:
-    """The lines of metrics.jsonl; a last one that was cut off is none."""
-    return [line for line in read_bytes(path, 2**30).splitlines(keepends=True) if line.endswith(b"\n")]
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    return itertools.takewhile(lambda line: line.endswith(b"\n"), _lines(path))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of metrics.jsonl, the last of which may be cut off; a DamagedError for one that is too long."""
+    with open_regular(path) as file:
+        while line := file.readline(_LONGEST_ROW):
+            if len(line) == _LONGEST_ROW:
+                raise DamagedError(f"{path} must have rows of less than {_LONGEST_ROW} bytes; put back a good copy")
+            yield line
 
 
 def _row(line: bytes, where: str) -> dict[str, Any]:
@@ -195,7 +219,9 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         case {"step": int()} as row if all(value is None or isinstance(value, int | float) for value in row.values()):
             return row
         case other:
-            raise ValueError(f"{where} must be an object of numbers with a step; got {other!r:.80}; remove it")
+            raise ValueError(
+                f"{where} must be an object of numbers with a step; got {other!r:.80}; put back a good copy"
+            )
 
 
 def _stated(row: dict[str, Any]) -> bytes:
@@ -211,8 +237,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
       ValueError: for a line that is no row, with its number.
     """
     path = folder / "metrics.jsonl"
-    lines = read_bytes(path, 2**30).splitlines()
-    return [_row(line, f"read_metrics: line {number} of {path}") for number, line in enumerate(lines, 1)]
+    return [_row(line, f"read_metrics: line {number} of {path}") for number, line in enumerate(_lines(path), 1)]
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

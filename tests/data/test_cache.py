@@ -125,11 +125,11 @@ def test_cache_lists_and_prunes(text, tmp_path, monkeypatch, capsys):
 
     with lock(cache, "a run", shared=True):
         assert main([*command, "--prune"]) == 2
-    assert "rattn cache: process " in capsys.readouterr().err
+    assert "rattn cache: other processes hold it" in capsys.readouterr().err
     assert main([*command, "--prune"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["removed"] * 4 + ["in"] * 2
-    assert {path.name for path in cache.iterdir()} == {"lock", "mine", *(path.parts[0] for path in newest)}
+    assert {path.name for path in cache.iterdir()} == {".lock", "mine", *(path.parts[0] for path in newest)}
     assert len(list(text.iterdir())) == 6
     reports = []
     assert make(text, cache, reports)[1] == newest

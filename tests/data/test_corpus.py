@@ -188,7 +188,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 def make_run(folder: Path) -> None:
-    write_files(folder, {"config.json": b"{}", "tokenizer.json": b"{}", "lock": b"1", "checkpoints/step": b"x"})
+    write_files(folder, {"config.json": b"{}", "tokenizer.json": b"{}", ".lock": b"1", "checkpoints/step": b"x"})
     write_files(folder, {"metrics.jsonl": b"{}\n", "sample.txt": b"a sample"})
 
 
@@ -197,21 +197,24 @@ def test_a_run_beside_its_text_finds_the_same_files_again(tmp_path):
     own = [folder / "runs" / "tiny", folder / "results.jsonl"]
     first = build_corpus(folder, folder, exclude=own)
     make_run(folder / "runs" / "tiny")
-    write_files(folder, {"results.jsonl": b"{}\n", "lock": b"12345\n"})
+    write_files(folder, {"results.jsonl": b"{}\n", ".lock": b"12345\n"})
     again = build_corpus(folder, folder, exclude=own)
     assert (again.manifest["sha256"], again.train) == (first.manifest["sha256"], first.train)
     assert first.manifest["left_out"] == {"excluded path": 2}
 
     tokenize(first, ByteTokenizer(), folder)
     make_run(folder / "runs" / "done")
-    write_files(folder / "runs" / "begun", {"config.json": b"{}", "lock": b"1", "tokenizer.json": b"{}"})
+    write_files(folder / "runs" / "begun", {"config.json": b"{}", ".lock": b"1", "tokenizer.json": b"{}"})
     write_files(folder / "runs" / "robbed", {"metrics.jsonl": b"{}", "checkpoints/a": b"a"})
+    write_files(
+        folder, {"runs/ablations.jsonl": b'{"name": "a", "trial": {}}\n', "e.jsonl": b'{"run": "r", "task": "x"}\n'}
+    )
     os.symlink(folder / "runs" / "done" / "metrics.jsonl", folder / "latest.jsonl")
     os.symlink(folder / "runs" / "done" / "checkpoints", folder / "newest")
     again = build_corpus(folder, folder, exclude=own)
     assert (again.manifest["sha256"], again.train) == (first.manifest["sha256"], first.train)
-    assert again.manifest["left_out"] == {"cache": 2, "excluded path": 2, "run folder": 5}
-    assert "left out: cache 2, excluded path 2, run folder 5" in describe(again.manifest)
+    assert again.manifest["left_out"] == {"cache": 2, "excluded path": 2, "results": 2, "run folder": 5}
+    assert "left out: cache 2, excluded path 2, results 2, run folder 5" in describe(again.manifest)
     assert json.loads((again.train.parent / "manifest.json").read_text("utf-8")) == again.manifest
 
     with pytest.raises(ValueError, match=r"besides what is left out \(cache 1, excluded path 1\); give a folder"):

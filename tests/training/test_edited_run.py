@@ -82,7 +82,7 @@ def untouched(tmp_path_factory: pytest.TempPathFactory):
 def edit(draw: random.Random, run: Path, outside: Path) -> str:
     """Change something in a run folder; what was done, in words."""
     checkpoints = sorted((run / "checkpoints").glob("*")) if (run / "checkpoints").is_dir() else []
-    files = [run / name for name in ("config.json", "tokenizer.json", "metrics.jsonl", "lock", "checkpoints")]
+    files = [run / name for name in ("config.json", "tokenizer.json", "metrics.jsonl", ".lock", "checkpoints")]
     path = draw.choice([*files, *checkpoints, *checkpoints])
     kind = draw.choice(["damage", "damage", "json", "json", "replace", "replace", "plant", "plant", "rows"])
     if kind == "json":
@@ -92,7 +92,7 @@ def edit(draw: random.Random, run: Path, outside: Path) -> str:
     if kind == "plant":
         digest = draw.choice(["0123456789abcdef", "x", checkpoints[-1].name[14:30] if checkpoints else ""])
         name = draw.choice(
-            [f"step_{draw.choice([4, 8, 12, 99]):08d}.{digest}.npz", ".unfinished-0", "step_1.tmp", "lock"]
+            [f"step_{draw.choice([4, 8, 12, 99]):08d}.{digest}.npz", ".unfinished-0", "step_1.tmp", ".lock"]
         )
         path = draw.choice([run, run / "checkpoints"]) / name
     if kind in ("replace", "plant"):

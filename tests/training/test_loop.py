@@ -218,7 +218,7 @@ def test_what_another_process_trains_in_is_refused(interrupted, scratch, tmp_pat
     holder.kill()  # which no lock survives
     holder.communicate()
     assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before | {
-        "lock": f"{holder.pid}\n".encode()
+        ".lock": f"{holder.pid}\n".encode()
     }
     with lock(folder, "test"):
         pass

@@ -73,7 +73,7 @@ def test_a_folder_of_another_config_is_refused_by_field(tmp_path):
     expected = (
         f"open_run: {tmp_path} holds a run of another config: model.window is 8 there and 9 here; "
         f"model.pattern is ('local', 'global') there and ('local',) here; training.seed is 0 there and 1 here; "
-        f"corpus is '{'0' * 64}' there and '{'1' * 64}' here. "
+        f"corpus is '{'0' * 64}' there and '{'1' * 64}' here (the text that the corpus is made of has changed). "
         "Choose another folder with --out, or give the options that the run was started with"
     )
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -189,7 +189,7 @@ def test_metrics_that_are_not_those_of_the_checkpoint_are_an_obstacle(tmp_path, 
 def test_metrics_are_not_written_through_a_link(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "theirs")
     (tmp_path / "theirs").write_text("theirs")
-    with pytest.raises(ValueError, match="must be a regular file and no link; remove it"):
+    with pytest.raises(ValueError, match="must be a regular file and no link; give another path"):
         Metrics(tmp_path / "metrics.jsonl", 0)
     assert (tmp_path / "theirs").read_text() == "theirs"
 

@@ -58,7 +58,7 @@ def left(folder: Path) -> dict[str, object]:
             found[name] = [
                 {k: v for k, v in row.items() if k not in ("seconds", "training_seconds", "date")} for row in rows
             ]
-        elif path.is_file() and path.name != "lock":
+        elif path.is_file() and path.name != ".lock":
             found[name] = path.read_bytes()
     return found
 
