@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from training_child import MODEL, SAMPLE, training
 
@@ -381,6 +382,24 @@ def test_a_bug_shows_its_traceback(monkeypatch, error):
     monkeypatch.setattr(cost, "describe_cost", lambda *_, **__: (_ for _ in ()).throw(error))
     with pytest.raises(error):
         main(["cost"])
+
+
+def test_a_value_error_that_no_line_of_ours_raises_is_a_bug(monkeypatch):
+    monkeypatch.setattr(cost, "describe_cost", lambda *_, **__: np.zeros(2) + np.zeros(3))
+    with pytest.raises(ValueError, match="could not be broadcast"):
+        main(["cost"])
+
+
+def test_an_interrupt_that_ends_in_another_error_is_an_interrupt(monkeypatch, capsys):
+    def work(*_, **__):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            int("what a finally may meet on the way out")
+
+    monkeypatch.setattr(cost, "describe_cost", work)
+    assert main(["cost"]) == 130
+    assert capsys.readouterr().err == "\nrattn: stopped\n"
 
 
 # Ctrl-C when the module named first is imported, by a command that nothing slow is imported before.

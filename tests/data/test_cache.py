@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rattn_eqx.__main__ import main
+from rattn_eqx.data import cache as cache_module
 from rattn_eqx.data import cache as caches
 from rattn_eqx.data.corpus import build_corpus
 from rattn_eqx.data.files import DamagedError, lock
@@ -47,6 +48,13 @@ def set_value(path: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), encoding="utf-8")
 
 
+def restate(path: Path, **values) -> None:
+    """A manifest edited by somebody who gave it the digest that fits."""
+    content = json.loads(path.read_text("utf-8")) | values
+    content.pop("digest")
+    path.write_text(json.dumps(content | {"digest": cache_module._digest(content)}), encoding="utf-8")
+
+
 DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "zeros": ("tokens-*/train.npy", lambda path: overwrite(path, b"\0")),
     "65535": ("tokens-*/train.npy", lambda path: overwrite(path, b"\xff")),
@@ -56,6 +64,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "other manifest": ("files-*/manifest.json", lambda path: path.write_bytes(b"[1]")),
     "deep manifest": ("files-*/manifest.json", lambda path: path.write_bytes(b'{"digest":' * 900 + b"1" + b"}" * 900)),
     "a value": ("files-*/manifest.json", lambda path: set_value(path, files="5")),
+    "digests of another kind": ("files-*/manifest.json", lambda path: restate(path, digests=[])),
+    "corpus of another kind": ("tokens-*/manifest.json", lambda path: restate(path, corpus=3)),
     "no digests": ("tokens-*/manifest.json", lambda path: path.unlink()),  # as older versions left them
     "other text": ("files-*/train.bin", lambda path: path.write_bytes(path.read_bytes().upper())),
     "FIFO": ("files-*/train.bin", lambda path: replace(path, os.mkfifo)),

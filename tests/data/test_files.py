@@ -3,10 +3,12 @@
 import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from rattn_eqx.data import files
 from rattn_eqx.data.files import (
     DamagedError,
     LockedError,
@@ -94,6 +96,41 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     (tmp_path / "kept").touch()
     remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_where_there_are_no_locks_only_what_is_old_is_taken_for_dead(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    for name, age in ((".unfinished-0", 0), (".unfinished-1", 2 * files.DEAD)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    with lock(tmp_path / "run", "test"), new_folder(tmp_path / "new"):
+        remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".unfinished-0", "new"]
+
+
+@pytest.mark.parametrize("has_lock", [False, True])
+def test_what_may_only_be_read_is_read_under_a_shared_lock(tmp_path, monkeypatch, has_lock: bool):
+    if has_lock:
+        is_free(tmp_path)
+    opened, really_open = [], os.open
+
+    def read_only(path, flags, *mode):
+        if flags & os.O_CREAT:
+            raise PermissionError(13, "Permission denied")
+        opened.append(flags)
+        return really_open(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with lock(tmp_path, "test", shared=True):
+        assert len(opened) == 1
+    with pytest.raises(PermissionError), lock(tmp_path, "test"):
+        pass
+
+
+def test_what_is_no_folder_is_told_from_a_lock(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DamagedError, match=r"test: .*file must be a folder; it is not; give another path"):
+        lock(tmp_path / "file", "test").__enter__()
 
 
 def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):

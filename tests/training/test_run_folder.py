@@ -16,7 +16,15 @@ from training_child import MODEL, training
 from rattn_eqx.data.files import write_text
 from rattn_eqx.data.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
 from rattn_eqx.training.config import RunConfig
-from rattn_eqx.training.run_folder import Metrics, load_config, metrics_obstacle, open_run, read_metrics
+from rattn_eqx.training.run_folder import (
+    Metrics,
+    identity,
+    load_config,
+    metrics_obstacle,
+    of_another_run,
+    open_run,
+    read_metrics,
+)
 
 CONFIG = RunConfig(dataclasses.replace(MODEL, pattern=("local", "global")), training(), "0" * 64)
 ROWS = [
@@ -192,6 +200,31 @@ def test_metrics_are_not_written_through_a_link(tmp_path):
     with pytest.raises(ValueError, match="must be a regular file and no link; give another path"):
         Metrics(tmp_path / "metrics.jsonl", 0)
     assert (tmp_path / "theirs").read_text() == "theirs"
+
+
+def test_a_checkpoint_is_of_the_run_whatever_fields_came_later():
+    run = identity(CONFIG, ByteTokenizer())
+    older = json.loads(json.dumps(run))
+    del older["config"]["model"]["qk_norm"], older["config"]["training"]["rematerialise"]
+    older["config"]["model"]["num_sinks"] = 0  # a field that models had once
+    assert of_another_run({"run": older}, run) is None
+    older["config"]["model"]["rope_theta"] = 1e4
+    assert of_another_run({"run": older}, run) == (
+        "it belongs to another run: model.rope_theta is 10000.0 in it and 500000.0 in config.json and tokenizer.json"
+    )
+    del older["config"]["model"]["window"]
+    assert "is no config of this version" in str(of_another_run({"run": older}, run))
+    assert "does not say which run it belongs to" in str(of_another_run({}, run))
+
+
+def test_a_row_too_long_to_be_one_is_not_read(tmp_path):
+    path = write_metrics(tmp_path, "[" + "{}," * 2000 + "{}]\n")
+    with pytest.raises(ValueError, match="must have rows of less than 4096 bytes"):
+        read_metrics(tmp_path)
+    with path.open("r+b") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match="must have rows of less than 4096 bytes"):
+        read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints"])
