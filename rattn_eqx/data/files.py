@@ -54,6 +54,18 @@ def rename(unfinished: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An error of a full disk, which names no file, comes out with one and a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        message = f"{path} could not be written: {error.strerror}; free some space or give another folder, then go on"
+        raise OSError(error.errno, message) from error
+
+
+@contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Yield an empty file that becomes `path` when the block ends well, and vanishes when it does not.
 
@@ -61,7 +73,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     """
     unfinished = unfinished_in(path.parent)
     try:
-        with unfinished.open("xb") as file:
+        with _named(path), unfinished.open("xb") as file:
             yield file
             sync(file)  # else a loss of power could leave the new name with no content
         rename(unfinished, path)
@@ -98,7 +110,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(target.parent)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, _named(target):
         unfinished = _held_folder(target.parent, stack)
         yield unfinished
         for path in unfinished.rglob("*"):

@@ -13,6 +13,7 @@ from rattn_eqx.data.files import (
     DamagedError,
     LockedError,
     lock,
+    new_file,
     new_folder,
     open_append,
     open_regular,
@@ -72,6 +73,14 @@ def test_a_block_that_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("make", [new_file, new_folder])
+def test_a_full_disk_is_told_with_the_name(tmp_path, make):
+    message = f"{tmp_path / 'target'} could not be written: No space left on device; free some space"
+    with pytest.raises(OSError, match=message), make(tmp_path / "target"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_lock_keeps_other_processes_out_and_ends(tmp_path):
     folder = tmp_path / "run"
     with lock(folder, "test"), lock(folder, "again"), new_folder(tmp_path / "new"):
@@ -102,7 +111,8 @@ def test_where_there_are_no_locks_only_what_is_old_is_taken_for_dead(tmp_path, m
     monkeypatch.setattr(files, "fcntl", None)
     for name, age in ((".unfinished-0", 0), (".unfinished-1", 2 * files.DEAD)):
         (tmp_path / name).mkdir()
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
+        then = time.time() - age
+        os.utime(tmp_path / name, (then, then))
     with lock(tmp_path / "run", "test"), new_folder(tmp_path / "new"):
         remove_unfinished(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".unfinished-0", "new"]
