@@ -66,7 +66,8 @@ def pretrain(
         print(describe(text.manifest))
         tokenizer = ByteTokenizer() if bpe_vocabulary is None else BPETokenizer.train(text, bpe_vocabulary)
         train_tokens, validation_tokens = tokenize(text, tokenizer, cache)
-        byte_path = tokenize(text, ByteTokenizer(), cache)[0]
+        in_bytes = isinstance(tokenizer, ByteTokenizer)  # else found, and held against their digests, twice
+        byte_path = train_tokens if in_bytes else tokenize(text, ByteTokenizer(), cache)[0]
         model = dataclasses.replace(model, vocabulary_size=tokenizer.vocabulary_size)
         config = RunConfig(model, training, text.manifest["sha256"])
 

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
 
@@ -21,6 +22,7 @@ from rattn_eqx.data.corpus import build_corpus
 from rattn_eqx.data.tokenizers import ByteTokenizer, tokenize
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.training.config import RunConfig, TrainConfig
+from rattn_eqx.training.run_folder import read_metrics
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 MODEL = ModelConfig(
@@ -54,6 +56,16 @@ def run_arguments(scratch: Path, **changes: Any) -> tuple[RunConfig, Path, Path,
     corpus, tokenizer = build_corpus(SAMPLE, scratch), ByteTokenizer()
     config = RunConfig(MODEL, training(**changes), corpus.manifest["sha256"])
     return config, *tokenize(corpus, tokenizer, scratch), tokenizer
+
+
+def bits(tree: Any) -> list[bytes]:
+    """Of every array of a pytree."""
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array))]
+
+
+def curve(folder: Path) -> list[dict]:
+    """The rows of a run, without what the clock says."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_metrics(folder)]
 
 
 def keep_compiled(folder: Path) -> None:

@@ -17,6 +17,7 @@ _NUMBER = (int, float)
 _OPTIONAL = (int, float, type(None))
 _LINE = {"name": str, "trial": dict, "seed": int, "corpus": (str, type(None)), "bits_per_byte": _OPTIONAL,
     "tests": list, "seconds": _NUMBER, "commit": str, "device": str}  # fmt: skip
+_TRIAL = {"model": dict, "training": dict}
 _TEST = {"task": str, "length": int, "exact": _OPTIONAL, "accuracy": _OPTIONAL}
 
 
@@ -106,10 +107,12 @@ def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = files.parse_json(line, where)
         _require(row, _LINE)
+        _require(row["trial"], _TRIAL)
+        _require({"departures": {}} | row["trial"], {"departures": dict})
         for test in row["tests"]:
             _require(test, _TEST)
         Trial.from_json(row["name"], row["trial"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError) as error:  # a departure that is given twice
         raise files.DamagedError(f"ablate: {where} is no result: {error}; put back a good copy or remove it") from error
     return row | {"trial": migrated(row["trial"])}
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rattn_eqx.ablation.layer import NO_DEPARTURES, Departures
 from rattn_eqx.data.tokenizers import BYTE_VOCABULARY
 from rattn_eqx.model.config import ModelConfig
-from rattn_eqx.model.fields import settle
+from rattn_eqx.model.fields import made, settle
 from rattn_eqx.training.config import TrainConfig
 
 
@@ -84,11 +84,8 @@ class Trial:
     def from_json(cls, name: str, values: dict[str, Any]) -> "Trial":
         """The trial whose `to_json` is `migrated(values)`."""
         values = migrated(values)
-        fields: dict[str, Any] = dict(values)
-        fields["model"] = ModelConfig.from_json(values["model"])
-        fields["training"] = TrainConfig(**values["training"])
-        fields["departures"] = Departures(**values["departures"])
-        return cls(name, **fields)
+        kinds = {"model": ModelConfig, "training": TrainConfig, "departures": Departures}
+        return made(cls, values | {"name": name} | {field: made(kind, values[field]) for field, kind in kinds.items()})
 
 
 def migrated(values: dict[str, Any]) -> dict[str, Any]:
@@ -99,5 +96,5 @@ def migrated(values: dict[str, Any]) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(Departures)]
     departures = {name: value for name, value in values["model"].items() if name in names}
     model = {name: value for name, value in values["model"].items() if name not in names}
-    departures = Departures(**departures, **values.get("departures", {}))
+    departures = made(Departures, dict(**departures, **values.get("departures", {})))
     return values | {"model": model, "departures": dataclasses.asdict(departures)}

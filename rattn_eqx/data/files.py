@@ -25,9 +25,7 @@ try:
 except ImportError:  # Windows: one process at a time is the user's to see to
     fcntl = None
 
-UNFINISHED = (
-    ".unfinished-"  # begins the name of what is being written; left by a killed process, for the next to remove
-)
+UNFINISHED = ".unfinished-"  # begins the name of what is being written; a killed process leaves it to the next
 SMALL = 2**20  # bytes of a configuration or a manifest, at most; JSON may take thirty times its length in memory
 LOCK = ".lock"  # hidden, so that a corpus of the folder above does not read it
 DEAD = 24 * 3600  # seconds after which unfinished work is a dead process's, where the file system has no locks

@@ -1,7 +1,7 @@
 """What fixes a model's shapes and mathematics, as a frozen value that a run folder stores as JSON."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 from pallas.feature_map import named
 from rattn_eqx.model.fields import settle
@@ -39,11 +39,6 @@ class ModelConfig:
     rope_theta: float | int = 5e5
     gate: Literal["gelu", "silu"] = "gelu"
     tie_embeddings: bool = True
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
-        """The config that `dataclasses.asdict` gave, as JSON holds it: with a list for the pattern."""
-        return cls(**values)
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

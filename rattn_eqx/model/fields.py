@@ -26,6 +26,19 @@ def settle(config: Any) -> None:
         object.__setattr__(config, field.name, _settled(name, getattr(config, field.name), hints[field.name]))
 
 
+def made(kind: type, values: dict[str, Any]) -> Any:
+    """A frozen dataclass of values that JSON held; a ValueError that names a field it lacks or does not have."""
+    default = lambda field: (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+    fields = {field.name: not default(field) for field in dataclasses.fields(kind)}
+    unknown = [name for name in values if name not in fields]
+    missing = [name for name, needed in fields.items() if needed and name not in values]
+    if unknown or missing:
+        raise ValueError(
+            f"{kind.__name__}: missing {', '.join(missing) or 'none'}, unknown {', '.join(unknown) or 'none'}"
+        )
+    return kind(**values)
+
+
 def _settled(name: str, value: Any, hint: Any) -> Any:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     refusal = ValueError(f"{name} must be {_in_words(hint)}; got {value!r:.80}")

@@ -185,11 +185,7 @@ def claimed_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
     found = {}
     for path in _newest_first(folder):
         with contextlib.suppress(KeyError, *_UNREADABLE), open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            entry = _entry(archive, archive.getinfo(f"{_DOCUMENT}.npy"))
-            if math.prod(entry.shape) <= SMALL:
-                content = parse_json(archive.read(entry.name)[entry.offset :].decode(), str(path))
-                if isinstance(content, dict) and isinstance(content.get("metadata"), dict):
-                    found[path] = content["metadata"]
+            _, _, found[path] = _read_document(archive, _entry(archive, archive.getinfo(f"{_DOCUMENT}.npy")))
     return found
 
 
@@ -284,15 +280,7 @@ def _inspected(path: Path, largest: int, stack: contextlib.ExitStack) -> _Checkp
     entries = {info.filename.removesuffix(".npy"): _entry(archive, info) for info in archive.infolist()}
     if len(entries) < len(archive.infolist()) or _DOCUMENT not in entries:
         raise ValueError(f"it must have one entry {_DOCUMENT} and each other once")
-    document = entries.pop(_DOCUMENT)
-    if math.prod(document.shape) > SMALL:
-        raise ValueError(f"its {_DOCUMENT} must have at most {SMALL:,} bytes; it has {math.prod(document.shape):,}")
-    content = parse_json(archive.read(document.name)[document.offset :].decode(), f"its {_DOCUMENT}")
-    match content:
-        case {"step": int(stated), "views": dict(views), "metadata": dict(metadata)}:
-            pass
-        case _:
-            raise ValueError(f"its {_DOCUMENT} must hold step, views and metadata")
+    stated, views, metadata = _read_document(archive, entries.pop(_DOCUMENT))
     if stated != step:
         raise ValueError(f"it holds step {stated}, not the {step} of its name")
     for leaf, name in views.items():
@@ -300,6 +288,16 @@ def _inspected(path: Path, largest: int, stack: contextlib.ExitStack) -> _Checkp
         if stored is None or not isinstance(name, str) or not _is_view(name, stored.dtype):
             raise ValueError(f"its views must name dtypes of entries; got {leaf!r}: {name!r:.40}")
     return _Checkpoint(path, archive, entries, views, metadata)
+
+
+def _read_document(archive: zipfile.ZipFile, entry: _Entry) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Step, views and metadata; a ValueError for another document."""
+    if math.prod(entry.shape) > SMALL:
+        raise ValueError(f"its {_DOCUMENT} must have at most {SMALL:,} bytes; it has {math.prod(entry.shape):,}")
+    match parse_json(archive.read(entry.name)[entry.offset :].decode(), f"its {_DOCUMENT}"):
+        case {"step": int(step), "views": dict(views), "metadata": dict(metadata)}:
+            return step, views, metadata
+    raise ValueError(f"its {_DOCUMENT} must hold step, views and metadata")
 
 
 def _is_view(name: str, stored: np.dtype) -> bool:

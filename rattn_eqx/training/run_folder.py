@@ -24,6 +24,7 @@ from rattn_eqx.data.files import (
 )
 from rattn_eqx.data.tokenizers import Tokenizer, load_tokenizer
 from rattn_eqx.model.config import ModelConfig
+from rattn_eqx.model.fields import made
 from rattn_eqx.training.config import RunConfig, TrainConfig
 
 _LONGEST_ROW = 2**12  # bytes of a line of metrics.jsonl
@@ -71,8 +72,12 @@ def open_run(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
 
 def identity(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a run's checkpoints belong to, as JSON holds it: its config, the corpus's digest among it, its tokenizer."""
-    values = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {"config": values, "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()}
+    return {"config": _as_json(config), "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()}
+
+
+def _as_json(config: RunConfig) -> dict[str, Any]:
+    """What config.json gives back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def of_another_run(metadata: dict[str, Any], run: dict[str, Any]) -> str | None:
@@ -83,10 +88,10 @@ def of_another_run(metadata: dict[str, Any], run: dict[str, Any]) -> str | None:
         case _:
             return "it does not say which run it belongs to; an older version of rattn-eqx wrote it, which can go on"
     try:
-        made = _config_of(config)[0]  # a field that is younger than the checkpoint has its default
+        stated, _ = _config_of(config)  # a field that is younger than the checkpoint has its default
     except ValueError as error:
         return f"its config is no config of this version of rattn-eqx: {error}"
-    found = {"config": json.loads(json.dumps(dataclasses.asdict(made))), "tokenizer": tokenizer}
+    found = {"config": _as_json(stated), "tokenizer": tokenizer}
     different = _differences(found, run, "in it", "in config.json and tokenizer.json")
     return f"it belongs to another run: {different}" if different else None
 
@@ -136,19 +141,7 @@ def _config_of(values: Any) -> tuple[RunConfig, dict[str, Any]]:
             raise ValueError("it must hold model, training and corpus")
     former = {name: value for name, value in model.items() if name in _FORMER}
     model = {name: value for name, value in model.items() if name not in _FORMER}
-    return RunConfig(_made(ModelConfig, model), _made(TrainConfig, training), corpus), former
-
-
-def _made(kind: type, values: dict[str, Any]) -> Any:
-    """A frozen dataclass of values that JSON held; a ValueError that names a field it lacks or does not have."""
-    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
-    unknown = [name for name in values if name not in fields]
-    missing = [name for name, needed in fields.items() if needed and name not in values]
-    if unknown or missing:
-        raise ValueError(
-            f"{kind.__name__}: missing {', '.join(missing) or 'none'}, unknown {', '.join(unknown) or 'none'}"
-        )
-    return kind(**values)
+    return RunConfig(made(ModelConfig, model), made(TrainConfig, training), corpus), former
 
 
 class Metrics:

@@ -15,14 +15,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import equinox as eqx
-import jax
-import numpy as np
 import pytest
 import training_child
+from training_child import bits, curve
 
 from rattn_eqx.training import loop
-from rattn_eqx.training.run_folder import read_metrics
 
 pytestmark = [
     pytest.mark.standard_dtype_promotion,  # optax
@@ -31,14 +28,6 @@ pytestmark = [
 SETTINGS = {"steps": 12, "checkpoint_every": 4, "evaluate_every": 5}
 SECONDS = 10  # the longest that a command may take
 ODD_VALUES = [None, True, -1, 0, 96.0, 2**70, 10**400, 1e308, "no", "", [], [1], {}, {"a": 1}, [[[[[]]]]], "�\ud800"]
-
-
-def bits(tree) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array))]
-
-
-def curve(folder: Path) -> list[dict]:
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_metrics(folder)]
 
 
 def content(folder: Path) -> dict[str, object]:

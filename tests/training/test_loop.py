@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import training_child
+from training_child import bits, curve
 
 from pallas.numerics import relative_rms
 from rattn_eqx.data.batches import training_batches
@@ -81,14 +82,6 @@ def run(folder: Path, scratch: Path, report=lambda line: None, **changes) -> Lan
 
 def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step_*.npz"))
-
-
-def curve(folder: Path) -> list[dict]:
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_metrics(folder)]
-
-
-def bits(tree) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array))]
 
 
 def assert_ends_like_the_whole(folder: Path, model: LanguageModel, whole) -> None:
