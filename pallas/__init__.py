@@ -12,6 +12,7 @@ Names, everywhere:
 * state: [f, dv], the sum of phi(k)^T v over a residual set. start states: initial_state, of the first segment, and
   segment_state, from which each later one starts.
 * segment: a maximal run of equal segment_ids, a document of a packed sequence. runs: the number of each token's.
+* ring: the last W keys and values of a sequence that is generated; a token takes the slot of the one that leaves.
 * chunk: tokens that one product takes together, between two of which the state is passed on. block: what one step of a
   TPU kernel's grid takes, some chunks. tile: a matrix in a kernel's memory, of a chunk or a part of it.
 * lse: log of the sum of exponentials of a query's logits, from which the backward pass recomputes its weights. delta:
@@ -49,6 +50,22 @@ install both in one environment, since one overwrites the other. `pallas.__file_
 
 from pallas import feature_map
 from pallas.block_sizes import BlockSizes
-from pallas.ops import rattention, residual_linear_attention, sliding_window_attention
+from pallas.ops import (
+    rattention,
+    rattention_step,
+    residual_linear_attention,
+    sliding_window_attention,
+    sliding_window_attention_step,
+)
+from pallas.step_cache import StepCache
 
-__all__ = ["BlockSizes", "feature_map", "rattention", "residual_linear_attention", "sliding_window_attention"]
+__all__ = [
+    "BlockSizes",
+    "StepCache",
+    "feature_map",
+    "rattention",
+    "rattention_step",
+    "residual_linear_attention",
+    "sliding_window_attention",
+    "sliding_window_attention_step",
+]

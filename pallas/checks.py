@@ -7,6 +7,7 @@ from jaxtyping import Array
 from pallas.dependence import mixing
 from pallas.feature_map import FeatureMap, acts_on_the_last_axis, as_pair, described
 from pallas.numerics import accumulation_dtype
+from pallas.step_cache import StepCache
 
 
 def check_attention(op: str, q: Array, k: Array, window: int, segment_ids: Array | None) -> None:
@@ -42,6 +43,33 @@ def check_states(op: str, feature_map: FeatureMap, k: Array, v: Array, **states:
             raise ValueError(
                 f"{op}: {name} must have shape (kv, f, dv)={expected} for this feature map; got {state.shape}"
             )
+
+
+def check_step(
+    op: str, q: Array, k: Array, v: Array, cache: StepCache, feature_map: FeatureMap | None = None, k_rla=None
+) -> None:
+    """One token and the cache before it. feature_map: None for an op without the residual branch."""
+    (h, d), (kv, dv) = q.shape, v.shape
+    if kv < 1 or h % kv:
+        raise ValueError(f"{op}: h must be a multiple of kv; got h={h}, kv={kv}")
+    expected = {"keys": (cache.window, kv, d), "values": (cache.window, kv, dv)}
+    if feature_map is not None:
+        expected["state"] = (kv, check_feature_map(op, feature_map, d, accumulation_dtype(k, v)), dv)
+    for name, shape in expected.items():
+        held = getattr(cache, name)
+        if held is None or held.shape != shape:
+            raise ValueError(
+                f"{op}: the cache's {name} must have shape {shape} for such a token; got "
+                f"{'none' if held is None else held.shape}; was it made for another layer, feature map or batch?"
+            )
+    if feature_map is None and (cache.state is not None or cache.window < 1):
+        raise ValueError(f"{op}: the cache must have slots and no state; got {cache.window} slots and "
+                         f"{'no' if cache.state is None else 'a'} state; rattention_step takes such a cache")  # fmt: skip
+    if feature_map is not None and (cache.keys_rla is None) is not (k_rla is None):
+        raise ValueError(
+            f"{op}: k_rla and the cache's keys_rla must both be given, or neither; got k_rla "
+            f"{'None' if k_rla is None else 'given'}, keys_rla {'None' if cache.keys_rla is None else 'given'}"
+        )
 
 
 def check_feature_map(op: str, feature_map: FeatureMap, head_size: int, dtype=jnp.float32) -> int:

@@ -5,6 +5,7 @@ nothing but the final rounding; on GPU and TPU the default matmul precision appl
 backward pass keeps the inputs and the chunk states, never the scores. Notebook 02 derives both loops.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from pallas.block_sizes import BlockSizes, round_up
 from pallas.feature_map import FeatureMap, as_pair, num_features
 from pallas.numerics import accumulation_dtype
 from pallas.reference import normed_sum
+from pallas.step_cache import StepCache, turned
 
 
 def pad(x: Array, before: int, after: int, mode: str) -> Array:
@@ -273,3 +275,50 @@ def rattention(
 
     out, state = _rla(q_rla, k_rla, v, **shared, **of_rla, o_swa=o_swa, finish=finish)
     return out, state if return_final_state else None
+
+
+def sliding_window_attention_step(
+    q: Float[Array, "h d"], k: Float[Array, "kv d"], v: Float[Array, "kv dv"], cache: StepCache, *, scale: float
+) -> tuple[Float[Array, "h dv"], StepCache]:
+    """The slots in the order in which they stand: a softmax does not mind."""
+    cache, *_ = turned(cache, k, None, v)
+    return _read_ring(q, cache, scale, accumulation_dtype(q, k, v)), cache
+
+
+def rattention_step(
+    q: Float[Array, "h d"],
+    k: Float[Array, "kv d"],
+    v: Float[Array, "kv dv"],
+    cache: StepCache,
+    *,
+    q_rla: Float[Array, "h d"],
+    k_rla: Float[Array, "kv d"],
+    swa_gain: Float[Array, "h dv"],
+    rla_gain: Float[Array, "h dv"],
+    eps: float,
+    scale: float,
+    feature_map: FeatureMap,
+) -> tuple[Float[Array, "h dv"], StepCache]:
+    """The key that leaves the ring enters the state; then both branches read."""
+    dtype, (kv, _) = accumulation_dtype(q, k, v), k.shape
+    phi_q, phi_k = as_pair(feature_map)
+    cache, key, value, leaves = turned(cache, k, k_rla, v)
+    o_swa = _read_ring(q, cache, scale, dtype)
+    added = jnp.einsum("kf,kv->kfv", phi_k(key.astype(dtype)).astype(dtype), value.astype(dtype))
+    state = cache.state.astype(dtype) + jnp.where(leaves, added, 0)
+    features = phi_q(q_rla.astype(dtype).reshape(kv, -1, q.shape[1])).astype(dtype)
+    o_rla = jnp.einsum("kgf,kfv->kgv", features, state).reshape(o_swa.shape)
+    out = normed_sum(o_swa[None], o_rla[None], swa_gain, rla_gain, eps)[0]
+    return out, dataclasses.replace(cache, state=state)
+
+
+def _read_ring(q: Float[Array, "h d"], cache: StepCache, scale: float, dtype) -> Float[Array, "h dv"]:
+    """Softmax attention of one query to every token that the ring holds."""
+    _, kv, dv = cache.values.shape
+    if cache.window == 0:
+        return jnp.zeros((q.shape[0], dv), dtype)
+    held = cache.holds
+    logits = jnp.einsum("kgd,skd->kgs", q.astype(dtype).reshape(kv, -1, q.shape[1]), cache.keys.astype(dtype))
+    weights = jax.nn.softmax(jnp.where(held, scale * logits, -jnp.inf), axis=-1)
+    values = jnp.where(held[:, None, None], cache.values, 0).astype(dtype)  # what no document holds may be NaN
+    return jnp.einsum("kgs,skv->kgv", weights, values).reshape(q.shape[0], dv)

@@ -1,10 +1,11 @@
-"""The three public ops: their documentation, their checks, and one dispatch to the implementation that serves a call.
+"""The public ops: their documentation, their checks, and one dispatch to the implementation that serves a call.
 
-Each implementation is a module with three functions of these names and of one signature each: `reference`, `chunked`,
-and `pallas.FAMILY.ops` for each family of kernels. A family's package says by `present()` whether its device is here,
-and by `obstacle(*arrays)` why it cannot serve a call, or None.
+Each implementation is a module with functions of these names and of one signature each: `reference`, `chunked`, and
+`pallas.FAMILY.ops` for each family of kernels. A family's package says by `present()` whether its device is here, and
+by `obstacle(op, *arrays)` why it cannot serve a call, or None.
 """
 
+import dataclasses
 import importlib
 import types
 from typing import Any
@@ -15,9 +16,10 @@ from jaxtyping import Array, Float, Int
 from pallas import chunked, reference
 from pallas.block_sizes import BlockSizes, default_block_sizes
 from pallas.checked import checked
-from pallas.checks import check_attention, check_states
+from pallas.checks import check_attention, check_states, check_step
 from pallas.feature_map import FeatureMap, softmax
 from pallas.segments import contained, spoil
+from pallas.step_cache import StepCache
 
 PORTABLE = {"reference": reference, "chunked": chunked}
 KERNELS = {"gpu": "hopper", "tpu": "tpu"}  # what a user asks for: the family's folder
@@ -228,6 +230,83 @@ def rattention(
     )
 
 
+@checked
+def sliding_window_attention_step(
+    q: Float[Array, "h d"],
+    k: Float[Array, "kv d"],
+    v: Float[Array, "kv dv"],
+    cache: StepCache,
+    *,
+    scale: float | int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "h dv"], StepCache]:
+    """One more token of `sliding_window_attention`: what its query gathers, and the cache with its key and value.
+
+    Args:
+      q, k, v: of the token, as the window reads them; `jax.vmap` batches.
+      cache: of the tokens before it; the window has as many keys as the cache has slots. A cache as long as the longest
+        document is full attention.
+      scale: as in `sliding_window_attention`.
+      implementation: None, "reference", "chunked" or "gpu"; None picks as there.
+
+    Returns:
+      The output, in v's dtype, and the cache, whose `length` is one more. The one given stays as it was.
+
+    Raises, Numerics: as `sliding_window_attention`, for k and v as the cache's dtype holds them.
+    Cost: 2 h (d + dv) W FLOPs; the ring is read once.
+
+    >>> from pallas import StepCache
+    >>> ring, x = jnp.zeros((3, 2, 4)), jnp.ones((2, 4))
+    >>> out, cache = sliding_window_attention_step(x, x, x, StepCache(ring, None, ring, None, jnp.array(0)))
+    >>> out.shape, int(cache.length)
+    ((2, 4), 1)
+    """
+    op = "sliding_window_attention_step"
+    check_step(op, q, k, v, cache)
+    return _step(op, choose(op, implementation, q, k, v), v, cache, q=q, k=k, scale=scale)
+
+
+@checked
+def rattention_step(
+    q: Float[Array, "h d"],
+    k: Float[Array, "kv d"],
+    v: Float[Array, "kv dv"],
+    cache: StepCache,
+    *,
+    swa_gain: Float[Array, "h dv"],
+    rla_gain: Float[Array, "h dv"],
+    feature_map: FeatureMap = softmax,
+    q_rla: Float[Array, "h d"] | None = None,
+    k_rla: Float[Array, "kv d"] | None = None,
+    scale: float | int | None = None,
+    eps: float | int = 1e-6,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "h dv"], StepCache]:
+    """One more token of `rattention`, in time and memory that do not grow: the ring turns by one slot.
+
+    The token's key takes the slot of the one that leaves the window, phi(k)^T v of which enters the state in the same
+    step; then o = g_swa rms(o_swa) + g_rla rms(o_rla), as there.
+
+    Args:
+      q, k, v, q_rla, k_rla: of the token; `jax.vmap` batches. k_rla must be given where the cache has `keys_rla`.
+      cache: of the tokens before it; the window has as many keys as the cache has slots.
+      swa_gain, rla_gain, feature_map, scale, eps: as in `rattention`.
+      implementation: None, "reference", "chunked" or "gpu"; None picks as in `sliding_window_attention`.
+
+    Returns:
+      The output, in v's dtype, and the cache, whose `length` is one more. The one given stays as it was.
+
+    Raises, Numerics: as `rattention`, for k and v as the cache's dtype holds them.
+    Cost: 2 h (d + dv) W + 2 (h + kv) f dv FLOPs; ring and state are read once, and the state is written.
+    """
+    op = "rattention_step"
+    q_rla = q if q_rla is None else q_rla
+    check_step(op, q, k, v, cache, feature_map=feature_map, k_rla=k_rla)
+    k_rla = k if k_rla is None else k_rla
+    options = dict(q_rla=q_rla, k_rla=k_rla, swa_gain=swa_gain, rla_gain=rla_gain, feature_map=feature_map, eps=eps)
+    return _step(op, choose(op, implementation, q, k, v, q_rla, k_rla), v, cache, q=q, k=k, scale=scale, **options)
+
+
 def choose(op: str, implementation: str | None, *arrays: Array) -> str:
     """The implementation that runs for q, k and v and what else a kernel would read.
 
@@ -239,7 +318,7 @@ def choose(op: str, implementation: str | None, *arrays: Array) -> str:
       ValueError: for a name that is no implementation.
     """
     if implementation is None:
-        serving = (name for name in KERNELS if family(name).present() and family(name).obstacle(*arrays) is None)
+        serving = (name for name in KERNELS if family(name).present() and family(name).obstacle(op, *arrays) is None)
         return next(serving, "chunked")
     if implementation in PORTABLE:
         return implementation
@@ -248,7 +327,7 @@ def choose(op: str, implementation: str | None, *arrays: Array) -> str:
         raise ValueError(
             f"{op}: implementation must be None, {', '.join(names[:-1])} or {names[-1]}; got {implementation!r}"
         )
-    obstacle = family(implementation).obstacle(*arrays)
+    obstacle = family(implementation).obstacle(op, *arrays)
     if obstacle is not None:
         raise NotImplementedError(
             f"{op}: implementation={implementation!r} {obstacle}; "
@@ -260,6 +339,21 @@ def choose(op: str, implementation: str | None, *arrays: Array) -> str:
 def family(name: str) -> types.ModuleType:
     """The package of a family of kernels, without the kernels: `pallas.FAMILY.ops` is imported when one runs."""
     return importlib.import_module(f"pallas.{KERNELS[name]}")
+
+
+def _step(op: str, chosen: str, v: Array, cache: StepCache, *, scale: float | int | None, **options: Any) -> Any:
+    """What a step's public op returns. k and v are rounded as the ring holds them, so that it does not matter when."""
+    rounded = lambda x: x.astype(cache.keys.dtype).astype(x.dtype)
+    options |= {name: rounded(options[name]) for name in ("k", "k_rla") if name in options}
+    scale = options["q"].shape[-1] ** -0.5 if scale is None else scale
+    out, after = getattr(_module(chosen), op)(v=rounded(v), cache=cache, scale=scale, **options)
+    if after.state is not None:
+        after = dataclasses.replace(after, state=after.state.astype(cache.state.dtype))
+    return out.astype(v.dtype), after
+
+
+def _module(chosen: str) -> Any:
+    return PORTABLE[chosen] if chosen in PORTABLE else importlib.import_module(f"pallas.{KERNELS[chosen]}.ops")
 
 
 def _call(
@@ -278,9 +372,8 @@ def _call(
     if segment_ids is not None:
         arrays, spoilt = contained(segment_ids, queries, keys, states or {})
     options["window"] = min(options["window"], next(iter(keys.values())).shape[0])  # as many keys as there are: all
-    module = PORTABLE[chosen] if chosen in PORTABLE else importlib.import_module(f"pallas.{KERNELS[chosen]}.ops")
     blocks = block_sizes or default_block_sizes(options["window"], queries["q"].shape[0])
-    result = getattr(module, op)(**arrays, segment_ids=segment_ids, block_sizes=blocks, **options)
+    result = getattr(_module(chosen), op)(**arrays, segment_ids=segment_ids, block_sizes=blocks, **options)
     out, state = result if isinstance(result, tuple) else (result, None)
     out = out.astype(keys["v"].dtype)
     if spoilt is not None:

@@ -4,6 +4,7 @@ Every other implementation is held to these functions, values and gradients. The
 (float32, or float64 for float64 inputs); the public ops round to v's dtype. Nothing is cut: `block_sizes` is ignored.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from pallas import segments
 from pallas.block_sizes import BlockSizes
 from pallas.feature_map import FeatureMap, as_pair
 from pallas.numerics import accumulation_dtype
+from pallas.step_cache import StepCache, in_order, turned
 
 
 def positions(t: int, s: int) -> tuple[Int[Array, "t"], Int[Array, "s"]]:
@@ -129,3 +131,46 @@ def rattention(
     o_rla, state = residual_linear_attention(q_rla, k_rla, v, **shared, **of_rla)
     dtype = accumulation_dtype(o_swa, o_rla)
     return normed_sum(o_swa.astype(dtype), o_rla.astype(dtype), swa_gain, rla_gain, eps), state
+
+
+def sliding_window_attention_step(
+    q: Float[Array, "h d"], k: Float[Array, "kv d"], v: Float[Array, "kv dv"], cache: StepCache, *, scale: float
+) -> tuple[Float[Array, "h dv"], StepCache]:
+    """The whole-sequence op on the tokens of the ring, in their order, and the new one."""
+    after, *_ = turned(cache, k, None, v)
+    keys, values, ids = _ordered(cache, k=(cache.keys, k), v=(cache.values, v))
+    out = sliding_window_attention(q[None], keys, values, window=cache.window, scale=scale, segment_ids=ids)
+    return out[0], after
+
+
+def rattention_step(
+    q: Float[Array, "h d"],
+    k: Float[Array, "kv d"],
+    v: Float[Array, "kv dv"],
+    cache: StepCache,
+    *,
+    q_rla: Float[Array, "h d"],
+    k_rla: Float[Array, "kv d"],
+    **options: Any,
+) -> tuple[Float[Array, "h dv"], StepCache]:
+    """The whole-sequence op on the tokens of the ring, in their order, and the new one; its final state is kept."""
+    after, *_ = turned(cache, k, k_rla, v)
+    ring_rla = cache.keys if cache.keys_rla is None else cache.keys_rla
+    rows = dict(k=(cache.keys, k), v=(cache.values, v), k_rla=(ring_rla, k_rla))
+    keys, values, keys_rla, ids = _ordered(cache, **rows)
+    states = dict(initial_state=cache.state, segment_state=cache.state)  # of a short document: still what it began with
+    out, state = rattention(
+        q[None], keys, values, q_rla=q_rla[None], k_rla=keys_rla, window=cache.window, segment_ids=ids, **states,
+        **options,
+    )  # fmt: skip
+    return out[0], dataclasses.replace(after, state=state)
+
+
+def _ordered(cache: StepCache, **rings_and_rows: tuple[Array, Array]) -> tuple[Array, ...]:
+    """Each ring from its oldest token to its newest and the new row, 0 where a slot holds none; then ids that tell."""
+    held = in_order(cache.holds[:, None, None], cache.length)
+    joined = [
+        jnp.concatenate([jnp.where(held, in_order(ring, cache.length), 0), row.astype(ring.dtype)[None]])
+        for ring, row in rings_and_rows.values()
+    ]
+    return *joined, jnp.concatenate([held[:, 0, 0], jnp.ones((1,), bool)]).astype(jnp.int32)

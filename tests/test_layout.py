@@ -9,12 +9,13 @@ import rattn_eqx
 
 ROOT = Path(__file__).parents[1]
 SURFACE = {  # what is importable from the top of each package
-    pallas: "BlockSizes feature_map rattention residual_linear_attention sliding_window_attention",
+    pallas: "BlockSizes StepCache feature_map rattention rattention_step residual_linear_attention "
+    "sliding_window_attention sliding_window_attention_step",
     rattn_eqx: "Block GlobalAttention LanguageModel ModelConfig RAttention generate presets",
 }
 # Each room may import those before it, none after it; a file of a package's top level is a room of its own.
 ROOMS = {
-    "pallas": "checked dependence feature_map numerics segments block_sizes batching checks final_state reference "
+    "pallas": "checked dependence feature_map numerics segments block_sizes batching step_cache checks final_state reference "
     "chunked hopper tpu ops __init__ tools __main__",
     "rattn_eqx": "model data tasks training.config inference evaluation training ablation figures __init__ pretrain "
     "interrupt console arguments commands __main__",

@@ -14,6 +14,8 @@ def present() -> bool:
     return jax.default_backend() == "tpu"
 
 
-def obstacle(*arrays: Array) -> str | None:
-    """Why these kernels cannot serve a call on such arrays of q, k and v, or None."""
+def obstacle(op: str, *arrays: Array) -> str | None:
+    """Why these kernels cannot serve a call of an op on such arrays of q, k and v, or None."""
+    if op.endswith("_step"):
+        return "has no kernel for one token"
     return "takes no float64" if any(x.dtype == "float64" for x in arrays) else None
