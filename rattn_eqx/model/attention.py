@@ -1,5 +1,6 @@
 """The two attention layers of a local-global model. Unbatched: `jax.vmap` batches."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import pallas
+from pallas import StepCache
 from pallas.checked import checked
 from pallas.checks import check_feature_map
-from pallas.feature_map import FeatureMap, as_pair
+from pallas.feature_map import FeatureMap, as_pair, num_features
+from pallas.numerics import accumulation_dtype
+from rattn_eqx.model.cache import Piece, join, keep
 from rattn_eqx.model.initialise import truncated_normal
 from rattn_eqx.model.norm import RMSNorm
 from rattn_eqx.model.rotary import rotary
@@ -68,6 +72,11 @@ class Projections(eqx.Module):
         if self.query_norm is None or self.key_norm is None:
             return q, k
         return self.query_norm(q), self.key_norm(k)
+
+    def init_cache(self, slots: int, dtype: Any) -> StepCache:
+        """A ring of so many slots that holds no token, without a state."""
+        ring = lambda weight: jnp.zeros((slots, *weight.shape[1:]), dtype)
+        return StepCache(ring(self.key_weight), None, ring(self.value_weight), None, jnp.array(0, jnp.int32))
 
     @checked
     def merge(
@@ -201,14 +210,17 @@ class RAttention(eqx.Module):
         """
         return self.projections.merge(self.attend(*self.inputs(x), segment_ids))
 
-    def inputs(self, x: Array) -> tuple[Array, Array, Array, Array, Array]:
-        """(q, k) of the window, with qk-norm and rotary embedding; (q, k) of the residual branch; and v, of heads."""
-        q, k, v = self.projections.project(x)
-        return *self.rotate(*self.projections.norm(q, k)), *self.scale(q, k), v
+    def inputs(self, x: Array, positions: Array | None = None) -> tuple[Array, Array, Array, Array, Array]:
+        """(q, k) of the window, with qk-norm and rotary embedding; (q, k) of the residual branch; and v, of heads.
 
-    def rotate(self, q: Array, k: Array) -> tuple[Array, Array]:
+        positions: 0, 1, 2, ... by default.
+        """
+        q, k, v = self.projections.project(x)
+        return *self.rotate(*self.projections.norm(q, k), positions), *self.scale(q, k), v
+
+    def rotate(self, q: Array, k: Array, positions: Array | None = None) -> tuple[Array, Array]:
         """q and k with the rotary embedding of their positions."""
-        positions = jnp.arange(q.shape[0])
+        positions = jnp.arange(q.shape[0]) if positions is None else positions
         return rotary(q, positions, theta=self.rope_theta), rotary(k, positions, theta=self.rope_theta)
 
     def scale(self, q: Array, k: Array) -> tuple[Array, Array]:
@@ -227,7 +239,7 @@ class RAttention(eqx.Module):
     ) -> Array:
         """The heads: `pallas.rattention` of what `inputs` gives, or without the residual branch the window's alone."""
         options: dict[str, Any] = dict(window=self.window, segment_ids=segment_ids, implementation=self.implementation)
-        if self.swa_gain is None or self.rla_gain is None:
+        if self.rla_gain is None:
             return pallas.sliding_window_attention(q_swa, k_swa, v, **options)
         state = self.initial_state()
         heads: Any = pallas.rattention(  # one array: no final state is asked for
@@ -236,14 +248,67 @@ class RAttention(eqx.Module):
             v,
             q_rla=q_rla,
             k_rla=k_rla,
-            swa_gain=self.swa_gain,
-            rla_gain=self.rla_gain,
-            feature_map=self.feature_map,
+            **self.of_residual,
             initial_state=state,
             segment_state=state,
             **options,
         )
         return heads
+
+    @property
+    def of_residual(self) -> dict[str, Any]:
+        """What `pallas.rattention` and `rattention_step` are told of the residual branch."""
+        return dict(swa_gain=self.swa_gain, rla_gain=self.rla_gain, feature_map=self.feature_map)
+
+    def init_cache(self, room: int | None, dtype: Any) -> StepCache:
+        """A document's, before its first token; room: of the longest, None if nothing limits it."""
+        slots = self.window if room is None else min(self.window, room)
+        cache = self.projections.init_cache(slots, dtype)
+        if self.rla_gain is None:
+            return cache
+        (_, kv, d), (_, dv) = cache.keys.shape, self.rla_gain.shape
+        shape = (kv, num_features(self.feature_map, d), dv)
+        keys, state = jnp.zeros_like(cache.keys), jnp.zeros(shape, accumulation_dtype(cache.keys))
+        return StepCache(cache.keys, keys, cache.values, state, cache.length).begun(self.initial_state())
+
+    def extend(self, x: Float[Array, "t m"], cache: StepCache, piece: Piece) -> tuple[Float[Array, "t m"], StepCache]:
+        """What each token of a piece gathers, also of what the cache holds, and the cache after them."""
+        q_swa, k_swa, q_rla, k_rla, v = self.inputs(x, piece.positions(cache.length))
+        joined = join(cache, piece, k_swa, k_rla, v)
+        shared: dict[str, Any] = dict(window=cache.window, segment_ids=joined.segment_ids)
+        shared["implementation"] = self.implementation
+        q_swa, state = piece.to_end(q_swa), None
+        if self.rla_gain is None:
+            heads = pallas.sliding_window_attention(q_swa, joined.keys, joined.values, **shared)
+        else:
+            heads, state = pallas.rattention(
+                q_swa,
+                joined.keys,
+                joined.values,
+                q_rla=piece.to_end(q_rla),
+                k_rla=joined.keys_rla,
+                **self.of_residual,
+                initial_state=cache.state,
+                segment_state=self.initial_state(),
+                return_final_state=True,
+                **shared,
+            )
+        return self.projections.merge(piece.from_end(heads)), keep(cache, piece, joined, state)
+
+    def step(self, x: Float[Array, "m"], cache: StepCache) -> tuple[Float[Array, "m"], StepCache]:
+        """What one token gathers, and the cache after it."""
+        q_swa, k_swa, q_rla, k_rla, v = (y[0] for y in self.inputs(x[None], cache.length[None]))
+        step = functools.partial(pallas.sliding_window_attention_step, implementation=self.implementation)
+        if self.rla_gain is not None:
+            step = functools.partial(
+                pallas.rattention_step,
+                q_rla=q_rla,
+                k_rla=k_rla,
+                **self.of_residual,
+                implementation=self.implementation,
+            )
+        heads, cache = step(q_swa, k_swa, v, cache)
+        return self.projections.merge(heads[None])[0], cache
 
 
 @checked
@@ -277,9 +342,41 @@ class GlobalAttention(eqx.Module):
           x: normed stream of one sequence.
           segment_ids: one id for each token; a token reads its own run of equal ids only.
         """
-        q, k, v = self.projections.project(x)
-        q, k = self.projections.norm(q, k)
+        q, k, v = self.inputs(x)
         heads = pallas.sliding_window_attention(
             q, k, v, window=x.shape[0], segment_ids=segment_ids, implementation=self.implementation
         )
         return self.projections.merge(heads)
+
+    def inputs(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries and keys, with qk-norm, and values."""
+        q, k, v = self.projections.project(x)
+        return *self.projections.norm(q, k), v
+
+    def init_cache(self, room: int | None, dtype: Any) -> StepCache:
+        """A document's, before its first token: room for all of it."""
+        if room is None:
+            raise ValueError(
+                "init_cache: max_length must be given for a model with global layers, which keep every token; got None"
+            )
+        return self.projections.init_cache(room, dtype)
+
+    def extend(self, x: Float[Array, "t m"], cache: StepCache, piece: Piece) -> tuple[Float[Array, "t m"], StepCache]:
+        """As of `RAttention`."""
+        q, k, v = self.inputs(x)
+        joined = join(cache, piece, k, None, v)
+        heads = pallas.sliding_window_attention(
+            piece.to_end(q),
+            joined.keys,
+            joined.values,
+            window=joined.keys.shape[0],
+            segment_ids=joined.segment_ids,
+            implementation=self.implementation,
+        )
+        return self.projections.merge(piece.from_end(heads)), keep(cache, piece, joined, None)
+
+    def step(self, x: Float[Array, "m"], cache: StepCache) -> tuple[Float[Array, "m"], StepCache]:
+        """As of `RAttention`."""
+        q, k, v = (y[0] for y in self.inputs(x[None]))
+        heads, cache = pallas.sliding_window_attention_step(q, k, v, cache, implementation=self.implementation)
+        return self.projections.merge(heads[None])[0], cache

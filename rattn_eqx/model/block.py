@@ -6,9 +6,11 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from pallas import StepCache
 from pallas.checked import checked
 from pallas.feature_map import FeatureMap, Hedgehog, named
 from rattn_eqx.model.attention import GlobalAttention, RAttention
+from rattn_eqx.model.cache import Piece
 from rattn_eqx.model.config import LayerKind, ModelConfig
 from rattn_eqx.model.feed_forward import FeedForward
 from rattn_eqx.model.norm import RMSNorm
@@ -74,3 +76,15 @@ class Block(eqx.Module):
         """The stream after this layer; segment_ids as in `RAttention`."""
         x = x + self.attention(self.attention_norm(x), segment_ids)
         return x + self.feed_forward(self.feed_forward_norm(x))
+
+    def extend(self, x: Float[Array, "t m"], cache: StepCache, piece: Piece) -> tuple[Float[Array, "t m"], StepCache]:
+        """The stream of new tokens after this layer, and its cache after them."""
+        gathered, cache = self.attention.extend(self.attention_norm(x), cache, piece)
+        x = x + gathered
+        return x + self.feed_forward(self.feed_forward_norm(x)), cache
+
+    def step(self, x: Float[Array, "m"], cache: StepCache) -> tuple[Float[Array, "m"], StepCache]:
+        """The stream of one more token after this layer, and its cache after it."""
+        gathered, cache = self.attention.step(self.attention_norm(x), cache)
+        x = x + gathered
+        return x + self.feed_forward(self.feed_forward_norm(x)[None])[0], cache

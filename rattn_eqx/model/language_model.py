@@ -1,15 +1,19 @@
 """A local-global language model over tokens."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
+from pallas import segments
 from pallas.checked import checked
 from pallas.feature_map import FeatureMap
+from pallas.numerics import accumulation_dtype
 from rattn_eqx.model.block import Block
+from rattn_eqx.model.cache import Cache, Piece
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.initialise import truncated_normal
 from rattn_eqx.model.norm import RMSNorm
@@ -98,14 +102,177 @@ class LanguageModel(eqx.Module):
 
     @checked
     def logits(self, x: Float[Array, "*batch {self.config.model_width}"]) -> Float[Array, "*batch vocabulary"]:
-        """What the head makes of the final stream, in float32."""
+        """What the head makes of the final stream, in float32 (float64 of a float64 stream)."""
         head = self.embedding.T if self.head is None else self.head
-        return jnp.dot(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.dot(x, head.astype(x.dtype), preferred_element_type=accumulation_dtype(x))
 
     @checked
     def embed(self, tokens: Int[Array, "t"]) -> Float[Array, "t {self.config.model_width}"]:
         """The stream that the first block reads, in `compute_dtype`."""
         return self.embedding[tokens].astype(jnp.dtype(self.compute_dtype)) * self.config.model_width**0.5
+
+    def init_cache(self, max_length: int | None = None, dtype: Any = None) -> Cache:
+        """The cache of one sequence before its first token. `jax.vmap` of what continues it batches.
+
+        Local layers keep their window and a state, whatever the length; a global layer has room for max_length tokens.
+        `eqx.filter_eval_shape(model.init_cache, max_length)` takes no memory.
+
+        Args:
+          max_length: tokens of the longest document; None, for local layers alone: without a limit.
+          dtype: of keys and values, `compute_dtype` by default; states are float32 (float64 with it).
+
+        Raises:
+          ValueError: for a max_length below 1, and for none where there are global layers. NotImplementedError: for a
+            layer that has no cache.
+        """
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"init_cache: max_length must be at least 1; got {max_length}")
+        dtype = jnp.dtype(self.compute_dtype if dtype is None else dtype)
+        for block in self.blocks:
+            if not hasattr(block.attention, "init_cache"):
+                raise NotImplementedError(
+                    f"init_cache: {type(block.attention).__name__} has no cache; call the model on whole sequences"
+                )
+        layers = tuple(block.attention.init_cache(max_length, dtype) for block in self.blocks)
+        return Cache(layers, jnp.array(0, jnp.int32), max_length)
+
+    @checked
+    def prefill(
+        self,
+        tokens: Int[Array, "t"],
+        cache: Cache,
+        segment_ids: Int[Array, "t"] | None = None,
+        *,
+        count: Int[Array, ""] | int | None = None,
+    ) -> tuple[Float[Array, "vocabulary"], Cache]:
+        """Read a piece of a sequence at once: the logits after its last token, and the cache after it.
+
+        Pieces of any size, one after another and after `decode_step`, give what the whole sequence gives. Under
+        `eqx.filter_jit` each t is compiled once. A prompt of many pieces of one size: pad the last, and say its count.
+
+        Args:
+          tokens: the next t of the sequence.
+          cache: after those before them; it stays as it was.
+          segment_ids: as of a call: a token whose id is not that of the token before begins a document. None: no token
+            begins one.
+          count: how many of the tokens are real, if not all: those after are padding, which changes nothing.
+
+        Raises:
+          ValueError: for an empty piece, ids outside the vocabulary, a cache of another model, and a document longer
+            than the cache has room for. Of traced numbers, whose values are not known, the logits are then NaN.
+        """
+        stream, cache = self.extend(tokens, cache, segment_ids, count=count)
+        last = tokens.shape[0] - 1 if count is None else count - 1
+        return self.logits(stream[last]), cache
+
+    @checked
+    def extend(
+        self,
+        tokens: Int[Array, "t"],
+        cache: Cache,
+        segment_ids: Int[Array, "t"] | None = None,
+        *,
+        count: Int[Array, ""] | int | None = None,
+    ) -> tuple[Float[Array, "t {self.config.model_width}"], Cache]:
+        """`prefill`, but for the head: the final stream of every token, as of `final_stream`."""
+        (t,) = tokens.shape
+        if t == 0:
+            raise ValueError("prefill: tokens must be at least one; got none; a document marker begins an empty text")
+        length = t if count is None else count
+        count = None if count is None else jnp.asarray(count, jnp.int32)
+        check_cache(self, cache)
+        runs, segment_id = jnp.zeros((t,), jnp.int32), cache.segment_id
+        if segment_ids is not None:
+            cache = self._begun(cache, segment_ids[0] != segment_id)
+            runs, segment_id = segments.runs(segment_ids), segment_ids[length - 1].astype(segment_id.dtype)
+        piece = Piece(runs, count)
+        valid = check_tokens(self, tokens[: length if isinstance(length, int) else t], cache, piece)
+        x, layers = self.embed(tokens), []
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x, layer = block.extend(x, layer, piece)
+            layers.append(layer)
+        stream = self.final_norm(x)
+        stream = stream if valid is None else jnp.where(valid, stream, jnp.nan)
+        return stream, Cache(tuple(layers), segment_id, cache.room)
+
+    @checked
+    def decode_step(
+        self, token: Int[Array, ""], cache: Cache, segment_id: Int[Array, ""] | None = None
+    ) -> tuple[Float[Array, "vocabulary"], Cache]:
+        """The logits after one more token, and the cache after it. The cache given stays as it was.
+
+        Args, Raises: as of `prefill`.
+        """
+        check_cache(self, cache)
+        if segment_id is not None:
+            cache = self._begun(cache, segment_id != cache.segment_id)
+        segment_id = cache.segment_id if segment_id is None else segment_id.astype(cache.segment_id.dtype)
+        valid = check_tokens(self, token[None], cache, Piece(jnp.zeros((1,), jnp.int32), None))
+        x, layers = self.embed(token[None])[0], []
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x, layer = block.step(x, layer)
+            layers.append(layer)
+        logits = self.logits(self.final_norm(x))
+        logits = logits if valid is None else jnp.where(valid, logits, jnp.nan)
+        return logits, Cache(tuple(layers), segment_id, cache.room)
+
+    def _begun(self, cache: Cache, begins: Bool[Array, ""]) -> Cache:
+        """The cache at the head of a document, if one begins: each layer's length is 0, its state the learned one."""
+        fresh = tuple(
+            layer.begun(None if layer.state is None else block.attention.initial_state())
+            for block, layer in zip(self.blocks, cache.layers, strict=True)
+        )
+        chosen = jax.tree.map(lambda new, old: jnp.where(begins, new, old), fresh, cache.layers)
+        return Cache(chosen, cache.segment_id, cache.room)
+
+
+def check_cache(model: LanguageModel, cache: Cache) -> None:
+    """A cache must be one that the model would make.
+
+    Raises:
+      ValueError: names the first array that is another.
+    """
+    expected = eqx.filter_eval_shape(model.init_cache, cache.room, cache.dtype)
+    if len(expected.layers) != len(cache.layers):
+        raise ValueError(f"prefill: the cache must be of this model, of {len(expected.layers)} layers; got one of "
+                         f"{len(cache.layers)}; model.init_cache makes one")  # fmt: skip
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(expected, is_leaf=lambda x: x is None),
+        jax.tree.leaves(cache, is_leaf=lambda x: x is None),
+        strict=True,
+    )
+    for (path, shape), array in pairs:
+        described = [None if x is None else f"{x.dtype}{list(x.shape)}" for x in (shape, array)]
+        if described[0] != described[1]:
+            raise ValueError(
+                f"prefill: the cache must be of this model and unbatched; {jax.tree_util.keystr(path)} must be "
+                f"{described[0]}; got {described[1]}; model.init_cache makes one, and jax.vmap batches"
+            )
+
+
+def check_tokens(model: LanguageModel, tokens: Array, cache: Cache, piece: Piece) -> Array | None:
+    """Whether the tokens are of the vocabulary and find room, where that is only known when the program runs.
+
+    Raises:
+      ValueError: where it is known, and is not so.
+    """
+    vocabulary = model.config.vocabulary_size
+    inside = ((tokens >= 0) & (tokens < vocabulary)) | ~piece.is_real()[: tokens.shape[0]]
+    # The longest document that the piece makes: of the one that it continues, and of each that begins in it.
+    longest = jnp.where(piece.is_real(), piece.positions(cache.length) + 1, 0).max()
+    fits = jnp.array(True) if cache.room is None else longest <= cache.room
+    if isinstance(inside, jax.core.Tracer) or isinstance(fits, jax.core.Tracer):
+        return inside.all() & fits
+    if not inside.all():
+        raise ValueError(
+            f"prefill: tokens must be ids below vocabulary_size={vocabulary}; got {tokens[jnp.argmin(inside)]}"
+        )
+    if not fits:
+        raise ValueError(
+            f"prefill: a document must fit in the cache's room={cache.room}; got {longest} tokens, "
+            f"{cache.length} of them read before; give init_cache a larger max_length"
+        )
+    return None
 
 
 @checked
