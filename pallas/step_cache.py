@@ -1,6 +1,7 @@
-"""What one sequence leaves behind for its next token: a ring of the window's keys and values, and the residual state."""
+"""What one sequence leaves behind for its next token: a ring of the window's keys and values, and a state."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -56,7 +57,10 @@ def turned(
     if cache.window == 0:
         return StepCache(cache.keys, cache.keys_rla, cache.values, cache.state, length), new, v, jnp.array(True)
     slot, leaves = cache.length % cache.window, cache.length >= cache.window
-    put = lambda ring, row: None if ring is None else ring.at[slot].set(row.astype(ring.dtype))
+
+    def put(ring, row):
+        return None if ring is None else jax.lax.dynamic_update_index_in_dim(ring, row.astype(ring.dtype), slot, 0)
+
     after = StepCache(put(cache.keys, k), put(cache.keys_rla, new), put(cache.values, v), cache.state, length)
     return after, ours[slot], cache.values[slot], leaves
 

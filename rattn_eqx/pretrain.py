@@ -103,8 +103,7 @@ def pretrain(
         curves.save(curves.loss_curves({folder.name: rows}, to_beat), folder / PLOT)
 
         key = jax.random.key(training.seed)
-        drawn = generate_text(trained, tokenizer, prompt, num_tokens=sample_tokens, context=training.context, key=key)
-        sample = prompt + b"".join(drawn).decode(errors="replace")
+        sample = prompt + "".join(generate_text(trained, tokenizer, prompt, num_tokens=sample_tokens, key=key))
         files.write_text(folder / SAMPLE, sample + "\n")
 
         print(f"\nsample, after the prompt {prompt!r}:\n\n{sample}\n")

@@ -15,8 +15,8 @@ SURFACE = {  # what is importable from the top of each package
 }
 # Each room may import those before it, none after it; a file of a package's top level is a room of its own.
 ROOMS = {
-    "pallas": "checked dependence feature_map numerics segments block_sizes batching step_cache checks final_state reference "
-    "chunked hopper tpu ops __init__ tools __main__",
+    "pallas": "checked dependence feature_map numerics segments block_sizes batching step_cache checks final_state "
+    "reference chunked hopper tpu ops __init__ tools __main__",
     "rattn_eqx": "model data tasks training.config inference evaluation training ablation figures __init__ pretrain "
     "interrupt console arguments commands __main__",
 }

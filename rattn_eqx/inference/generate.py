@@ -1,184 +1,382 @@
-"""Sampling text from a model, one token at a time."""
+"""Text from a model: prompts are read in pieces, then each token costs one step, however long the text is.
 
-import sys
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+One program reads a piece and one draws tokens, for a model, a number of prompts and a `max_length`: neither depends on
+how long the prompts are, nor on how many tokens follow. Notebook 08 steps through both.
+"""
+
+import codecs
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, Key, PRNGKeyArray
 
 from pallas.checked import checked
-from pallas.numerics import accumulation_dtype
 from rattn_eqx.data.tokenizers import Tokenizer
-from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.inference.sampling import check_sampling, sample_token
+from rattn_eqx.model.cache import Cache
+from rattn_eqx.model.language_model import LanguageModel, check_cache
+
+PIECE = {"cpu": 256}  # tokens of a prompt that are read at once
+PIECE_ELSEWHERE = 2048
+STEPS = 64  # tokens that are drawn before the host looks at them, unless they are streamed
+SHORTEST = 1024  # room that global layers get at least, so that most texts share a program
+Ids = Sequence[Any] | np.ndarray | Array
+Ended = Literal["end", "stop", "count"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A token of one of the texts.
+
+    row: of its prompt. index: 0 for the first after the prompt. log_probability: in nats, of the model before
+    temperature, top-k, top-p and forbidden tokens; None unless asked for. ended: why none follows: an "end" token (which
+    this one is), what `stop` said, or the "count"; None: more follow.
+    """
+
+    row: int
+    index: int
+    token: int
+    log_probability: float | None
+    ended: Ended | None
 
 
 @checked
-def filter_logits(
-    logits: Float[Array, "vocabulary"],
-    *,
-    temperature: float | int,
-    top_k: int | None = None,
-    top_p: float | int | None = None,
-) -> Float[Array, "vocabulary"]:
-    """(logits - their maximum) / temperature, with -inf for every token that top-k or top-p excludes.
-
-    In float32 (float64 for float64 logits), whatever their dtype. Tied tokens are equally likely; where top-k or top-p
-    cuts between them, those of lower id stay.
+def generate(model: LanguageModel, prompt: Ids, *, key: PRNGKeyArray, **options: Any) -> Iterator[int]:
+    """The tokens that follow one prompt, each as soon as it is drawn: `generate_batch` of one prompt.
 
     Args:
-      logits: -inf for tokens that are forbidden, which stay so; of the others at least one, and all finite.
-      temperature: above 0; below 1 sharpens the distribution, above 1 flattens it. Below 1.2e-38, float32's smallest
-        normal number, it counts as that.
-      top_k: keep the k likeliest tokens; of equal ones, those of lower id. None keeps all.
-      top_p: then keep the fewest likeliest tokens whose probabilities, renormalised after top_k, sum to at least p
-        (nucleus sampling, Holtzman et al., arXiv 1904.09751). The likeliest token always stays. None keeps all.
+      key: fixes the result. Asking for more tokens with the same key continues the same text.
+      options: of `generate_batch`.
 
-    Raises:
-      ValueError: if temperature is not finite or not above 0, top_k below 1, or top_p outside (0, 1].
+    Raises: as `generate_batch`.
+
+    >>> from rattn_eqx.model.presets import tiny
+    >>> model = LanguageModel(tiny, key=jax.random.key(0))
+    >>> len(list(generate(model, [256, 100], num_tokens=3, key=jax.random.key(1))))
+    3
     """
-    _check_sampling("filter_logits", temperature, top_k, top_p)
-    if temperature == 0:
-        raise ValueError("filter_logits: temperature must be above 0; got 0; sample_token takes 0, the likeliest token")
-    dtype = accumulation_dtype(logits)
-    logits = logits.astype(dtype)
-    smallest = float(jnp.finfo(dtype).tiny)
-    divisor = min(max(temperature, smallest), 1 / smallest)
-    logits = jnp.where(logits == -jnp.inf, -jnp.inf, (logits - logits.max()) / divisor)
-    order = jnp.argsort(logits, descending=True)  # stable: equal logits stay in order of id
-    ranked = logits[order]
-    kept = jnp.ones(ranked.shape, bool)
-    if top_k is not None:
-        kept = jnp.arange(ranked.size) < min(top_k, ranked.size)
-    if top_p is not None and top_p < 1:  # a rounded sum may reach 1 before the last token does
-        probabilities = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf))
-        kept = kept & (jnp.cumsum(probabilities) - probabilities < top_p).at[0].set(True)
-    return jnp.where(jnp.zeros_like(kept).at[order].set(kept), logits, -jnp.inf)
+    drawn = generate_batch(model, [prompt], key=_typed(key)[None], **options)
+    return (one.token for step in drawn for one in step)
 
 
 @checked
-def sample_token(
-    logits: Float[Array, "vocabulary"],
-    *,
-    temperature: float | int,
-    top_k: int | None = None,
-    top_p: float | int | None = None,
-    key: PRNGKeyArray,
-) -> Int[Array, ""]:
-    """Draw one token from the distribution that `filter_logits` leaves; at temperature 0 take the likeliest.
-
-    Of tokens that tie for the likeliest, temperature 0 takes the lowest id; above 0 each is drawn as often as another.
-
-    Returns:
-      The token's id; -1, which is no token, where a logit is NaN or +inf, or all are -inf.
-
-    Raises:
-      ValueError: if temperature is below 0 or not finite, top_k below 1, or top_p outside (0, 1].
-    """
-    _check_sampling("sample_token", temperature, top_k, top_p)
-    if temperature == 0:
-        token = jnp.argmax(logits)
-    else:
-        token = jax.random.categorical(key, filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p))
-    return jnp.where(jnp.isfinite(logits.max()), token, -1)
-
-
-@checked
-def generate(
+def generate_batch(
     model: LanguageModel,
-    prompt: Sequence[Any] | np.ndarray | Array,
+    prompts: Sequence[Ids],
     *,
-    num_tokens: int,
-    context: int,
+    num_tokens: int | Sequence[int],
+    key: PRNGKeyArray | Key[Array, "batch"],
+    max_length: int | None = None,
     temperature: float | int = 0.8,
     top_k: int | None = None,
     top_p: float | int | None = None,
-    key: PRNGKeyArray,
-    forbid: Collection[Any] | np.ndarray | Array = (),
-) -> Iterator[int]:
-    """Sample the tokens that follow a prompt, yielding each as soon as it is drawn.
+    forbid: Ids | Collection[Any] = (),
+    end: Ids | Collection[Any] = (),
+    stop: Callable[[int, list[int]], bool] | None = None,
+    log_probabilities: bool = False,
+    cache: Cache | None = None,
+    stream: bool = True,
+) -> Iterator[list[Drawn]]:
+    """Sample what follows each of several prompts, which may differ in length; each text ends on its own.
 
-    Every token costs one pass over `context` positions, whatever the text's length: the whole prefix is computed again,
-    in a buffer of one size, so that the model is compiled once. Text longer than `context` is seen by its last
-    `context` tokens. The text counts as one document.
+    A text does not depend on those beside it. Every prompt begins a document, or continues `cache`.
 
     Args:
-      prompt: token ids, an array or a list, at least one; a document marker alone begins a new document.
-      num_tokens: how many to sample; 0 gives none.
+      prompts: token ids of each, at least one; a document marker alone begins a new document.
+      num_tokens: most tokens to sample, of each text or of all; 0 gives none.
+      key: fixes the result: one for each prompt, or one, of which each prompt gets its own (`jax.random.fold_in` of it
+        and the prompt's number).
+      max_length: tokens that a text may have with its prompt, where the model has global layers, whose cache has room
+        for so many; each max_length is compiled once. None: the power of two from 1,024 on that is enough.
       temperature, top_k, top_p: as in `sample_token`; temperature 0 is greedy.
-      key: fixes the result. Asking for more tokens with the same key continues the same text.
       forbid: ids that are never sampled, such as padding's.
+      end: ids that end a text, such as the document marker's. They are drawn, and are its last token.
+      stop: called with a prompt's number and all tokens of its text after each; true ends it.
+      log_probabilities: also of each token.
+      cache: of a text that every prompt continues, made once by `model.prefill`; it stays as it was.
+      stream: yield every token as soon as it is drawn; False: up to 64 at a time, which is faster.
+
+    Returns:
+      An iterator over lists: what was drawn of the texts that had not ended, in the order of prompts, then of tokens.
 
     Raises:
       FloatingPointError: at the token whose logits are not all finite.
       ValueError: at the call, before anything is computed: an empty prompt, token ids outside the vocabulary, nothing
-        left to sample, or a size or sampling option out of range.
+        left to sample, no room, or a size or sampling option out of range.
     """
-    vocabulary_size = model.config.vocabulary_size
-    _check_sampling("generate", temperature, top_k, top_p)
-    if num_tokens < 0:
-        raise ValueError(f"generate: num_tokens must be at least 0; got {num_tokens}")
-    if context < 1:
-        raise ValueError(f"generate: context must be at least 1; got {context}")
-    if len(prompt) == 0:
+    check_sampling("generate", temperature, top_k, top_p)
+    vocabulary_size, batch = model.config.vocabulary_size, len(prompts)
+    if not batch:
+        raise ValueError("generate: prompts must be at least one; got none")
+    counts = np.broadcast_to(np.asarray(num_tokens), (batch,)) if np.ndim(num_tokens) == 0 else np.asarray(num_tokens)
+    if counts.shape != (batch,) or (counts < 0).any():
+        raise ValueError(f"generate: num_tokens must be at least 0, one or one for each prompt; got {num_tokens}")
+    ids = [_ids("prompt", prompt, vocabulary_size) for prompt in prompts]
+    if any(len(row) == 0 for row in ids):
         raise ValueError("generate: the prompt is empty; give at least one token, such as the document marker")
-    ids = _ids("prompt", prompt, vocabulary_size)
-    allowed = ~np.isin(np.arange(vocabulary_size), _ids("forbid", forbid, vocabulary_size))
+    chosen = lambda name, given: np.isin(np.arange(vocabulary_size), _ids(name, given, vocabulary_size))
+    allowed, ends = ~chosen("forbid", forbid), chosen("end", end)
     if not allowed.any():
         raise ValueError(f"generate: forbid must leave a token to sample; got all {vocabulary_size}")
-    allowed = jnp.asarray(allowed)
+    key = _typed(key)
+    if key.shape not in ((), (batch,)):
+        raise ValueError(f"generate: key must be one, or one for each of {batch} prompts; got {key.shape}")
+    before = 0 if cache is None else int(cache.length)
+    needed = before + max(len(row) + int(count) for row, count in zip(ids, counts, strict=True))
+    if cache is None:
+        room = _room(model, needed, max_length)
+        cache = model.init_cache(room)
+    elif max_length is not None:
+        raise ValueError(f"generate: max_length belongs to a new cache; got {max_length} and a cache; leave it out")
+    elif cache.room is not None and needed > cache.room:
+        raise ValueError(
+            f"generate: the cache must have room for {needed} tokens, {before} of them read; it has {cache.room}; "
+            "give init_cache a larger max_length"
+        )
+    check_cache(model, cache)
+    keys = key if key.shape else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+    sampling = Sampling(jnp.asarray(allowed), float(temperature), top_k, top_p, log_probabilities)
+    return _texts(in_compute_dtype(model), ids, counts, ends, keys, sampling, cache, stop, 1 if stream else STEPS)
 
-    def sampled() -> Iterator[int]:
-        text = ids[-context:]
-        for index in range(num_tokens):
-            # What stands after the last token cannot matter: the model is causal.
-            buffer = jnp.asarray(np.pad(text, (0, context - len(text))))
-            last, step_key = jnp.asarray(len(text) - 1), jax.random.fold_in(key, index)
-            drawn = int(_next_token(model, buffer, last, allowed, step_key, float(temperature), top_k, top_p))
-            if drawn < 0:
-                raise FloatingPointError(
-                    f"generate: logits must be finite; got NaN or infinity for token {index} after the prompt; take an "
-                    f"earlier checkpoint, or compute_dtype='float32'; the model's is {model.compute_dtype!r}"
-                )
-            yield drawn
-            text = np.append(text, np.int32(drawn))[-context:]
 
-    return sampled()
+def _typed(key: Array) -> Array:
+    """A key of `jax.random.key`, also where it is of `jax.random.PRNGKey`."""
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
-def generate_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, **options: Any) -> Iterator[bytes]:
-    """What follows a prompt at the head of a document, as bytes, a token at a time; no token that stands for no text.
+class Sampling(eqx.Module):
+    """How tokens are drawn."""
+
+    allowed: Bool[Array, "vocabulary"]
+    temperature: float = eqx.field(static=True)
+    top_k: int | None = eqx.field(static=True)
+    top_p: float | int | None = eqx.field(static=True)
+    log_probabilities: bool = eqx.field(static=True)
+
+
+def _texts(
+    model: LanguageModel,
+    ids: list[np.ndarray],
+    counts: np.ndarray,
+    ends: np.ndarray,
+    keys: Array,
+    sampling: Sampling,
+    cache: Cache,
+    stop: Callable[[int, list[int]], bool] | None,
+    steps: int,
+) -> Iterator[list[Drawn]]:
+    texts: list[list[int]] = [[] for _ in ids]
+    active = counts > 0
+    if not active.any():
+        return
+    logits, cache = read_prompts(model, ids, cache)
+    while active.any():
+        index = max(len(text) for text, alive in zip(texts, active, strict=True) if alive)
+        wanted = min(steps, int((counts[active] - index).max()))
+        state = (logits, cache)
+        given = (model, keys, sampling, jnp.asarray(ends), jnp.asarray(counts, jnp.int32))
+        numbers = [jnp.asarray(x, jnp.int32) for x in (index, wanted)]  # a Python number would be compiled in
+        (logits, cache), tokens, scores = _draw(given, state, jnp.asarray(active), *numbers)
+        tokens, scores, drawn = np.asarray(tokens), np.asarray(scores), []
+        for row in np.flatnonzero(active):
+            for i in range(wanted):
+                token = int(tokens[row, i])
+                if token < 0:
+                    raise FloatingPointError(
+                        f"generate: logits must be finite; got NaN or infinity for token {len(texts[row])} after the "
+                        "prompt; take an earlier checkpoint, or compute_dtype='float32'; the model's is "
+                        f"{model.compute_dtype!r}"
+                    )
+                texts[row].append(token)
+                ended: Ended | None = "count" if len(texts[row]) == counts[row] else None
+                ended = "stop" if stop is not None and stop(int(row), texts[row]) else ended
+                ended = "end" if ends[token] else ended
+                score = float(scores[row, i]) if sampling.log_probabilities else None
+                drawn.append(Drawn(int(row), len(texts[row]) - 1, token, score, ended))
+                if ended is not None:
+                    active[row] = False
+                    break
+        yield drawn
+
+
+def read_prompts(model: LanguageModel, ids: list[np.ndarray], cache: Cache) -> tuple[Array, Cache]:
+    """Logits after each prompt [batch, vocabulary], and the caches, with a batch axis: what each continues is one."""
+    piece = PIECE.get(jax.default_backend(), PIECE_ELSEWHERE)
+    batch, longest = len(ids), max(len(row) for row in ids)
+    cache = jax.tree.map(lambda x: jnp.repeat(x[None], batch, axis=0), cache)
+    logits = jnp.zeros((batch, model.config.vocabulary_size), jnp.promote_types(jnp.float32, model.compute_dtype))
+    for start in range(0, longest, piece):
+        cut = [row[start : start + piece] for row in ids]
+        tokens = np.stack([np.pad(row, (0, piece - len(row))) for row in cut])
+        counts = np.array([len(row) for row in cut], np.int32)
+        logits, cache = _read(model, (logits, cache), jnp.asarray(tokens), jnp.asarray(counts))
+    return logits, cache
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _read(
+    model: LanguageModel, state: tuple[Array, Cache], tokens: Int[Array, "batch t"], counts: Int[Array, "batch"]
+) -> tuple[Array, Cache]:
+    """The next piece of each prompt; where it has none, the state as it was."""
+    before, cache = state
+    logits, cache = _each(lambda t, cache, n: model.prefill(t, cache, count=n), tokens, cache, counts)
+    return jnp.where(counts[:, None] > 0, logits, before), cache
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _draw(
+    given: tuple, state: tuple[Array, Cache], active: Bool[Array, "batch"], index: Int[Array, ""], wanted: Int[Array, ""]
+):
+    """Up to STEPS tokens of each text, `wanted` at most, until all have ended: the state, tokens and log-probabilities.
+
+    The model's own copy of the cache is written in place.
+    """
+    model, keys, sampling, ends, counts = given
+    batch = active.shape[0]
+
+    def one(logits, key, number):
+        finite = jnp.isfinite(logits).all()
+        masked = jnp.where(sampling.allowed & finite, logits, jnp.where(finite, -jnp.inf, jnp.nan))
+        options: dict[str, Any] = dict(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+        token = sample_token(masked, key=jax.random.fold_in(key, number), **options)
+        return token, jax.nn.log_softmax(logits)[token] if sampling.log_probabilities else jnp.zeros((), logits.dtype)
+
+    def step(carry):
+        i, (logits, cache), active, tokens, scores = carry
+        token, score = jax.vmap(lambda x, key: one(x, key, index + i))(logits, keys)
+        tokens, scores = tokens.at[:, i].set(token), scores.at[:, i].set(score)
+        active = active & (token >= 0) & ~ends[token] & (index + i + 1 < counts)
+        logits, cache = _each(model.decode_step, jnp.maximum(token, 0), cache)
+        return i + 1, (logits, cache), active, tokens, scores
+
+    tokens, scores = jnp.zeros((batch, STEPS), jnp.int32), jnp.zeros((batch, STEPS), state[0].dtype)
+    going = lambda carry: (carry[0] < wanted) & carry[2].any()
+    _, state, _, tokens, scores = jax.lax.while_loop(going, step, (0, state, active, tokens, scores))
+    return state, tokens, scores
+
+
+def _each(function: Callable, *batched: Any) -> Any:
+    """Of every row of a batch; of a single one without the batch axis, which is faster on a CPU."""
+    if jax.tree.leaves(batched)[0].shape[0] > 1:
+        return jax.vmap(function)(*batched)
+    one = function(*jax.tree.map(lambda x: x[0], batched))
+    return jax.tree.map(lambda x: x[None], one)
+
+
+def in_compute_dtype(model: LanguageModel) -> LanguageModel:
+    """The model with its matrices in the dtype that it computes in, to which each call would cast them: half the bytes
+    of float32 for bfloat16, and the same numbers."""
+
+    def matrices(model):
+        found = [model.embedding, model.head]
+        for block in model.blocks:
+            projections, feed_forward = block.attention.projections, block.feed_forward
+            found += [getattr(projections, f"{name}_weight") for name in ("query", "key", "value", "out")]
+            found += [getattr(feed_forward, f"{name}_weight") for name in ("gate", "up", "down")]
+        return [x for x in found if x is not None]
+
+    return eqx.tree_at(matrices, model, replace_fn=lambda x: x.astype(model.compute_dtype))
+
+
+def _room(model: LanguageModel, needed: int, max_length: int | None) -> int | None:
+    """What the cache is made for: nothing but global layers needs room."""
+    if "global" not in model.config.layer_kinds:
+        return None
+    if max_length is None:
+        return max(SHORTEST, 1 << (needed - 1).bit_length())
+    if needed > max_length:
+        raise ValueError(
+            f"generate: max_length must have room for a prompt and what follows it; got {max_length} for {needed} "
+            "tokens; give a larger one, or fewer tokens"
+        )
+    return max_length
+
+
+def generate_text(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    key: PRNGKeyArray,
+    stop: Sequence[str] = (),
+    **options: Any,
+) -> Iterator[str]:
+    """What follows a prompt at the head of a document, in whole characters, each as soon as it is known.
+
+    Args, Raises: as of `generate_texts`.
+    """
+    return (text for _, text, _ in generate_texts(model, tokenizer, [prompt], key=_typed(key)[None], stop=stop, **options))
+
+
+def generate_texts(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    stop: Sequence[str] = (),
+    **options: Any,
+) -> Iterator[tuple[int, str, Ended | None]]:
+    """What follows prompts at the heads of documents: (the prompt's number, a piece of its text, why it ended or None).
+
+    Pieces are whole characters, though a character may be several tokens; what is no UTF-8 is replaced by U+FFFD. A
+    text ends before a document marker, and tokens that stand for no text are never drawn.
 
     Args:
-      options: of `generate`: num_tokens, context, key, temperature, top_k, top_p.
+      stop: strings before which a text ends.
+      options: of `generate_batch`: num_tokens, key, temperature, top_k, top_p, max_length, stream.
 
     Raises:
-      ValueError: as `generate`.
+      ValueError: as `generate_batch`, and for an empty string in `stop`.
     """
-    begun = np.concatenate([[tokenizer.document], tokenizer.encode(prompt.encode())]).astype(np.int32)
-    drawn = generate(model, begun, forbid=(tokenizer.document, tokenizer.padding), **options)
-    return (tokenizer.decode(np.array([token])) for token in drawn)
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"generate: stop must be strings of at least one character; got {stop!r:.80}")
+    begun = [np.concatenate([[tokenizer.document], tokenizer.encode(prompt.encode())]) for prompt in prompts]
+    readers = [_Reader(tokenizer, tuple(stop)) for _ in prompts]
+    drawn = generate_batch(
+        model,
+        begun,
+        forbid=(tokenizer.padding, tokenizer.document),
+        stop=lambda row, tokens: readers[row].read(tokens[-1]),
+        **options,
+    )
+    return (
+        (one.row, readers[one.row].taken(one.index, last=one.ended is not None), one.ended)
+        for step in drawn
+        for one in step
+    )
 
 
-@eqx.filter_jit
-def _next_token(
-    model: LanguageModel,
-    buffer: Int[Array, "context"],
-    last: Int[Array, ""],
-    allowed: Bool[Array, "vocabulary"],
-    key: PRNGKeyArray,
-    temperature: float | int,
-    top_k: int | None,
-    top_p: float | int | None,
-) -> Int[Array, ""]:
-    """The token drawn after position `last`, or -1 where a logit is not finite; the three options are static."""
-    logits = model(buffer)[last]
-    logits = jnp.where(jnp.isfinite(logits).all(), logits, jnp.nan)
-    logits = jnp.where(allowed, logits, -jnp.inf)
-    return sample_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, key=key)
+class _Reader:
+    """The characters of one text, of which it is known that no stop string begins there."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.text, self.shown, self.stopped = "", 0, False
+        self.lengths: list[int] = []  # of the text, after each token
+
+    def read(self, token: int) -> bool:
+        """One more token: has a stop string come?"""
+        self.text += self.decoder.decode(self.tokenizer.decode(np.array([token])))
+        reach = max(map(len, self.stop), default=0)
+        found = [at for at in (self.text.find(x, max(0, self.shown)) for x in self.stop) if at >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+        self.lengths.append(len(self.text) if found else max(0, len(self.text) - max(0, reach - 1)))
+        return self.stopped
+
+    def taken(self, index: int, last: bool) -> str:
+        """What can be shown after this token and was not yet; all of it after the last."""
+        if last and not self.stopped:
+            self.text += self.decoder.decode(b"", final=True)
+        until = len(self.text) if last else self.lengths[index]
+        piece, self.shown = self.text[self.shown : until], max(self.shown, until)
+        return piece
 
 
 def _ids(name: str, given: Any, vocabulary_size: int) -> np.ndarray:
@@ -200,14 +398,3 @@ def _ids(name: str, given: Any, vocabulary_size: int) -> np.ndarray:
             "encode the text with the tokenizer that the model was trained with"
         )
     return ids.astype(np.int32)
-
-
-def _check_sampling(function: str, temperature: float | int, top_k: int | None, top_p: float | int | None) -> None:
-    if not temperature >= 0:
-        raise ValueError(f"{function}: temperature must be at least 0; got {temperature}; 0 takes the likeliest token")
-    if temperature > sys.float_info.max:
-        raise ValueError(f"{function}: temperature must be finite; got more than 1.79e308; 1e4 draws evenly")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"{function}: top_k must be at least 1; got {top_k}; None keeps every token")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"{function}: top_p must lie in (0, 1]; got {top_p}; None keeps every token")
