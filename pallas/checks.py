@@ -63,8 +63,11 @@ def check_step(
                 f"{'none' if held is None else held.shape}; was it made for another layer, feature map or batch?"
             )
     if feature_map is None and (cache.state is not None or cache.window < 1):
-        raise ValueError(f"{op}: the cache must have slots and no state; got {cache.window} slots and "
-                         f"{'no' if cache.state is None else 'a'} state; rattention_step takes such a cache")  # fmt: skip
+        state = "no state" if cache.state is None else "a state"
+        raise ValueError(
+            f"{op}: the cache must have slots and no state; got {cache.window} slots and {state}; "
+            "rattention_step takes such a cache"
+        )
     if feature_map is not None and (cache.keys_rla is None) is not (k_rla is None):
         raise ValueError(
             f"{op}: k_rla and the cache's keys_rla must both be given, or neither; got k_rla "

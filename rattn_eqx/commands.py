@@ -128,8 +128,13 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_generate)
     add = command.add_argument
     add("--run", dest="folder", type=path, required=True, help="run folder that `rattn pretrain` left")
-    add("--prompt", type=utf8, default="", help="text to continue")
-    add("--num-tokens", type=whole(), default=300, help="tokens to write")
+    add("--prompt", type=utf8, action="append", help="text to continue; given again, several texts, each written as a "
+        "line of JSON when it is whole")  # fmt: skip
+    add("--prompts", type=path, metavar="FILE", help="a prompt on each line of a file, or of the standard input (-)")
+    add("--num-tokens", type=whole(), default=300, help="most tokens to write, for each prompt")
+    add("--stop", type=utf8, action="append", help="end before this text; may be given again")
+    add("--max-length", type=whole(), help="tokens that global layers have room for; default: a power of two that fits")
+    add("--no-stream", action="store_true", help="write 64 tokens at a time, which is faster")
     add("--temperature", type=finite, default=0.8, help="0 takes the likeliest token each time")
     add("--top-k", type=whole(), help="draw from the k likeliest tokens only")
     add("--top-p", type=finite, help="draw from the fewest likeliest tokens that hold this probability")
@@ -143,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_evaluate)
     add = command.add_argument
     add("--run", dest="folder", type=path, required=True, help="run folder that `rattn pretrain` left")
-    add("--task", required=True, help="a task of rattn_eqx/evaluation/recall.py, such as mqar (token ids), needle "
+    add("--perplexity", type=path, metavar="FILE", help="instead of a task: how well the model predicts a text of any "
+        "length, by position")  # fmt: skip
+    add("--task", help="a task of rattn_eqx/evaluation/recall.py, such as mqar (token ids), needle "
         "(bytes) or variables (bytes, or token ids with --option level=token)")  # fmt: skip
     add("--lengths", default="512,1k,2k", help="tokens in a sample, k for 1,024")
     add("--samples", type=whole(), default=64, help="samples of each length")
@@ -257,30 +264,76 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    import json
+    import time
+
     import jax
 
-    from rattn_eqx.inference.generate import generate_text
+    from rattn_eqx.inference.generate import generate_texts
     from rattn_eqx.training.loop import load_model
 
-    model, tokenizer, config = load_model(options.folder, report=say)
-    drawn = generate_text(
+    prompts = _prompts(options)
+    model, tokenizer, _ = load_model(options.folder, report=say)
+    keys = jax.random.key(options.seed)
+    drawn = generate_texts(
         model,
         tokenizer,
-        options.prompt,
+        prompts,
         num_tokens=options.num_tokens,
-        context=config.training.context,
+        max_length=options.max_length,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        key=jax.random.key(options.seed),
+        stop=options.stop or (),
+        stream=not options.no_stream,
+        key=keys[None] if len(prompts) == 1 else keys,
     )
-    output = sys.stdout.buffer
-    output.write(options.prompt.encode("utf-8"))
-    for piece in drawn:
-        output.write(piece)
+    output, texts, many = sys.stdout.buffer, [""] * len(prompts), len(prompts) > 1 or options.prompts is not None
+    if not many:
+        output.write(prompts[0].encode("utf-8"))
+    count, started = 0, None
+    for row, piece, ended in drawn:
+        started = started or time.monotonic()  # after the prompts, and compiling
+        count += 1
+        texts[row] += piece
+        if not many:
+            output.write(piece.encode("utf-8"))
+        elif ended is not None:
+            line = {"index": row, "prompt": prompts[row], "text": texts[row], "ended": ended}
+            output.write(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
         output.flush()
-    output.write(b"\n")
+    output.write(b"" if many else b"\n")
     output.flush()
+    if started is not None and count > len(prompts):
+        seconds = max(time.monotonic() - started, 1e-9)
+        say(f"{count:,} tokens, {(count - len(prompts)) / seconds:,.0f} tokens/s after the first; "
+            f"caches of {_cache_in_words(model, tokenizer, prompts, options)}")  # fmt: skip
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    """Those given, then those of a file: one on each line."""
+    from rattn_eqx.data import files
+
+    prompts = list(options.prompt or [])
+    if options.prompts is not None:
+        source = "the standard input" if str(options.prompts) == "-" else options.prompts
+        data = sys.stdin.buffer.read() if str(options.prompts) == "-" else files.read_bytes(options.prompts, 2**26)
+        try:
+            prompts += data.decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"generate: prompts must be UTF-8 text; {source} is not: {error}") from error
+        if not prompts:
+            raise ValueError(f"generate: {source} must have a prompt on each line; it is empty")
+    return prompts or [""]
+
+
+def _cache_in_words(model, tokenizer, prompts: list[str], options: argparse.Namespace) -> str:
+    from rattn_eqx.inference.cost import cache_bytes
+    from rattn_eqx.inference.generate import room
+
+    longest = max(1 + len(tokenizer.encode(prompt.encode())) for prompt in prompts) + options.num_tokens
+    each = cache_bytes(model.config, room(model, longest, options.max_length) or 1, dtype=model.compute_dtype)
+    return f"{len(prompts)} x {each:,} bytes"
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -289,12 +342,18 @@ def _evaluate(options: argparse.Namespace) -> None:
     from rattn_eqx.evaluation.recall import evaluate_task, parse_lengths, parse_options
     from rattn_eqx.training.loop import load_model
 
+    if (options.task is None) is (options.perplexity is None):
+        given = "neither" if options.task is None else "both"
+        raise ValueError(f"evaluate: --task or --perplexity must be given, and one of them; got {given}")
     lengths, task_options = parse_lengths(options.lengths), parse_options(options.option or [])
     if options.text is not None:
         task_options = {"haystack": "corpus", **task_options, "text": files.read_bytes(options.text, 2**30)}
     model, tokenizer, _ = load_model(options.folder, report=say)
     if options.out is not None:
         files.open_append(options.out).close()  # before the work
+    if options.perplexity is not None:
+        _perplexity(model, tokenizer, options)
+        return
     results = evaluate_task(
         model, tokenizer, options.task, lengths, samples=options.samples, seed=options.seed, options=task_options
     )
@@ -315,6 +374,22 @@ def _evaluate(options: argparse.Namespace) -> None:
         sys.stdout.flush()
         if options.out is not None:
             append_rows(options.out, [{"run": str(options.folder), **row}])
+
+
+def _perplexity(model, tokenizer, options: argparse.Namespace) -> None:
+    from rattn_eqx.ablation.rows import append_rows
+    from rattn_eqx.evaluation.perplexity import Bin, file_perplexity
+
+    bins = file_perplexity(model, options.perplexity, tokenizer, show_progress=True)
+    total = Bin(0, bins[-1].high, sum(x.nats for x in bins), sum(x.num_bytes for x in bins))
+    print(f"{options.perplexity}, {total.high:,} tokens after the first: perplexity {total.perplexity:.3f}, "
+          f"{total.bits_per_byte:.3f} bits per byte")  # fmt: skip
+    for x in bins:
+        print(f"  position {x.low:>9,} to {x.high - 1:>9,}: perplexity {x.perplexity:8.3f}, "
+              f"{x.bits_per_byte:.3f} bits per byte")  # fmt: skip
+    if options.out is not None:
+        rows = [dataclasses.asdict(x) | {"bits_per_byte": x.bits_per_byte} for x in bins]
+        append_rows(options.out, [{"run": str(options.folder), "text": str(options.perplexity), "bins": rows}])
 
 
 def _attribution(model, tokenizer, options: argparse.Namespace, length: int, task_options: dict) -> dict:

@@ -99,6 +99,21 @@ def kv_cache_bytes(config: ModelConfig, context: int, *, bytes_per_element: int 
     return tokens * 2 * config.num_kv_heads * config.head_size * bytes_per_element
 
 
+def cache_bytes(config: ModelConfig, context: int, *, dtype: str = "bfloat16") -> int:
+    """Bytes of the `Cache` of one sequence with room for `context` tokens: of all its arrays, to the byte.
+
+    More than `kv_cache_bytes` and `state_bytes`: a local layer with a residual branch also holds the keys as that
+    branch reads them, and each layer an int32.
+
+    Raises:
+      ValueError: if context is below 1 or beyond 63 bits.
+    """
+    _require_positive("cache_bytes", context=context)
+    room = context if "global" in config.layer_kinds else None
+    make = lambda: eqx.filter_eval_shape(_shapes(config).init_cache, room, dtype)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(make()))
+
+
 def kv_cache_saving(config: ModelConfig, context: int) -> float:
     """The part of the cache that local layers save, against every layer keeping the whole context; 0 to 1.
 
@@ -197,6 +212,7 @@ def describe_cost(config: ModelConfig, *, context: int, batch: int, hardware: Ha
         ("one sequence", f"{context:,}", "tokens of context"),
         ("  keys, values", _bytes(cache), "bfloat16"),
         ("  saved", f"{kv_cache_saving(config, context):.1%}", "against every layer keeping the whole context"),
+        ("  as held", f"{cache_bytes(config, context):,} B", "of arrays: with keys for both branches, and states"),
         ("  states", _bytes(state), f"float32, the same for every context{per_head}"),
         (f"a step of {batch:,}", _milliseconds(time.total), f"at least: {speed:,.0f} tokens/s on one {hardware.name}"),
         ("  cache", _milliseconds(time.cache), "limited by bandwidth"),

@@ -34,8 +34,8 @@ class Drawn:
     """A token of one of the texts.
 
     row: of its prompt. index: 0 for the first after the prompt. log_probability: in nats, of the model before
-    temperature, top-k, top-p and forbidden tokens; None unless asked for. ended: why none follows: an "end" token (which
-    this one is), what `stop` said, or the "count"; None: more follow.
+    temperature, top-k, top-p and forbidden tokens; None unless asked for. ended: why none follows: an "end" token
+    (which this one is), what `stop` said, or the "count"; None: more follow.
     """
 
     row: int
@@ -129,8 +129,7 @@ def generate_batch(
     before = 0 if cache is None else int(cache.length)
     needed = before + max(len(row) + int(count) for row, count in zip(ids, counts, strict=True))
     if cache is None:
-        room = _room(model, needed, max_length)
-        cache = model.init_cache(room)
+        cache = model.init_cache(room(model, needed, max_length))
     elif max_length is not None:
         raise ValueError(f"generate: max_length belongs to a new cache; got {max_length} and a cache; leave it out")
     elif cache.room is not None and needed > cache.room:
@@ -230,7 +229,11 @@ def _read(
 
 @eqx.filter_jit(donate="all-except-first")
 def _draw(
-    given: tuple, state: tuple[Array, Cache], active: Bool[Array, "batch"], index: Int[Array, ""], wanted: Int[Array, ""]
+    given: tuple,
+    state: tuple[Array, Cache],
+    active: Bool[Array, "batch"],
+    index: Int[Array, ""],
+    wanted: Int[Array, ""],
 ):
     """Up to STEPS tokens of each text, `wanted` at most, until all have ended: the state, tokens and log-probabilities.
 
@@ -283,8 +286,8 @@ def in_compute_dtype(model: LanguageModel) -> LanguageModel:
     return eqx.tree_at(matrices, model, replace_fn=lambda x: x.astype(model.compute_dtype))
 
 
-def _room(model: LanguageModel, needed: int, max_length: int | None) -> int | None:
-    """What the cache is made for: nothing but global layers needs room."""
+def room(model: LanguageModel, needed: int, max_length: int | None) -> int | None:
+    """The room of a new cache for texts of up to `needed` tokens: nothing but global layers needs any."""
     if "global" not in model.config.layer_kinds:
         return None
     if max_length is None:
@@ -310,7 +313,9 @@ def generate_text(
 
     Args, Raises: as of `generate_texts`.
     """
-    return (text for _, text, _ in generate_texts(model, tokenizer, [prompt], key=_typed(key)[None], stop=stop, **options))
+    return (
+        text for _, text, _ in generate_texts(model, tokenizer, [prompt], key=_typed(key)[None], stop=stop, **options)
+    )
 
 
 def generate_texts(
