@@ -58,10 +58,9 @@ def turned(
         return StepCache(cache.keys, cache.keys_rla, cache.values, cache.state, length), new, v, jnp.array(True)
     slot, leaves = cache.length % cache.window, cache.length >= cache.window
 
-    def put(ring, row):
-        return None if ring is None else jax.lax.dynamic_update_index_in_dim(ring, row.astype(ring.dtype), slot, 0)
-
-    after = StepCache(put(cache.keys, k), put(cache.keys_rla, new), put(cache.values, v), cache.state, length)
+    put = lambda ring, row: jax.lax.dynamic_update_index_in_dim(ring, row.astype(ring.dtype), slot, 0)
+    keys_rla = None if cache.keys_rla is None else put(cache.keys_rla, new)
+    after = StepCache(put(cache.keys, k), keys_rla, put(cache.values, v), cache.state, length)
     return after, ours[slot], cache.values[slot], leaves
 
 

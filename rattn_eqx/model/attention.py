@@ -269,7 +269,11 @@ class RAttention(eqx.Module):
         (_, kv, d), (_, dv) = cache.keys.shape, self.rla_gain.shape
         shape = (kv, num_features(self.feature_map, d), dv)
         keys, state = jnp.zeros_like(cache.keys), jnp.zeros(shape, accumulation_dtype(cache.keys))
-        return StepCache(cache.keys, keys, cache.values, state, cache.length).begun(self.initial_state())
+        return self.begun(StepCache(cache.keys, keys, cache.values, state, cache.length))
+
+    def begun(self, cache: StepCache) -> StepCache:
+        """The cache as at the head of a document."""
+        return cache.begun(None if self.rla_gain is None else self.initial_state())
 
     def extend(self, x: Float[Array, "t m"], cache: StepCache, piece: Piece) -> tuple[Float[Array, "t m"], StepCache]:
         """What each token of a piece gathers, also of what the cache holds, and the cache after them."""
@@ -360,6 +364,10 @@ class GlobalAttention(eqx.Module):
                 "init_cache: max_length must be given for a model with global layers, which keep every token; got None"
             )
         return self.projections.init_cache(room, dtype)
+
+    def begun(self, cache: StepCache) -> StepCache:
+        """As of `RAttention`."""
+        return cache.begun(None)
 
     def extend(self, x: Float[Array, "t m"], cache: StepCache, piece: Piece) -> tuple[Float[Array, "t m"], StepCache]:
         """As of `RAttention`."""

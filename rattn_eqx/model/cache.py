@@ -94,9 +94,7 @@ def join(cache: StepCache, piece: Piece, k: Array, k_rla: Array | None, v: Array
     adds nothing to a state, and no window reaches it.
     """
 
-    def rows(ring, new):
-        if ring is None:
-            return None
+    def rows(ring: Array, new: Array) -> Array:
         new = new.astype(ring.dtype).astype(new.dtype)
         return piece.to_end(jnp.concatenate([in_order(ring, cache.length).astype(new.dtype), new]))
 
@@ -107,7 +105,7 @@ def join(cache: StepCache, piece: Piece, k: Array, k_rla: Array | None, v: Array
     values = jnp.where(real[:, None, None], v, 0)
     return Joined(
         rows(cache.keys, k),
-        rows(cache.keys_rla, k_rla),
+        None if cache.keys_rla is None or k_rla is None else rows(cache.keys_rla, k_rla),
         rows(cache.values, values),
         piece.to_end(ids).astype(jnp.int32),
     )
@@ -117,10 +115,9 @@ def keep(cache: StepCache, piece: Piece, joined: Joined, state: Array | None) ->
     """The cache after the new tokens: the newest rows, each in its slot, and the state that the last query read."""
     length = piece.length_after(cache.length)
 
-    def ring(old, rows):
-        newest = None if old is None else rows[rows.shape[0] - cache.window :].astype(old.dtype)
-        return None if old is None else in_slots(newest, length)
+    def ring(rows: Array) -> Array:
+        return in_slots(rows[rows.shape[0] - cache.window :].astype(cache.keys.dtype), length)
 
-    state = None if cache.state is None else state.astype(cache.state.dtype)
-    keys_rla = ring(cache.keys_rla, joined.keys_rla)
-    return StepCache(ring(cache.keys, joined.keys), keys_rla, ring(cache.values, joined.values), state, length)
+    state = None if cache.state is None or state is None else state.astype(cache.state.dtype)
+    keys_rla = None if joined.keys_rla is None else ring(joined.keys_rla)
+    return StepCache(ring(joined.keys), keys_rla, ring(joined.values), state, length)

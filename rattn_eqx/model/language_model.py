@@ -218,10 +218,7 @@ class LanguageModel(eqx.Module):
 
     def _begun(self, cache: Cache, begins: Bool[Array, ""]) -> Cache:
         """The cache at the head of a document, if one begins: each layer's length is 0, its state the learned one."""
-        fresh = tuple(
-            layer.begun(None if layer.state is None else block.attention.initial_state())
-            for block, layer in zip(self.blocks, cache.layers, strict=True)
-        )
+        fresh = tuple(block.attention.begun(x) for block, x in zip(self.blocks, cache.layers, strict=True))
         chosen = jax.tree.map(lambda new, old: jnp.where(begins, new, old), fresh, cache.layers)
         return Cache(chosen, cache.segment_id, cache.room)
 
@@ -261,13 +258,15 @@ def check_tokens(model: LanguageModel, tokens: Array, cache: Cache, piece: Piece
     # The longest document that the piece makes: of the one that it continues, and of each that begins in it.
     longest = jnp.where(piece.is_real(), piece.positions(cache.length) + 1, 0).max()
     fits = jnp.array(True) if cache.room is None else longest <= cache.room
-    if isinstance(inside, jax.core.Tracer) or isinstance(fits, jax.core.Tracer):
+    try:
+        known = bool(inside.all()), bool(fits)
+    except jax.errors.ConcretizationTypeError:  # they are traced
         return inside.all() & fits
-    if not inside.all():
+    if not known[0]:
         raise ValueError(
             f"prefill: tokens must be ids below vocabulary_size={vocabulary}; got {tokens[jnp.argmin(inside)]}"
         )
-    if not fits:
+    if not known[1]:
         raise ValueError(
             f"prefill: a document must fit in the cache's room={cache.room}; got {longest} tokens, "
             f"{cache.length} of them read before; give init_cache a larger max_length"
