@@ -22,9 +22,11 @@ def now() -> str:
 
 def commit() -> str:
     """Of this checkout, as git says it; "unknown" outside one."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]  # `describe --dirty` writes .git/index
+    asked = lambda *rest: subprocess.run([*git, *rest], capture_output=True, text=True, check=True).stdout.strip()
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        changed = asked("status", "--porcelain", "--untracked-files=no")
+        return asked("describe", "--always", "--abbrev=12") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

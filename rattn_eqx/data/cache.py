@@ -32,7 +32,8 @@ _FIELDS: dict[tuple[str, ...], dict[str, type]] = {  # of the manifests of the t
 
 def write_manifest(folder: Path, name: str, content: dict[str, Any]) -> dict[str, Any]:
     """Write and return a folder's manifest: `content`, with the `digests` of the files, and the name it will have."""
-    manifest = {**content, "folder": name}
+    sizes = {name: os.lstat(folder / name).st_size for name in content["digests"]}
+    manifest = {**content, "sizes": sizes, "folder": name}
     manifest["digest"] = _digest(manifest)
     write_json(folder / _MANIFEST, manifest)
     return manifest
@@ -54,7 +55,7 @@ def check(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     _require(folder / _MANIFEST, stat.S_ISREG, "file")
     try:
         manifest = read_json(folder / _MANIFEST)
-        fields = _FIELDS.get(tuple(names), {}) | {"digest": str, "digests": dict, "folder": str}
+        fields = _FIELDS.get(tuple(names), {}) | {"digest": str, "digests": dict, "sizes": dict, "folder": str}
         sound = isinstance(manifest, dict) and all(isinstance(manifest.get(x), fields[x]) for x in fields)
         sound = sound and manifest["digest"] == _digest(manifest) and manifest["folder"] == folder.name
     except (DamagedError, RecursionError):
@@ -63,7 +64,8 @@ def check(folder: Path, names: Iterable[str]) -> dict[str, Any]:
         raise DamagedError(f"{folder / _MANIFEST} is not what was written")
     for name in names:
         _require(folder / name, stat.S_ISREG, "file")
-        if sha256(folder / name) != manifest["digests"].get(name):
+        stated = manifest["sizes"].get(name), manifest["digests"].get(name)  # sizes first: a sparse file has no end
+        if os.lstat(folder / name).st_size != stated[0] or sha256(folder / name) != stated[1]:
             raise DamagedError(f"{folder / name} is not what was written")
     return manifest
 

@@ -283,6 +283,8 @@ def _inspected(path: Path, largest: int, stack: contextlib.ExitStack) -> _Checkp
     stated, views, metadata = _read_document(archive, entries.pop(_DOCUMENT))
     if stated != step:
         raise ValueError(f"it holds step {stated}, not the {step} of its name")
+    if metadata.get("step", step) != step:
+        raise ValueError(f"its metadata is of step {metadata['step']!r:.40}, not the {step} of its name")
     for leaf, name in views.items():
         stored = entries.get(leaf)
         if stored is None or not isinstance(name, str) or not _is_view(name, stored.dtype):
@@ -322,6 +324,8 @@ def _entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Entry:
         dtype = np.dtype(header["dtype"].decode())
     except TypeError as error:
         raise ValueError(f"its entry {info.filename!r:.80} has an unknown dtype; {error}") from error
+    if not dtype.isnative:
+        raise ValueError(f"its entry {info.filename!r:.80} has numbers in another order of bytes, {dtype.str}")
     offset = header.end()
     if math.prod(shape) * dtype.itemsize != info.file_size - offset:
         raise ValueError(f"its entry {info.filename!r:.80} claims shape {shape} of {dtype} in {info.file_size} bytes")
@@ -334,7 +338,7 @@ def _fill(checkpoint: _Checkpoint, like: Any) -> Any:
     stored = {leaf: checkpoint.described(leaf) for leaf in checkpoint.entries}
     wanted = {leaf: f"{array.dtype.name}{array.shape}" for leaf, array in leaves.items()}
     unequal = [
-        f"leaf {leaf} is {stored.get(leaf, 'absent')} in the checkpoint and {wanted.get(leaf, 'absent')} in `like`"
+        f"leaf {leaf:.200} is {stored.get(leaf, 'absent')} in the checkpoint and {wanted.get(leaf, 'absent')} in `like`"
         for leaf in sorted(stored.keys() | wanted.keys())
         if stored.get(leaf) != wanted.get(leaf)
     ]

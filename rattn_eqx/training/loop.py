@@ -149,15 +149,15 @@ def _train(
         if reason := of_another_run(metadata, run) or metrics_obstacle(folder / "metrics.jsonl", metadata):
             return reason
         match metadata:
-            case {"step": int(), "devices": int(), "batches": dict(place)} if place.keys() == at_start.keys():
+            case {"step": int(step), "devices": int(), "batches": place} if place == dict.fromkeys(at_start, step):
                 return None
         return "its metadata must hold step, devices and the place in the batches"
 
     restored = restore_latest(checkpoints, state, report=report, obstacle=obstacle)
     if restored is not None:
         state, metadata, path = restored
-        first, kept = metadata["step"], metadata["metrics"]["rows"]
-        batches.set_state(metadata["batches"])
+        first, kept = int(metadata["step"]), metadata["metrics"]["rows"]
+        batches.set_state(dict.fromkeys(at_start, first))
         report(f"resuming after step {first} from {path}")
         if metadata["devices"] != mesh.size:
             report(f"on {mesh.size} device(s), not the {metadata['devices']} of before: results differ by rounding")

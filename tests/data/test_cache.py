@@ -60,6 +60,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "65535": ("tokens-*/train.npy", lambda path: overwrite(path, b"\xff")),
     "empty tokens": ("tokens-*/validation.npy", lambda path: path.write_bytes(b"")),
     "short tokens": ("tokens-*/train.npy", lambda path: os.truncate(path, path.stat().st_size - 5)),
+    "sparse": ("tokens-*/train.npy", lambda path: os.truncate(path, 2**42)),  # 4 TiB, were it read to its end
     "empty manifest": ("files-*/manifest.json", lambda path: path.write_bytes(b"")),
     "other manifest": ("files-*/manifest.json", lambda path: path.write_bytes(b"[1]")),
     "deep manifest": ("files-*/manifest.json", lambda path: path.write_bytes(b'{"digest":' * 900 + b"1" + b"}" * 900)),

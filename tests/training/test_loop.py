@@ -169,6 +169,21 @@ def test_a_checkpoint_of_another_run_is_named_and_the_one_before_it_used(interru
     assert reason in said[0]
 
 
+def test_a_checkpoint_of_another_place_in_the_batches_is_refused(interrupted, whole, scratch, tmp_path):
+    folder, said = tmp_path / "run", []
+    shutil.copytree(interrupted, folder)
+    config, *_ = training_child.run_arguments(scratch)
+    restored = training.restore_latest(folder / "checkpoints", training.initial_state(config))
+    assert restored is not None
+    state, metadata, newest = restored
+    for step, place in ((55, None), (56, 1), (57, 2**70)):
+        wrong = metadata | {"step": step, "batches": dict.fromkeys(metadata["batches"], place)}
+        training.save_checkpoint(folder / "checkpoints", step, state, wrong, keep=9)
+    assert_ends_like_the_whole(folder, run(folder, scratch, said.append), whole)
+    assert said[3:] == [f"resuming after step 50 from {newest}"]
+    assert all("must hold step, devices and the place in the batches" in line for line in said[:3])
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("rope_theta", "10000.0"), ("num_layers", "99999999999")], ids=["equal shapes", "huge"]
 )
