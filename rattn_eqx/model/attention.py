@@ -315,6 +315,32 @@ class RAttention(eqx.Module):
         return self.projections.merge(heads[None])[0], cache
 
 
+def cudnn_continues(q: Float[Array, "t h d"], cache: StepCache, piece: Piece) -> bool:
+    """Can cuDNN attend to a cache and a piece behind it? On a GPU, in 16 bits, within one document."""
+    sizes = (q.shape[-1], cache.values.shape[-1])
+    known = q.dtype == cache.keys.dtype and q.dtype in (jnp.bfloat16, jnp.float16) and sizes[0] == sizes[1] <= 128
+    return jax.default_backend() == "gpu" and piece.one_document and known and sizes[0] % 8 == 0
+
+
+def continued_by_cudnn(
+    q: Float[Array, "t h d"], k: Float[Array, "t kv d"], v: Float[Array, "t kv dv"], cache: StepCache
+) -> Float[Array, "t h dv"]:
+    """Full attention to a piece, causal, and to what stands before it in the cache: two softmaxes, joined by their
+    sums."""
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", return_residual=True)
+    own, lse = attend(q[None], k[None], v[None], is_causal=True)
+    lengths = dict(
+        query_seq_lengths=jnp.full((1,), q.shape[0], jnp.int32),
+        key_value_seq_lengths=jnp.maximum(cache.length, 1)[None],
+    )
+    older = lambda: attend(q[None], cache.keys[None], cache.values[None], **lengths)
+    nothing = lambda: (jnp.zeros_like(own), jnp.full_like(lse, -jnp.inf))
+    before, lse_before = jax.lax.cond(cache.length > 0, older, nothing)
+    share = jax.nn.sigmoid(lse - lse_before)[..., None]  # of the piece's own keys; 1 where nothing stands before
+    joined = share * own + (1 - share) * jnp.where(share < 1, before, 0).astype(jnp.float32)
+    return joined[0].astype(v.dtype)
+
+
 @checked
 class GlobalAttention(eqx.Module):
     """A global layer: full causal attention without positions (NoPE, arXiv 2305.19466)."""
@@ -373,6 +399,9 @@ class GlobalAttention(eqx.Module):
         """As of `RAttention`."""
         q, k, v = self.inputs(x)
         joined = join(cache, piece, k, None, v)
+        if self.implementation is None and cudnn_continues(q, cache, piece):
+            heads = continued_by_cudnn(q, *(y.astype(cache.keys.dtype) for y in (k, v)), cache)
+            return self.projections.merge(heads), keep(cache, piece, joined, None)
         heads = pallas.sliding_window_attention(
             piece.to_end(q),
             joined.keys,

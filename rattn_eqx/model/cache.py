@@ -50,10 +50,12 @@ class Piece(eqx.Module):
     """New tokens, as every layer is told of them: `count` of t are real, those after are padding; None: all are.
 
     runs: the number of each token's document: 0 for the one that the cache is in, then 1, 2, ...
+    one_document: is it known that all are of that one?
     """
 
     runs: Int[Array, "t"]
     count: Int[Array, ""] | None
+    one_document: bool = eqx.field(static=True)
 
     def to_end(self, x: Array) -> Array:
         """Rows of tokens with the padding in front: ops let queries stand at the end of the keys."""

@@ -185,7 +185,7 @@ class LanguageModel(eqx.Module):
         if segment_ids is not None:
             cache = self._begun(cache, segment_ids[0] != segment_id)
             runs, segment_id = segments.runs(segment_ids), segment_ids[length - 1].astype(segment_id.dtype)
-        piece = Piece(runs, count)
+        piece = Piece(runs, count, segment_ids is None)
         valid = check_tokens(self, tokens[: length if isinstance(length, int) else t], cache, piece)
         x, layers = self.embed(tokens), []
         for block, layer in zip(self.blocks, cache.layers, strict=True):
@@ -207,7 +207,7 @@ class LanguageModel(eqx.Module):
         if segment_id is not None:
             cache = self._begun(cache, segment_id != cache.segment_id)
         segment_id = cache.segment_id if segment_id is None else segment_id.astype(cache.segment_id.dtype)
-        valid = check_tokens(self, token[None], cache, Piece(jnp.zeros((1,), jnp.int32), None))
+        valid = check_tokens(self, token[None], cache, Piece(jnp.zeros((1,), jnp.int32), None, True))
         x, layers = self.embed(token[None])[0], []
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x, layer = block.step(x, layer)

@@ -1,0 +1,220 @@
+"""`python -m rattn_eqx.inference.bench`: a step of generation and the reading of a prompt, by kind of attention.
+
+The model has the paper's 3B width and eight of its layers, three local to one global, with random parameters and caches
+filled with random numbers. Its local layers are RATTENTION with a window of 512, or a plain window of 4,096 keys, or
+every layer is global. Beside each time stands the floor: the bytes that a step must move, at the bandwidth of a copy
+that was measured in the same process.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas.tools.bench import measure_ceilings, reason
+from pallas.tools.provenance import facts, saver
+from rattn_eqx.inference.cost import cache_bytes
+from rattn_eqx.inference.generate import in_compute_dtype
+from rattn_eqx.model.cache import Cache
+from rattn_eqx.model.config import ModelConfig
+from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.model.presets import paper_3b, tiny
+
+STEPS = 32  # that one call decodes, on the device
+
+
+def kinds(config: ModelConfig, window: int) -> dict[str, ModelConfig]:
+    """The models that are compared, which differ in nothing but their attention."""
+    return {
+        f"RATTENTION {config.window}": config,
+        f"window {window}": dataclasses.replace(config, residual=False, window=window),
+        "full attention": dataclasses.replace(config, residual=False, pattern=("global",)),
+    }
+
+
+def build(config: ModelConfig, dtype: str) -> LanguageModel:
+    """With random parameters, in the dtype that it computes in."""
+    make = lambda key: in_compute_dtype(LanguageModel(config, compute_dtype=dtype, key=key))
+    return eqx.filter_jit(make)(jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _some_numbers(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Random ones, of which long arrays repeat 65,536 again and again."""
+    few = jax.random.normal(jax.random.key(1), (min(math.prod(shape), 1 << 16),), jnp.float32)
+    few = few.astype(dtype)
+    return jnp.resize(few, shape)
+
+
+def filled(model: LanguageModel, batch: int, context: int, room: int, dtype: str) -> Cache:
+    """Caches of a batch that have read `context` tokens, of random numbers."""
+    like = eqx.filter_eval_shape(model.init_cache, room, dtype)
+
+    def fill(x):  # the integers are lengths, and the document's number, which may be any
+        if x.dtype == jnp.int32:
+            return jnp.full((batch,), context, jnp.int32)
+        return _some_numbers((batch, *x.shape), x.dtype)
+
+    return jax.tree.map(fill, like)
+
+
+def step_bytes(model: LanguageModel, cache: Cache, context: int) -> dict[str, int]:
+    """Bytes that a step of a batch must move: matrices once, what rings hold once, states twice."""
+    size = lambda x: x.size * x.dtype.itemsize
+    head = model.embedding if model.head is None else model.head
+    matrices = size(head) + sum(size(x) for x in jax.tree.leaves(eqx.filter(model.blocks, eqx.is_array)))
+    keys = sum((size(x.keys) + size(x.values)) * min(context, x.keys.shape[1]) // x.keys.shape[1] for x in cache.layers)
+    states = sum(2 * size(x.state) for x in cache.layers if x.state is not None)
+    return {"parameters": matrices, "keys and values": keys, "states": states}
+
+
+@eqx.filter_jit(donate="all-except-first")
+def decode(model: LanguageModel, cache: Cache, tokens: Int[Array, "batch"]):
+    """The likeliest token after each text, STEPS times."""
+
+    def step(_, carry):
+        cache, tokens = carry
+        logits, cache = jax.vmap(model.decode_step)(tokens, cache)
+        return cache, jnp.argmax(logits, axis=-1).astype(tokens.dtype)
+
+    return jax.lax.fori_loop(0, STEPS, step, (cache, tokens))
+
+
+@eqx.filter_jit(donate="all-except-first")
+def read(model: LanguageModel, cache: Cache, tokens: Int[Array, "t"]):
+    """A piece of one prompt: the cache after it, and the likeliest token."""
+    logits, cache = model.prefill(tokens, cache)
+    return cache, jnp.argmax(logits)
+
+
+def time_decode(model: LanguageModel, batch: int, context: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a step of a batch, its bytes, and memory."""
+    cache = filled(model, batch, context, context + (options.samples + 2) * STEPS, options.dtype)
+    needed, held = step_bytes(model, cache, context), sum(x.nbytes for x in jax.tree.leaves(cache))
+    tokens = jnp.zeros((batch,), jnp.int32)
+    memory = _memory(decode.lower(model, cache, tokens).compile())
+    taken = []
+    for _ in range(options.samples + 1):
+        started = time.perf_counter()
+        cache, tokens = jax.block_until_ready(decode(model, cache, tokens))
+        taken.append((time.perf_counter() - started) / STEPS)
+    predicted = batch * cache_bytes(model.config, cache.room or context, dtype=options.dtype)
+    return dict(
+        median=statistics.median(taken[1:]), best=min(taken[1:]), samples=options.samples, bytes=needed,
+        cache_bytes=held, predicted_cache_bytes=predicted, peak_bytes=memory,
+    )  # fmt: skip
+
+
+def _memory(compiled: Any) -> int:
+    """Bytes that a program holds at most, its arguments among them."""
+    sizes = compiled.compiled.memory_analysis()
+    return sum(getattr(sizes, f"{x}_size_in_bytes") for x in ("argument", "output", "temp")) - sizes.alias_size_in_bytes
+
+
+def time_prefill(model: LanguageModel, context: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds to read one prompt of `context` tokens in pieces."""
+    piece = min(options.piece, context)
+    tokens = jax.random.randint(jax.random.key(2), (context,), 0, model.config.vocabulary_size)
+    pieces = [tokens[i : i + piece] for i in range(0, context - context % piece, piece)]
+    taken = []
+    for _ in range(max(2, options.samples // 2) + 1):
+        cache, token = model.init_cache(context, options.dtype), None
+        started = time.perf_counter()
+        for part in pieces:
+            cache, token = read(model, cache, part)
+        jax.block_until_ready(token)
+        taken.append(time.perf_counter() - started)
+    return dict(median=statistics.median(taken[1:]), best=min(taken[1:]), samples=len(taken) - 1, piece=piece)
+
+
+def parse(arguments: list[str], on_gpu: bool) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m rattn_eqx.inference.bench",
+        description="Time generation with language models that differ in their attention. Without a GPU the model is "
+        "tiny, and only shows that everything runs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--what", default="decode,prefill", help="decode, prefill or both")
+    add("--contexts", default="4096,8192,32768,131072" if on_gpu else "64,128", help="tokens that are read before")
+    add("--batches", default="1,8,64" if on_gpu else "1,2", help="texts that are generated together")
+    add("--layers", type=int, default=8 if on_gpu else 4, help="of the model, three local to one global")
+    add("--window", type=int, default=512 if on_gpu else 16, help="of RATTENTION")
+    add("--plain-window", type=int, default=4096 if on_gpu else 64, help="of the model without residual branch")
+    add("--piece", type=int, default=131072 if on_gpu else 64, help="tokens of a prompt that are read at once")
+    add("--dtype", default="bfloat16" if on_gpu else "float32", help="of matrices, keys and values")
+    add("--only", default="", help="kinds of attention whose name holds one of these words, comma-separated")
+    add("--samples", type=int, default=5 if on_gpu else 2, help="calls of 32 steps that the median is over")
+    add("--out", type=Path, help="file that one JSON object a row is added to")
+    add("--plot", type=Path, help="picture of the rows of --out")
+    add("--commit", help="written beside the numbers; default: what git says")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the comparison; returns the exit status."""
+    on_gpu = jax.devices()[0].platform == "gpu"
+    options = parse(sys.argv[1:] if arguments is None else arguments, on_gpu)
+    base = dataclasses.replace(paper_3b if on_gpu else tiny, num_layers=options.layers, window=options.window)
+    ceilings = measure_ceilings(on_gpu, samples=5 if on_gpu else 2, seconds=0.05 if on_gpu else 0.0)
+    about = facts(options.commit) | {"bandwidth": ceilings.bandwidth}
+    save = saver(options.out, about)
+    print(f"{about['device']}, {about['date']}, commit {about['commit']}, jax {about['versions']['jax']}")
+    print(f"width {base.model_width}, {base.num_layers} layers, {options.dtype}; a copy moves "
+          f"{ceilings.bandwidth / 1e12:.2f} TB/s, read and written")  # fmt: skip
+    numbers = lambda text: [int(x) for x in text.split(",")]
+    work = [("decode", context, batch) for context in numbers(options.contexts) for batch in numbers(options.batches)]
+    work += [("prefill", context, 1) for context in numbers(options.contexts)]
+    for name, config in kinds(base, options.plain_window).items():
+        if not any(word in name.lower() for word in options.only.lower().split(",")):
+            continue
+        model = build(config, options.dtype)
+        for what, context, batch in work:
+            if what not in options.what.split(","):
+                continue
+            line = dict(kind=what, attention=name, context=context, batch=batch, dtype=options.dtype)
+            line["config"] = dataclasses.asdict(config)
+            try:
+                timed = time_decode(model, batch, context, options) if what == "decode" else time_prefill(
+                    model, context, options)  # fmt: skip
+            except Exception as error:
+                print(f"{what:8}{name:16}{batch:4} x {context:7,}  not available: {reason(error)}")
+                save(line | {"not available": reason(error)})
+                continue
+            save(line | timed)
+            print(f"{what:8}{name:16}{batch:4} x {context:7,}  {described(what, context, batch, timed, ceilings)}",
+                  flush=True)  # fmt: skip
+    if options.plot and options.out:
+        from rattn_eqx.figures import curves
+        from rattn_eqx.inference.bench_plot import read_rows, step_times
+
+        curves.save(step_times(read_rows(options.out)), options.plot)
+    return 0
+
+
+def described(what: str, context: int, batch: int, timed: dict[str, Any], ceilings: Any) -> str:
+    """A row's numbers in words."""
+    median = timed["median"]
+    if what == "prefill":
+        return f"{1e3 * median:9.2f} ms, {context / median:11,.0f} tokens/s"
+    floor = sum(timed["bytes"].values()) / ceilings.bandwidth
+    exact = "as predicted" if timed["cache_bytes"] == timed["predicted_cache_bytes"] else "NOT as predicted"
+    return (
+        f"{1e3 * median:9.3f} ms, {batch / median:9,.0f} tokens/s, {median / floor:5.2f} x the floor of "
+        f"{sum(timed['bytes'].values()) / 1e9:6.2f} GB; caches {timed['cache_bytes'] / 1e9:6.2f} GB, {exact}, "
+        f"{timed['peak_bytes'] / 1e9:.2f} GB in all"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
