@@ -337,7 +337,8 @@ def continued_by_cudnn(
     nothing = lambda: (jnp.zeros_like(own), jnp.full_like(lse, -jnp.inf))
     before, lse_before = jax.lax.cond(cache.length > 0, older, nothing)
     share = jax.nn.sigmoid(lse - lse_before)[..., None]  # of the piece's own keys; 1 where nothing stands before
-    joined = share * own + (1 - share) * jnp.where(share < 1, before, 0).astype(jnp.float32)
+    own, before = (x.astype(jnp.float32) for x in (own, before))
+    joined = share * own + (1 - share) * jnp.where(share < 1, before, 0)
     return joined[0].astype(v.dtype)
 
 

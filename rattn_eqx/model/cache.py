@@ -67,7 +67,7 @@ class Piece(eqx.Module):
 
     def is_real(self) -> Array:
         t = self.runs.shape[0]
-        return jnp.arange(t) < (t if self.count is None else self.count)
+        return jnp.arange(t, dtype=jnp.int32) < (t if self.count is None else self.count)
 
     def positions(self, length: Array) -> Array:
         """Of each token in its document; length: tokens of the first one so far."""
@@ -101,8 +101,8 @@ def join(cache: StepCache, piece: Piece, k: Array, k_rla: Array | None, v: Array
         return piece.to_end(jnp.concatenate([in_order(ring, cache.length).astype(new.dtype), new]))
 
     real = piece.is_real()
-    ids_of_ring = jnp.where(in_order(cache.holds, cache.length), 0, -1)
-    first = ids_of_ring[0] if cache.window else jnp.array(0)
+    ids_of_ring = in_order(cache.holds, cache.length).astype(jnp.int32) - 1
+    first = ids_of_ring[0] if cache.window else jnp.zeros((), jnp.int32)
     ids = jnp.concatenate([ids_of_ring, jnp.where(real, piece.runs, first)])
     values = jnp.where(real[:, None, None], v, 0)
     return Joined(

@@ -183,8 +183,9 @@ class LanguageModel(eqx.Module):
         check_cache(self, cache)
         runs, segment_id = jnp.zeros((t,), jnp.int32), cache.segment_id
         if segment_ids is not None:
+            segment_ids = segment_ids.astype(segment_id.dtype)
             cache = self._begun(cache, segment_ids[0] != segment_id)
-            runs, segment_id = segments.runs(segment_ids), segment_ids[length - 1].astype(segment_id.dtype)
+            runs, segment_id = segments.runs(segment_ids), segment_ids[length - 1]
         piece = Piece(runs, count, segment_ids is None)
         valid = check_tokens(self, tokens[: length if isinstance(length, int) else t], cache, piece)
         x, layers = self.embed(tokens), []
@@ -204,9 +205,9 @@ class LanguageModel(eqx.Module):
         Args, Raises: as of `prefill`.
         """
         check_cache(self, cache)
-        if segment_id is not None:
-            cache = self._begun(cache, segment_id != cache.segment_id)
         segment_id = cache.segment_id if segment_id is None else segment_id.astype(cache.segment_id.dtype)
+        if segment_id is not cache.segment_id:
+            cache = self._begun(cache, segment_id != cache.segment_id)
         valid = check_tokens(self, token[None], cache, Piece(jnp.zeros((1,), jnp.int32), None, True))
         x, layers = self.embed(token[None])[0], []
         for block, layer in zip(self.blocks, cache.layers, strict=True):
