@@ -315,31 +315,11 @@ class RAttention(eqx.Module):
         return self.projections.merge(heads[None])[0], cache
 
 
-def cudnn_continues(q: Float[Array, "t h d"], cache: StepCache, piece: Piece) -> bool:
-    """Can cuDNN attend to a cache and a piece behind it? On a GPU, in 16 bits, within one document."""
-    sizes = (q.shape[-1], cache.values.shape[-1])
-    known = q.dtype == cache.keys.dtype and q.dtype in (jnp.bfloat16, jnp.float16) and sizes[0] == sizes[1] <= 128
-    return jax.default_backend() == "gpu" and piece.one_document and known and sizes[0] % 8 == 0
-
-
-def continued_by_cudnn(
-    q: Float[Array, "t h d"], k: Float[Array, "t kv d"], v: Float[Array, "t kv dv"], cache: StepCache
-) -> Float[Array, "t h dv"]:
-    """Full attention to a piece, causal, and to what stands before it in the cache: two softmaxes, joined by their
-    sums."""
-    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", return_residual=True)
-    own, lse = attend(q[None], k[None], v[None], is_causal=True)
-    lengths = dict(
-        query_seq_lengths=jnp.full((1,), q.shape[0], jnp.int32),
-        key_value_seq_lengths=jnp.maximum(cache.length, 1)[None],
-    )
-    older = lambda: attend(q[None], cache.keys[None], cache.values[None], **lengths)
-    nothing = lambda: (jnp.zeros_like(own), jnp.full_like(lse, -jnp.inf))
-    before, lse_before = jax.lax.cond(cache.length > 0, older, nothing)
-    share = jax.nn.sigmoid(lse - lse_before)[..., None]  # of the piece's own keys; 1 where nothing stands before
-    own, before = (x.astype(jnp.float32) for x in (own, before))
-    joined = share * own + (1 - share) * jnp.where(share < 1, before, 0)
-    return joined[0].astype(v.dtype)
+def cudnn_serves(q: Float[Array, "t h d"], v: Float[Array, "t kv dv"], piece: Piece) -> bool:
+    """Can cuDNN compute full attention within a piece? On a GPU, in 16 bits, of one document."""
+    narrow = q.dtype == v.dtype and q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = q.shape[-1] == v.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+    return jax.default_backend() == "gpu" and piece.one_document and narrow and fits
 
 
 @checked
@@ -400,18 +380,25 @@ class GlobalAttention(eqx.Module):
         """As of `RAttention`."""
         q, k, v = self.inputs(x)
         joined = join(cache, piece, k, None, v)
-        if self.implementation is None and cudnn_continues(q, cache, piece):
-            heads = continued_by_cudnn(q, *(y.astype(cache.keys.dtype) for y in (k, v)), cache)
-            return self.projections.merge(heads), keep(cache, piece, joined, None)
-        heads = pallas.sliding_window_attention(
-            piece.to_end(q),
-            joined.keys,
-            joined.values,
-            window=joined.keys.shape[0],
-            segment_ids=joined.segment_ids,
-            implementation=self.implementation,
-        )
-        return self.projections.merge(piece.from_end(heads)), keep(cache, piece, joined, None)
+
+        def after_cache():
+            return piece.from_end(
+                pallas.sliding_window_attention(
+                    piece.to_end(q),
+                    joined.keys,
+                    joined.values,
+                    window=joined.keys.shape[0],
+                    segment_ids=joined.segment_ids,
+                    implementation=self.implementation,
+                )
+            )
+
+        def alone():
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+        known = self.implementation is None and cudnn_serves(q, v, piece)
+        heads = jax.lax.cond(cache.length == 0, alone, after_cache) if known else after_cache()
+        return self.projections.merge(heads), keep(cache, piece, joined, None)
 
     def step(self, x: Float[Array, "m"], cache: StepCache) -> tuple[Float[Array, "m"], StepCache]:
         """As of `RAttention`."""
