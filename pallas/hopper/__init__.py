@@ -17,8 +17,6 @@ def present() -> bool:
 
 def obstacle(op: str, *arrays: Array) -> str | None:
     """Why these kernels cannot serve a call of an op on such arrays of q, k and v, or None."""
-    if op.endswith("_step"):
-        return "has no kernel for one token"
     if jax.__version_info__ < (0, 11):
         return f"needs jax 0.11 or newer (Python 3.12 or newer); this is {jax.__version__}"
     if jax.default_backend() == "gpu" and not present():
