@@ -23,8 +23,9 @@ from pallas.hopper.plan import Plan, cdiv
 from pallas.hopper.step import Memory, StepInputs, StepPlan, step
 from pallas.hopper.warpgroup import ROWS
 from pallas.segments import starts
-from pallas.step_cache import StepCache
+from pallas.step_cache import StepCache, turned
 
+MOST_PARTS, LEAST_PART = 256, 256  # of a ring that cuDNN reads: LOG.md, 2026-11-28
 WIDEST = 2048  # windows up to here are faster in our kernels; full attention is cuDNN's: LOG.md, 2026-11-25
 
 
@@ -102,8 +103,39 @@ def rattention(
 
 
 def sliding_window_attention_step(q, k, v, cache, *, scale):
-    """The slots in the order in which they stand, by cuDNN, where that is here."""
-    return chunked.sliding_window_attention_step(q, k, v, cache, scale=scale)
+    """The slots in the order in which they stand: by cuDNN, in as many parts as fill the GPU, where it is here."""
+    after, *_ = turned(cache, k, None, v)
+    held = jnp.minimum(after.length, cache.window).astype(jnp.int32)
+    return batched(functools.partial(_read_slots, scale=scale), q, after.keys, after.values, held), after
+
+
+def _read_slots(q, keys, values, held, *, scale):
+    """Softmax attention of q [b, h, d] to the first held [b] slots of keys [b, slots, kv, d] and values."""
+    (batch, h, d), (_, slots, kv, dv) = q.shape, values.shape
+    if jax.default_backend() != "gpu" or d != dv or d % 8 != 0 or slots % 64 != 0:
+        one = lambda q, k, v, n: chunked.read_ring(q, StepCache(k, None, v, None, n), scale, jnp.float32)
+        return jax.vmap(one)(q, keys, values, held)
+    parts = 1
+    while batch * kv * parts * 2 <= MOST_PARTS and slots % (parts * 2) == 0 and slots // (parts * 2) >= LEAST_PART:
+        parts *= 2
+    group, part = h // kv, slots // parts
+    rows = jnp.broadcast_to(q.reshape(batch, 1, kv, group, d).swapaxes(2, 3), (batch, parts, group, kv, d))
+    counts = jnp.clip(held[:, None] - part * jnp.arange(parts, dtype=jnp.int32), 0, part)
+    cut = lambda x, size: x.reshape(batch * parts, size, kv, d)
+    out, lse = jax.nn.dot_product_attention(
+        cut(rows, group),
+        cut(keys, part),
+        cut(values, part),
+        scale=scale,
+        query_seq_lengths=jnp.full((batch * parts,), group, jnp.int32),
+        key_value_seq_lengths=counts.reshape(-1),
+        implementation="cudnn",
+        return_residual=True,
+    )
+    out, lse = out.reshape(batch, parts, group, kv, d), lse.reshape(batch, parts, group, kv)
+    weights = jax.nn.softmax(jnp.where(counts[:, :, None, None] > 0, lse, -jnp.inf), axis=1)[..., None]
+    out = jnp.where(weights > 0, weights * out.astype(jnp.float32), 0.0).sum(axis=1)
+    return out.swapaxes(1, 2).reshape(batch, h, d).astype(values.dtype)
 
 
 def rattention_step(q, k, v, cache, *, q_rla, k_rla, swa_gain, rla_gain, eps, scale, feature_map):

@@ -104,7 +104,7 @@ def step(plan: StepPlan, inputs: StepInputs, memory: Memory):
         "ring": tile(2 * PAIRS, ROWS, d),
         "landed": plgpu.Barrier(num_barriers=2 * PAIRS),
         "phi_tile": tile(ROWS, d),
-        "parts": tile(2, ROWS, d),
+        "parts": [tile(ROWS, d), tile(ROWS, d)],
         "states": plgpu.SMEM((STATES, ROWS, d), jnp.float32, transforms=wide),
         "states_landed": plgpu.Barrier(num_barriers=STATES),
         "stage": plgpu.SMEM((ROWS, d), jnp.bfloat16),
@@ -163,8 +163,8 @@ class _Block:
         plan, heads = self.plan, pl.ds(self.kv_head * self.plan.group, self.plan.group)
         total = self.normed(self.attend(), self.inputs.swa_gain) if plan.window else zeros(ROWS, plan.head_size)
         plgpu.barrier_wait(self.joined)
-        for part in range(2):
-            total += to_registers(self.parts.at[part]).astype(jnp.float32)
+        for part in self.parts:
+            total += to_registers(part).astype(jnp.float32)
         self.stage[...] = total.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(self.stage.at[pl.ds(0, plan.group)], self.out.at[self.batch, heads])
@@ -259,8 +259,8 @@ class _Block:
                     phi = self.phi_tile.at[:, pl.ds(i * ROWS, ROWS)]
                     out = self.read_state(slice_ * (d // ROWS) + i, phi, added, value, out)
         parts = split(self.normed(out, inputs.rla_gain), True)
-        for i, part in enumerate(parts):
-            self.parts.at[i][...] = part
+        for ref, part in zip(self.parts, parts, strict=True):
+            ref[...] = part
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.joined)
 
@@ -274,7 +274,7 @@ class _Block:
         length = inputs.length[self.batch]
         place = self.batch, lax.rem(length, jnp.int32(plan.window)), self.kv_head
         leaves = length >= plan.window
-        old = lambda ring: jnp.where(leaves, self.vector(ring.at[place]), 0.0)
+        old = lambda ring: jnp.where(jnp.broadcast_to(leaves, (d,)), self.vector(ring.at[place]), 0.0)
         leaving = (None if plan.map is None else old(key_ring)), old(memory.values)
         for ring, row in ((memory.keys, inputs.k), (memory.keys_rla, inputs.k_rla), (memory.values, inputs.v)):
             if ring is not None:
@@ -291,9 +291,9 @@ class _Block:
         slot = i % STATES if isinstance(i, int) else lax.rem(i, jnp.int32(STATES))
         plgpu.barrier_wait(self.states_landed.at[slot])
         state = to_registers(self.states.at[slot]) + across(added, out.shape[1]) * down(value, ROWS)
-        for ref, part in zip((self.parts.at[0], self.parts.at[1]), split(state, True), strict=True):
+        for ref, part in zip(self.parts, split(state, True), strict=True):
             ref[...] = part
         plgpu.commit_smem()
         pl.when(i + STATES < self.plan.num_features // ROWS)(lambda: self.copy_state(i + STATES))
         self.memory.state.at[self.batch, self.kv_head, pl.ds(i * ROWS, ROWS)][...] = state
-        return multiply_add(self.plan.interpret, (out, [(phi, self.parts.at[0]), (phi, self.parts.at[1])]))
+        return multiply_add(self.plan.interpret, (out, [(phi, part) for part in self.parts]))

@@ -80,6 +80,9 @@ CASES = (
     dataclasses.replace(WINDOW, backward=False),
     RESIDUAL,
     dataclasses.replace(RESIDUAL, backward=False),
+    Case("step", op="rattention_step", batch=64, length=8, backward=False),
+    Case("step, three heads of 64 to one", op="rattention_step", batch=64, length=8, num_heads=3, num_kv_heads=1,
+         head_size=64, window=100, feature_map="elu_plus_one", backward=False),
 )
 
 
