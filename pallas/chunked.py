@@ -282,7 +282,7 @@ def sliding_window_attention_step(
 ) -> tuple[Float[Array, "h dv"], StepCache]:
     """The slots in the order in which they stand: a softmax does not mind."""
     cache, *_ = turned(cache, k, None, v)
-    return read_ring(q, cache, scale, accumulation_dtype(q, k, v)), cache
+    return _read_ring(q, cache, scale, accumulation_dtype(q, k, v)), cache
 
 
 def rattention_step(
@@ -303,7 +303,7 @@ def rattention_step(
     dtype, (kv, _) = accumulation_dtype(q, k, v), k.shape
     phi_q, phi_k = as_pair(feature_map)
     cache, key, value, leaves = turned(cache, k, k_rla, v)
-    o_swa = read_ring(q, cache, scale, dtype)
+    o_swa = _read_ring(q, cache, scale, dtype)
     added = jnp.einsum("kf,kv->kfv", phi_k(key.astype(dtype)).astype(dtype), value.astype(dtype))
     state = cache.state.astype(dtype) + jnp.where(leaves, added, 0)
     features = phi_q(q_rla.astype(dtype).reshape(kv, -1, q.shape[1])).astype(dtype)
@@ -312,7 +312,7 @@ def rattention_step(
     return out, dataclasses.replace(cache, state=state)
 
 
-def read_ring(q: Float[Array, "h d"], cache: StepCache, scale: float, dtype) -> Float[Array, "h dv"]:
+def _read_ring(q: Float[Array, "h d"], cache: StepCache, scale: float, dtype) -> Float[Array, "h dv"]:
     """Softmax attention of one query to every token that the ring holds."""
     _, kv, dv = cache.values.shape
     if cache.window == 0:

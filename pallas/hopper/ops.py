@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas import chunked
 from pallas.batching import batched
 from pallas.block_sizes import CARD, BlockSizes, gpu_blocks, round_up
 from pallas.feature_map import FeatureMap, KernelMap, as_pair, in_kernels
@@ -21,11 +20,11 @@ from pallas.hopper import gradients
 from pallas.hopper.arrays import Inputs, Segments
 from pallas.hopper.plan import Plan, cdiv
 from pallas.hopper.step import Memory, StepInputs, StepPlan, step
+from pallas.hopper.step_window import Ring, Token, WindowPlan, window_step
 from pallas.hopper.warpgroup import ROWS
 from pallas.segments import starts
-from pallas.step_cache import StepCache, turned
+from pallas.step_cache import StepCache
 
-MOST_PARTS, LEAST_PART = 256, 256  # of a ring that cuDNN reads: LOG.md, 2026-11-28
 WIDEST = 2048  # windows up to here are faster in our kernels; full attention is cuDNN's: LOG.md, 2026-11-25
 
 
@@ -103,39 +102,17 @@ def rattention(
 
 
 def sliding_window_attention_step(q, k, v, cache, *, scale):
-    """The slots in the order in which they stand: by cuDNN, in as many parts as fill the GPU, where it is here."""
-    after, *_ = turned(cache, k, None, v)
-    held = jnp.minimum(after.length, cache.window).astype(jnp.int32)
-    return batched(functools.partial(_read_slots, scale=scale), q, after.keys, after.values, held), after
-
-
-def _read_slots(q, keys, values, held, *, scale):
-    """Softmax attention of q [b, h, d] to the first held [b] slots of keys [b, slots, kv, d] and values."""
-    (batch, h, d), (_, slots, kv, dv) = q.shape, values.shape
-    if jax.default_backend() != "gpu" or d != dv or d % 8 != 0 or slots % 64 != 0:
-        one = lambda q, k, v, n: chunked.read_ring(q, StepCache(k, None, v, None, n), scale, jnp.float32)
-        return jax.vmap(one)(q, keys, values, held)
-    parts = 1
-    while batch * kv * parts * 2 <= MOST_PARTS and slots % (parts * 2) == 0 and slots // (parts * 2) >= LEAST_PART:
-        parts *= 2
-    group, part = h // kv, slots // parts
-    rows = jnp.broadcast_to(q.reshape(batch, 1, kv, group, d).swapaxes(2, 3), (batch, parts, group, kv, d))
-    counts = jnp.clip(held[:, None] - part * jnp.arange(parts, dtype=jnp.int32), 0, part)
-    cut = lambda x, size: x.reshape(batch * parts, size, kv, d)
-    out, lse = jax.nn.dot_product_attention(
-        cut(rows, group),
-        cut(keys, part),
-        cut(values, part),
-        scale=scale,
-        query_seq_lengths=jnp.full((batch * parts,), group, jnp.int32),
-        key_value_seq_lengths=counts.reshape(-1),
-        implementation="cudnn",
-        return_residual=True,
+    """Softmax attention to the ring, in as many parts as fill the GPU."""
+    (h, d), (kv, dv), window = q.shape, v.shape, cache.window
+    size, slots = _head_size(d, dv), max(round_up(window, 8), ROWS)
+    token = Token(
+        k=_widened(k, kv, size), length=cache.length.astype(jnp.int32), q=_widened(q, h, size), v=_widened(v, kv, size)
     )
-    out, lse = out.reshape(batch, parts, group, kv, d), lse.reshape(batch, parts, group, kv)
-    weights = jax.nn.softmax(jnp.where(counts[:, :, None, None] > 0, lse, -jnp.inf), axis=1)[..., None]
-    out = jnp.where(weights > 0, weights * out.astype(jnp.float32), 0.0).sum(axis=1)
-    return out.swapaxes(1, 2).reshape(batch, h, d).astype(values.dtype)
+    ring = Ring(_widened(cache.keys, slots, kv, size), _widened(cache.values, slots, kv, size))
+    plan = WindowPlan(window, h, kv, size, float(scale), interpreted())
+    out, ring = batched(functools.partial(window_step, plan), token, ring)
+    keys, values = (x[tuple(map(slice, old.shape))] for x, old in ((ring.keys, cache.keys), (ring.values, cache.values)))
+    return out[:, :dv], StepCache(keys, None, values, None, cache.length + 1)
 
 
 def rattention_step(q, k, v, cache, *, q_rla, k_rla, swa_gain, rla_gain, eps, scale, feature_map):
@@ -157,31 +134,26 @@ def rattention_step(q, k, v, cache, *, q_rla, k_rla, swa_gain, rla_gain, eps, sc
         if window:  # a slot that holds no token may be NaN
             features_k = jnp.where(cache.length >= window, features_k, 0.0)
     f = row.slices * size if row is not None else round_up(features_q.shape[1], ROWS)
-    slots = max(window, ROWS) if window else 0
-
-    def pad(x, *sizes: int) -> Any:
-        if x is None or x.shape == sizes:
-            return x
-        return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, sizes, strict=True)])
+    slots = max(round_up(window, 8), ROWS) if window else 0
 
     own_key = cache.keys_rla is not None or window == 0
     inputs = StepInputs(
-        features_k=pad(features_k, kv, f),
-        features_q=pad(features_q, h, f),
-        k=pad(k, kv, size) if window else None,
-        k_rla=pad(k_rla, kv, size) if own_key and (window or row is not None) else None,
+        features_k=_widened(features_k, kv, f),
+        features_q=_widened(features_q, h, f),
+        k=_widened(k, kv, size) if window else None,
+        k_rla=_widened(k_rla, kv, size) if own_key and (window or row is not None) else None,
         length=cache.length.astype(jnp.int32) if window else None,
-        q=pad(q, h, size) if window else None,
-        q_rla=pad(q_rla, h, size) if row is not None else None,
-        rla_gain=pad(rla_gain.astype(jnp.float32), h, size),
-        swa_gain=pad(swa_gain.astype(jnp.float32), h, size) if window else None,
-        v=pad(v, kv, size),
+        q=_widened(q, h, size) if window else None,
+        q_rla=_widened(q_rla, h, size) if row is not None else None,
+        rla_gain=_widened(rla_gain.astype(jnp.float32), h, size),
+        swa_gain=_widened(swa_gain.astype(jnp.float32), h, size) if window else None,
+        v=_widened(v, kv, size),
     )
     memory = Memory(
-        keys=pad(cache.keys, slots, kv, size) if window else None,
-        keys_rla=pad(cache.keys_rla, slots, kv, size) if window else None,
-        state=pad(cache.state.astype(jnp.float32), kv, f, size),
-        values=pad(cache.values, slots, kv, size) if window else None,
+        keys=_widened(cache.keys, slots, kv, size) if window else None,
+        keys_rla=_widened(cache.keys_rla, slots, kv, size) if window else None,
+        state=_widened(cache.state.astype(jnp.float32), kv, f, size),
+        values=_widened(cache.values, slots, kv, size) if window else None,
     )
     plan = StepPlan(
         window=window,
@@ -200,6 +172,13 @@ def rattention_step(q, k, v, cache, *, q_rla, k_rla, swa_gain, rla_gain, eps, sc
     cut = lambda x, like: like if x is None else x[tuple(map(slice, like.shape))]
     after = {name: cut(getattr(memory, name), getattr(cache, name)) for name in vars(memory)}
     return out[:, :dv], StepCache(length=cache.length + 1, **after)
+
+
+def _widened(x, *sizes: int) -> Any:
+    """With zeros at the ends of axes; None stays."""
+    if x is None or x.shape == sizes:
+        return x
+    return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, sizes, strict=True)])
 
 
 def _attend(

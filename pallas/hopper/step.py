@@ -8,7 +8,6 @@ in place: of the ring one row is written.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,11 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.feature_map import IN_KERNELS, KernelMap
-from pallas.hopper.plan import cdiv
+from pallas.hopper.step_window import Reader, of_group, put_group, vector
 from pallas.hopper.warpgroup import (
-    LOG2E,
-    MASKED,
-    PER_COLUMN,
     PER_ROW,
     ROWS,
     across,
@@ -34,12 +30,10 @@ from pallas.hopper.warpgroup import (
     slice_of,
     tile,
     to_registers,
-    zero_rows,
     zeros,
 )
 from pallas.numerics import split
 
-PAIRS = 2  # tiles of keys and as many of values in flight
 STATES = 2  # tiles of the state in flight
 
 
@@ -100,9 +94,6 @@ def step(plan: StepPlan, inputs: StepInputs, memory: Memory):
     batch, d = inputs.v.shape[0], plan.head_size
     wide = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))  # as `tile`, of float32
     scratch = {
-        "q_tile": tile(ROWS, d),
-        "ring": tile(2 * PAIRS, ROWS, d),
-        "landed": plgpu.Barrier(num_barriers=2 * PAIRS),
         "phi_tile": tile(ROWS, d),
         "parts": [tile(ROWS, d), tile(ROWS, d)],
         "states": plgpu.SMEM((STATES, ROWS, d), jnp.float32, transforms=wide),
@@ -110,128 +101,60 @@ def step(plan: StepPlan, inputs: StepInputs, memory: Memory):
         "stage": plgpu.SMEM((ROWS, d), jnp.bfloat16),
         "joined": plgpu.Barrier(),
     }
+    scratch |= Reader.scratch(d) if plan.window else {}
     out = jax.ShapeDtypeStruct((batch, plan.num_heads, d), jnp.bfloat16)
     grid = {"kv_head": plan.num_kv_heads, "batch": batch}
     body = functools.partial(_step_block, plan=plan)
     return launch(body, inputs, out, scratch, grid=grid, warpgroups=2, interpret=plan.interpret, in_place=memory)
 
 
-def _step_block(inputs: StepInputs, out, memory: Memory, *, plan: StepPlan, **scratch) -> None:
-    block = _Block(inputs, out, memory, plan, axis_index("batch"), axis_index("kv_head"), **scratch)
-    pl.when(axis_index("warpgroup") == 0)(block.read_ring)
-    pl.when(axis_index("warpgroup") == 1)(block.turn_state)
+def _step_block(
+    inputs: StepInputs, out, memory: Memory, *, plan: StepPlan, phi_tile, parts, states, states_landed, stage, joined,
+    **of_reader
+) -> None:  # fmt: skip
+    batch, kv_head, warpgroup = (axis_index(name) for name in ("batch", "kv_head", "warpgroup"))
+    block = _Block(inputs, memory, plan, batch, kv_head, phi_tile, parts, states, states_landed)
+
+    @pl.when(warpgroup == 0)
+    def _():
+        total = zeros(ROWS, plan.head_size)
+        if plan.window:
+            o_swa, _ = Reader(inputs, memory, plan, batch, kv_head, **of_reader).attend(0, 1)
+            total = block.normed(o_swa, inputs.swa_gain)
+        plgpu.barrier_wait(joined)
+        for part in parts:
+            total += to_registers(part).astype(jnp.float32)
+        put_group(plan, stage, total, out.at[batch], kv_head)
+
+    @pl.when(warpgroup == 1)
+    def _():
+        o_rla = block.normed(block.turn_state(), inputs.rla_gain)
+        for ref, part in zip(parts, split(o_rla, True), strict=True):
+            ref[...] = part
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(joined)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
     inputs: StepInputs
-    out: Any
     memory: Memory
     plan: StepPlan
     batch: Any
     kv_head: Any
-    q_tile: Any
-    ring: Any  # keys in even slots, values in odd ones
-    landed: Any
     phi_tile: Any
     parts: Any  # a tile of the state, or the residual branch's result, as hi and lo
     states: Any
     states_landed: Any
-    stage: Any
-    joined: Any
-
-    def vector(self, ref):
-        """A row of device memory in float32, as long as a tile has columns."""
-        return to_registers(ref, PER_COLUMN, optimized=False).astype(jnp.float32)
-
-    def of_group(self, ref):
-        """[ROWS, columns] of float32: of a ref [heads, columns] the group's heads, then zeros."""
-        group, columns = self.plan.group, ref.shape[-1]
-        rows, head = zeros(ROWS, columns), self.kv_head * group
-        for i in range(group):
-            rows = jnp.where(iota(ROWS, columns, 0) == i, down(self.vector(ref.at[head + i]), ROWS), rows)
-        return rows
 
     def normed(self, x, gain):
         """gain * x / rms(x)"""
-        gain = self.of_group(gain.at[0 if gain.shape[0] == 1 else self.batch])
+        gain = of_group(self.plan, gain.at[0 if gain.shape[0] == 1 else self.batch], self.kv_head)
         r = lax.rsqrt((x * x).sum(axis=1) * (1.0 / self.plan.value_size) + self.plan.eps)
         return x * across(r, self.plan.head_size) * gain
 
-    def read_ring(self) -> None:
-        """The first warpgroup: the window's branch, then the sum of both."""
-        plan, heads = self.plan, pl.ds(self.kv_head * self.plan.group, self.plan.group)
-        total = self.normed(self.attend(), self.inputs.swa_gain) if plan.window else zeros(ROWS, plan.head_size)
-        plgpu.barrier_wait(self.joined)
-        for part in self.parts:
-            total += to_registers(part).astype(jnp.float32)
-        self.stage[...] = total.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(self.stage.at[pl.ds(0, plan.group)], self.out.at[self.batch, heads])
-        plgpu.wait_smem_to_gmem(0)
-
-    def attend(self):
-        """Softmax attention to the new token and to the slots that are held, but for that whose token leaves."""
-        plan, inputs, memory, batch, kv_head = self.plan, self.inputs, self.memory, self.batch, self.kv_head
-        slots, d, scale = memory.keys.shape[1], plan.head_size, plan.scale * LOG2E
-        length = inputs.length[batch]
-        held, leaving = jnp.minimum(length, plan.window), lax.rem(length, jnp.int32(plan.window))
-        count = cdiv(held, ROWS)
-
-        def first_of(j):
-            return j * ROWS if slots % ROWS == 0 else jnp.minimum(j * ROWS, slots - ROWS)
-
-        def copy(j, which: int):
-            source = (memory.keys, memory.values)[which].at[batch, pl.ds(first_of(j), ROWS), kv_head]
-            slot = lax.rem(2 * j, jnp.int32(2 * PAIRS)) + which
-            plgpu.copy_gmem_to_smem(source, self.ring.at[slot], self.landed.at[slot])
-
-        def copy_next(j, which: int):
-            """Over the tile of j, which all threads have read."""
-            plgpu.commit_smem()
-            pl.when(j + PAIRS < count)(lambda: copy(j + PAIRS, which))
-
-        for i in range(PAIRS):
-            pl.when(i < count)(lambda i=i: (copy(jnp.int32(i), 0), copy(jnp.int32(i), 1)) and None)
-        q = self.of_group(inputs.q.at[batch])
-        self.q_tile[...] = q.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        highest = (q * down(self.vector(inputs.k.at[batch, kv_head]), ROWS)).sum(axis=1) * scale
-        value = self.vector(inputs.v.at[batch, kv_head])
-
-        def block(j, carry):
-            out, highest, total = carry
-            slot, first = lax.rem(2 * j, jnp.int32(2 * PAIRS)), first_of(j)
-            keys, values = self.ring.at[slot], self.ring.at[slot + 1]
-            plgpu.barrier_wait(self.landed.at[slot])
-            logits = multiply_add(plan.interpret, ((ROWS, ROWS), [(self.q_tile, keys.transpose((1, 0)))]))
-            copy_next(j, 0)
-            place = iota(ROWS, ROWS, 1) + first
-            seen = (place >= j * ROWS) & (place < held) & (place != leaving)
-            logits = jnp.where(seen, logits * scale, MASKED)
-            higher = jnp.maximum(highest, logits.max(axis=1))
-            shrink = jnp.exp2(highest - higher)
-            weights = jnp.exp2(logits - across(higher, ROWS))
-            total = total * shrink + weights.sum(axis=1)
-            out *= across(shrink, d)
-            plgpu.barrier_wait(self.landed.at[slot + 1])
-
-            @pl.when(first + ROWS > held)
-            def _():  # what no document holds may be NaN
-                rows = to_registers(values).astype(jnp.float32)
-                values[...] = jnp.where(iota(ROWS, d, 0) + first < held, rows, 0.0).astype(jnp.bfloat16)
-                plgpu.commit_smem()
-
-            out = multiply_add(plan.interpret, (out, [(weights.astype(jnp.bfloat16), values)]))
-            copy_next(j, 1)
-            return out, higher, total
-
-        carry = zeros(ROWS, d) + down(value, ROWS), highest, zero_rows(ROWS, 1.0)
-        out, _, total = lax.fori_loop(0, count, block, carry)
-        return out * across(1.0 / total, d)
-
     def turn_state(self) -> None:
-        """The second warpgroup: what leaves the ring enters the state, what is new the ring; phi(q) reads the state."""
+        """o_rla [ROWS, d]. What leaves the ring enters the state, and what is new the ring."""
         plan, inputs, d = self.plan, self.inputs, self.plan.head_size
         for i in range(min(STATES, plan.num_features // ROWS)):
             self.copy_state(i)
@@ -241,14 +164,14 @@ class _Block:
 
             def read(i, out):
                 columns = pl.ds(i * ROWS, ROWS)
-                features = self.of_group(inputs.features_q.at[self.batch, :, columns])
+                features = of_group(plan, inputs.features_q.at[self.batch, :, columns], self.kv_head)
                 self.phi_tile.at[:, pl.ds(0, ROWS)][...] = features.astype(jnp.bfloat16)
                 added = to_registers(inputs.features_k.at[self.batch, self.kv_head, columns], PER_ROW, optimized=False)
                 return self.read_state(i, self.phi_tile.at[:, pl.ds(0, ROWS)], added, value, out)
 
             out = lax.fori_loop(0, plan.num_features // ROWS, read, out)
         else:
-            q = self.of_group(inputs.q_rla.at[self.batch])
+            q = of_group(plan, inputs.q_rla.at[self.batch], self.kv_head)
             key = zeros(ROWS, d) + down(key, ROWS)
             for slice_ in range(plan.num_features // d):
                 self.phi_tile[...] = slice_of(plan.map, -q if slice_ else q).astype(jnp.bfloat16)
@@ -258,23 +181,19 @@ class _Block:
                     added = jnp.where(diagonal, features, 0.0).sum(axis=1)
                     phi = self.phi_tile.at[:, pl.ds(i * ROWS, ROWS)]
                     out = self.read_state(slice_ * (d // ROWS) + i, phi, added, value, out)
-        parts = split(self.normed(out, inputs.rla_gain), True)
-        for ref, part in zip(self.parts, parts, strict=True):
-            ref[...] = part
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.joined)
+        return out
 
     def turn_ring(self):
         """The key and the value that leave the ring, 0 if none does; the new token takes their slot."""
         plan, inputs, memory, d = self.plan, self.inputs, self.memory, self.plan.head_size
-        new = lambda x: self.vector(x.at[self.batch, self.kv_head])
+        new = lambda x: vector(x.at[self.batch, self.kv_head])
         key_ring = memory.keys if memory.keys_rla is None else memory.keys_rla
         if plan.window == 0:
             return (None if plan.map is None else new(inputs.k_rla)), new(inputs.v)
         length = inputs.length[self.batch]
         place = self.batch, lax.rem(length, jnp.int32(plan.window)), self.kv_head
         leaves = length >= plan.window
-        old = lambda ring: jnp.where(jnp.broadcast_to(leaves, (d,)), self.vector(ring.at[place]), 0.0)
+        old = lambda ring: jnp.where(jnp.broadcast_to(leaves, (d,)), vector(ring.at[place]), 0.0)
         leaving = (None if plan.map is None else old(key_ring)), old(memory.values)
         for ring, row in ((memory.keys, inputs.k), (memory.keys_rla, inputs.k_rla), (memory.values, inputs.v)):
             if ring is not None:

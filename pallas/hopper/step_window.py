@@ -1,0 +1,235 @@
+"""The window of one token: softmax attention of a group's heads to a ring, and the kernel of that alone.
+
+The online softmax begins at the new token's own key, which need not be in the ring for that; the slot that it takes is
+left out. Long rings are cut into parts, each a block's, so that a small batch fills the GPU; XLA merges them.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas.hopper.plan import cdiv
+from pallas.hopper.warpgroup import (
+    LOG2E,
+    MASKED,
+    PER_COLUMN,
+    ROWS,
+    across,
+    axis_index,
+    down,
+    iota,
+    launch,
+    multiply_add,
+    tile,
+    to_registers,
+    zero_rows,
+    zeros,
+)
+
+PAIRS = 2  # tiles of keys and as many of values in flight
+BLOCKS = 256  # with fewer, a ring is cut into parts: two for each multiprocessor
+LEAST_PART = 2  # tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowPlan:
+    """Static facts of a call."""
+
+    window: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int  # of q, k and v after padding: 64 or 128
+    scale: float
+    interpret: bool
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """Fields are in the order of the kernel's operands."""
+
+    k: Any = None  # [b, kv, d]
+    length: Any = None  # [b] int32: tokens before this one
+    q: Any = None  # [b, h, d]
+    v: Any = None  # [b, kv, d]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Changed in place. Slots: the window, or more, at least ROWS and a multiple of 8."""
+
+    keys: Any = None  # [b, slots, kv, d]
+    values: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Of each part of the ring, if there is more than one."""
+
+    out: Any  # [b, parts, h, d] float32
+    lse: Any  # [b, parts, kv, ROWS] float32: log2 of the sum of exp2 of the logits, of a group's heads and more
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A warpgroup that reads a ring, and its memory."""
+
+    token: Any  # refs of the names of Token
+    memory: Any  # of Ring
+    plan: Any  # with the fields of WindowPlan
+    batch: Any
+    kv_head: Any
+    q_tile: Any
+    ring: Any  # keys in even slots, values in odd ones
+    landed: Any
+
+    @staticmethod
+    def scratch(d: int) -> dict:
+        return {
+            "q_tile": tile(ROWS, d),
+            "ring": tile(2 * PAIRS, ROWS, d),
+            "landed": plgpu.Barrier(num_barriers=2 * PAIRS),
+        }
+
+    def attend(self, part, parts: int):
+        """(out [ROWS, d], log2 of the sum of exp2 of the logits [ROWS]) of a part; part 0 has the new token."""
+        plan, token, memory, batch, kv_head = self.plan, self.token, self.memory, self.batch, self.kv_head
+        slots, d, scale = memory.keys.shape[1], plan.head_size, plan.scale * LOG2E
+        length = token.length[batch]
+        held, leaving = jnp.minimum(length, plan.window), lax.rem(length, jnp.int32(plan.window))
+        most = cdiv(cdiv(slots, ROWS), parts)
+        begin = jnp.int32(part * most)
+        end = jnp.minimum(cdiv(held, ROWS), begin + most)
+
+        def first_of(j):
+            return j * ROWS if slots % ROWS == 0 else jnp.minimum(j * ROWS, slots - ROWS)
+
+        def copy(j, which: int):
+            source = (memory.keys, memory.values)[which].at[batch, pl.ds(first_of(j), ROWS), kv_head]
+            slot = lax.rem(2 * j, jnp.int32(2 * PAIRS)) + which
+            plgpu.copy_gmem_to_smem(source, self.ring.at[slot], self.landed.at[slot])
+
+        def copy_both(j):
+            copy(j, 0)
+            copy(j, 1)
+
+        def copy_next(j, which: int):
+            """Over the tile of j, which all threads have read."""
+            plgpu.commit_smem()
+            pl.when(j + PAIRS < end)(lambda: copy(j + PAIRS, which))
+
+        for i in range(min(PAIRS, most)):
+            pl.when(begin + i < end)(functools.partial(copy_both, begin + i))
+        q = of_group(plan, token.q.at[batch], kv_head)
+        self.q_tile[...] = q.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        highest = (q * down(vector(token.k.at[batch, kv_head]), ROWS)).sum(axis=1) * scale
+        out, total = zeros(ROWS, d) + down(vector(token.v.at[batch, kv_head]), ROWS), zero_rows(ROWS, 1.0)
+        if parts > 1:
+            has_token = lax.convert_element_type(part == 0, jnp.float32)
+            highest, total, out = highest * has_token + MASKED * (1.0 - has_token), total * has_token, out * has_token
+
+        def block(j, carry):
+            out, highest, total = carry
+            slot, first = lax.rem(2 * j, jnp.int32(2 * PAIRS)), first_of(j)
+            keys, values = self.ring.at[slot], self.ring.at[slot + 1]
+            plgpu.barrier_wait(self.landed.at[slot])
+            logits = multiply_add(plan.interpret, ((ROWS, ROWS), [(self.q_tile, keys.transpose((1, 0)))]))
+            copy_next(j, 0)
+            place = iota(ROWS, ROWS, 1) + first
+            seen = (place >= j * ROWS) & (place < held) & (place != leaving)
+            logits = jnp.where(seen, logits * scale, MASKED)
+            higher = jnp.maximum(highest, logits.max(axis=1))
+            shrink = jnp.exp2(highest - higher)
+            weights = jnp.exp2(logits - across(higher, ROWS))
+            if parts > 1:
+                weights = jnp.where(seen, weights, 0.0)  # no key may have been seen yet
+            total = total * shrink + weights.sum(axis=1)
+            out *= across(shrink, d)
+            plgpu.barrier_wait(self.landed.at[slot + 1])
+
+            @pl.when(first + ROWS > held)
+            def _():  # what no document holds may be NaN
+                rows = to_registers(values).astype(jnp.float32)
+                values[...] = jnp.where(iota(ROWS, d, 0) + first < held, rows, 0.0).astype(jnp.bfloat16)
+                plgpu.commit_smem()
+
+            out = multiply_add(plan.interpret, (out, [(weights.astype(jnp.bfloat16), values)]))
+            copy_next(j, 1)
+            return out, higher, total
+
+        out, highest, total = lax.fori_loop(begin, end, block, (out, highest, total))
+        if parts > 1:
+            total = jnp.maximum(total, 1e-30)
+        return out * across(1.0 / total, d), highest + jnp.log2(total)
+
+
+def vector(ref):
+    """A row of device memory in float32, as long as a tile has columns."""
+    return to_registers(ref, PER_COLUMN, optimized=False).astype(jnp.float32)
+
+
+def of_group(plan, ref, kv_head):
+    """[ROWS, columns] of float32: of a ref [heads, columns] the group's heads, then zeros."""
+    columns = ref.shape[-1]
+    rows = zeros(ROWS, columns)
+    for i in range(plan.group):
+        head = kv_head * plan.group + i
+        rows = jnp.where(iota(ROWS, columns, 0) == i, down(vector(ref.at[head]), ROWS), rows)
+    return rows
+
+
+def put_group(plan, stage, x, out, kv_head) -> None:
+    """The group's heads of x [ROWS, columns] to a ref [heads, columns], by way of shared memory."""
+    stage[...] = x.astype(stage.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(stage.at[pl.ds(0, plan.group)], out.at[pl.ds(kv_head * plan.group, plan.group)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def window_step(plan: WindowPlan, token: Token, ring: Ring):
+    """(out [b, h, d], the ring after the token)."""
+    (batch, h, d), tiles = token.q.shape, cdiv(ring.keys.shape[1], ROWS)
+    parts = max(1, min(BLOCKS // (batch * plan.num_kv_heads), tiles // LEAST_PART))
+    shape = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
+    out, dtype = shape((batch, h, d), jnp.bfloat16), jnp.bfloat16
+    if parts > 1:
+        lse = shape((batch, parts, plan.num_kv_heads, ROWS), jnp.float32)
+        out, dtype = Parts(shape((batch, parts, h, d), jnp.float32), lse), jnp.float32
+    scratch = Reader.scratch(d) | {"stage": plgpu.SMEM((ROWS, d), dtype)}
+    grid = {"kv_head": plan.num_kv_heads, "part": parts, "batch": batch}
+    body = functools.partial(_window_step_part, plan=plan, parts=parts)
+    out, ring = launch(body, token, out, scratch, grid=grid, warpgroups=1, interpret=plan.interpret, in_place=ring)
+    if parts > 1:
+        lse = out.lse[..., : plan.group].reshape(batch, parts, h, 1)
+        weights = jnp.exp2(lse - lse.max(axis=1, keepdims=True))
+        out = ((weights * out.out).sum(axis=1) / weights.sum(axis=1)).astype(jnp.bfloat16)
+    return out, ring
+
+
+def _window_step_part(token: Token, out, memory: Ring, *, plan: WindowPlan, parts: int, stage, **scratch) -> None:
+    batch, kv_head, part = (axis_index(name) for name in ("batch", "kv_head", "part"))
+    result, lse = Reader(token, memory, plan, batch, kv_head, **scratch).attend(part, parts)
+    if parts > 1:
+        out.lse.at[batch, part, kv_head][...] = lse
+        put_group(plan, stage, result, out.out.at[batch, part], kv_head)
+    else:
+        put_group(plan, stage, result, out.at[batch], kv_head)
+
+    @pl.when(part == 0)
+    def _():
+        place = batch, lax.rem(token.length[batch], jnp.int32(plan.window)), kv_head
+        memory.keys.at[place][...] = vector(token.k.at[batch, kv_head]).astype(jnp.bfloat16)
+        memory.values.at[place][...] = vector(token.v.at[batch, kv_head]).astype(jnp.bfloat16)
