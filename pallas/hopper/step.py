@@ -1,13 +1,14 @@
 """One token of a whole layer and batch in one launch: both branches of `rattention_step`, their norms and their sum.
 
 A block takes one sequence and one key/value head; the heads of its group are rows of a tile. Its first warpgroup reads
-the ring with an online softmax that begins at the new token's own key, which need not be in the ring for that; its
-second adds the key that leaves to the state, tile by tile, and multiplies phi(q) by the sum. Ring and state are changed
-in place: of the ring one row is written.
+the ring (step_window.py); its second adds the key that leaves to the state, tile by tile, and multiplies phi(q) by the
+sum. Ring and state are changed in place: of the ring one row is written. Where a batch does not fill the GPU, a cluster
+of blocks shares the work of one, and the first of them sums up.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,14 +20,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas.feature_map import IN_KERNELS, KernelMap
 from pallas.hopper.step_window import Reader, of_group, put_group, vector
 from pallas.hopper.warpgroup import (
+    MULTIPROCESSORS,
     PER_ROW,
     ROWS,
     across,
+    axis,
     axis_index,
     down,
     iota,
     launch,
     multiply_add,
+    send,
+    sign_of,
     slice_of,
     tile,
     to_registers,
@@ -35,6 +40,7 @@ from pallas.hopper.warpgroup import (
 from pallas.numerics import split
 
 STATES = 2  # tiles of the state in flight
+PARTS = (4, 2)  # of a cluster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,130 +95,226 @@ class Memory:
     values: Any = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepOutputs:
+    """The output, and what the blocks of a cluster tell their first: each has a part of the ring and of the state."""
+
+    out: Any  # [b, h, d]
+    lse: Any = None  # [b, parts, kv, ROWS] float32
+    o_rla: Any = None  # [b, parts, 2, h, d]: hi and lo
+    o_swa: Any = None
+
+
 def step(plan: StepPlan, inputs: StepInputs, memory: Memory):
     """(out [b, h, d], the memory after the token)."""
-    batch, d = inputs.v.shape[0], plan.head_size
+    (batch, kv, d), h = inputs.v.shape, plan.num_heads
+    tiles = plan.num_features // ROWS
+    parts = next(n for n in (*PARTS, 1) if batch * kv * n <= MULTIPROCESSORS and tiles % n == 0 or n == 1)
     wide = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))  # as `tile`, of float32
-    scratch = {
+    scratch: dict[str, Any] = {
         "phi_tile": tile(ROWS, d),
-        "parts": [tile(ROWS, d), tile(ROWS, d)],
+        "sums": [tile(ROWS, d), tile(ROWS, d)],
         "states": plgpu.SMEM((STATES, ROWS, d), jnp.float32, transforms=wide),
         "states_landed": plgpu.Barrier(num_barriers=STATES),
         "stage": plgpu.SMEM((ROWS, d), jnp.bfloat16),
         "joined": plgpu.Barrier(),
     }
     scratch |= Reader.scratch(d) if plan.window else {}
-    out = jax.ShapeDtypeStruct((batch, plan.num_heads, d), jnp.bfloat16)
-    grid = {"kv_head": plan.num_kv_heads, "batch": batch}
-    body = functools.partial(_step_block, plan=plan)
-    return launch(body, inputs, out, scratch, grid=grid, warpgroups=2, interpret=plan.interpret, in_place=memory)
+    grid, cluster = {"kv_head": kv, "batch": batch}, {}
+    shape = jax.ShapeDtypeStruct
+    outputs = StepOutputs(shape((batch, h, d), jnp.bfloat16))
+    if parts > 1:
+        scratch["state_stage"] = plgpu.SMEM((ROWS, d), jnp.bfloat16)
+        scratch["lse_stage"] = plgpu.SMEM((ROWS,), jnp.float32)
+        scratch["met"] = plgpu.ClusterBarrier(collective_axes=(axis("part"),), num_barriers=2)
+        cluster = {"part": parts}
+        told = shape((batch, parts, 2, h, d), jnp.bfloat16)
+        lse = shape((batch, parts, kv, ROWS), jnp.float32)
+        swa = {"lse": lse, "o_swa": told} if plan.window else {}
+        outputs = dataclasses.replace(outputs, o_rla=told, **swa)
+    settings: Any = dict(grid=grid, cluster=cluster, warpgroups=2, interpret=plan.interpret, reduction_bytes=0)
+    body = functools.partial(_step_block, plan=plan, parts=parts)
+    outputs, memory = launch(body, inputs, outputs, scratch, in_place=memory, **settings)
+    return outputs.out, memory
 
 
 def _step_block(
-    inputs: StepInputs, out, memory: Memory, *, plan: StepPlan, phi_tile, parts, states, states_landed, stage, joined,
-    **of_reader
-) -> None:  # fmt: skip
+    inputs: StepInputs,
+    outputs: StepOutputs,
+    memory: Memory,
+    *,
+    plan: StepPlan,
+    parts: int,
+    phi_tile,
+    sums,
+    states,
+    states_landed,
+    stage,
+    joined,
+    state_stage=None,
+    lse_stage=None,
+    met=None,
+    **of_reader,
+) -> None:
     batch, kv_head, warpgroup = (axis_index(name) for name in ("batch", "kv_head", "warpgroup"))
-    block = _Block(inputs, memory, plan, batch, kv_head, phi_tile, parts, states, states_landed)
+    part = axis_index("part") if parts > 1 else 0
+    state = _State(inputs, memory, plan, batch, kv_head, phi_tile, sums, states, states_landed)
+
+    def of_first(finish: Callable) -> None:
+        pl.when(part == 0)(finish)
+
+    def tell(x, stage, out) -> None:
+        for i, half in enumerate(split(x, True)):
+            put_group(plan, stage, half, out.at[batch, part, i], kv_head)
+
+    def meet(branch: int) -> None:
+        plgpu.barrier_arrive(met.at[branch])
+        plgpu.barrier_wait(met.at[branch])
+
+    def told(out, *those: int):
+        halves = [out.at[batch, i, half] for i in those for half in range(2)]
+        return of_group(plan, kv_head, *halves)
+
+    def normed(x, gain):
+        """gain * x / rms(x)"""
+        gain = of_group(plan, kv_head, gain.at[0 if gain.shape[0] == 1 else batch])
+        r = lax.rsqrt((x * x).sum(axis=1) * (1.0 / plan.value_size) + plan.eps)
+        return x * across(r, plan.head_size) * gain
 
     @pl.when(warpgroup == 0)
     def _():
-        total = zeros(ROWS, plan.head_size)
+        o_swa = zeros(ROWS, plan.head_size)
         if plan.window:
-            o_swa, _ = Reader(inputs, memory, plan, batch, kv_head, **of_reader).attend(0, 1)
-            total = block.normed(o_swa, inputs.swa_gain)
-        plgpu.barrier_wait(joined)
-        for part in parts:
-            total += to_registers(part).astype(jnp.float32)
-        put_group(plan, stage, total, out.at[batch], kv_head)
+            o_swa, lse = Reader(inputs, memory, plan, batch, kv_head, **of_reader).attend(part, parts)
+            if parts > 1:
+                tell(o_swa, stage, outputs.o_swa)
+                send(lse_stage, lse, outputs.lse.at[batch, part, kv_head])
+                plgpu.wait_smem_to_gmem(0)
+                meet(0)
+
+        @of_first
+        def _():
+            total = o_swa
+            if plan.window:
+                if parts > 1:
+                    lses = [to_registers(outputs.lse.at[batch, i, kv_head], PER_ROW, optimized=False) for i in range(parts)]
+                    highest = functools.reduce(jnp.maximum, lses)
+                    weights = [jnp.exp2(lse - highest) for lse in lses]
+                    total = zeros(ROWS, plan.head_size)
+                    for i, weight in enumerate(weights):
+                        total += across(weight / sum(weights[1:], start=weights[0]), plan.head_size) * told(outputs.o_swa, i)
+                total = normed(total, inputs.swa_gain)
+            plgpu.barrier_wait(joined)
+            for half in sums:
+                total += to_registers(half).astype(jnp.float32)
+            put_group(plan, stage, total, outputs.out.at[batch], kv_head)
 
     @pl.when(warpgroup == 1)
     def _():
-        o_rla = block.normed(block.turn_state(), inputs.rla_gain)
-        for ref, part in zip(parts, split(o_rla, True), strict=True):
-            ref[...] = part
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(joined)
+        o_rla = state.read(part, parts)
+        if parts > 1:
+            tell(o_rla, state_stage, outputs.o_rla)
+            meet(1)
+
+        @of_first
+        def _():
+            total = told(outputs.o_rla, *range(parts)) if parts > 1 else o_rla
+            for ref, half in zip(sums, split(normed(total, inputs.rla_gain), True), strict=True):
+                ref[...] = half
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(joined)
+            state.turn_ring()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Block:
+class _State:
+    """The warpgroup that reads and writes the state, and its memory."""
+
     inputs: StepInputs
     memory: Memory
     plan: StepPlan
     batch: Any
     kv_head: Any
     phi_tile: Any
-    parts: Any  # a tile of the state, or the residual branch's result, as hi and lo
+    sums: Any  # a tile of the state, later the branch's result, as hi and lo
     states: Any
     states_landed: Any
 
-    def normed(self, x, gain):
-        """gain * x / rms(x)"""
-        gain = of_group(self.plan, gain.at[0 if gain.shape[0] == 1 else self.batch], self.kv_head)
-        r = lax.rsqrt((x * x).sum(axis=1) * (1.0 / self.plan.value_size) + self.plan.eps)
-        return x * across(r, self.plan.head_size) * gain
-
-    def turn_state(self) -> None:
-        """o_rla [ROWS, d]. What leaves the ring enters the state, and what is new the ring."""
+    def read(self, part, parts: int):
+        """o_rla [ROWS, d], of a part of the features. What leaves the ring enters the state."""
         plan, inputs, d = self.plan, self.inputs, self.plan.head_size
-        for i in range(min(STATES, plan.num_features // ROWS)):
-            self.copy_state(i)
-        key, value = self.turn_ring()
+        count = plan.num_features // ROWS // parts
+        first = part * count
+        for i in range(min(STATES, count)):
+            self.copy_state(first, i)
+        key, value = self.leaving()
         out = zeros(ROWS, d)
         if plan.map is None:
 
             def read(i, out):
-                columns = pl.ds(i * ROWS, ROWS)
-                features = of_group(plan, inputs.features_q.at[self.batch, :, columns], self.kv_head)
-                self.phi_tile.at[:, pl.ds(0, ROWS)][...] = features.astype(jnp.bfloat16)
+                columns = pl.ds((first + i) * ROWS, ROWS)
+                features = of_group(plan, self.kv_head, inputs.features_q.at[self.batch, :, columns])
+                phi = self.phi_tile.at[:, pl.ds(0, ROWS)]
+                phi[...] = features.astype(jnp.bfloat16)
                 added = to_registers(inputs.features_k.at[self.batch, self.kv_head, columns], PER_ROW, optimized=False)
-                return self.read_state(i, self.phi_tile.at[:, pl.ds(0, ROWS)], added, value, out)
+                return self.read_tile(first, i, count, phi, added, value, out)
 
-            out = lax.fori_loop(0, plan.num_features // ROWS, read, out)
-        else:
-            q = of_group(plan, inputs.q_rla.at[self.batch], self.kv_head)
-            key = zeros(ROWS, d) + down(key, ROWS)
-            for slice_ in range(plan.num_features // d):
-                self.phi_tile[...] = slice_of(plan.map, -q if slice_ else q).astype(jnp.bfloat16)
-                features = slice_of(plan.map, -key if slice_ else key)
-                for i in range(d // ROWS):
-                    diagonal = iota(ROWS, d, 1) - iota(ROWS, d, 0) == i * ROWS
-                    added = jnp.where(diagonal, features, 0.0).sum(axis=1)
-                    phi = self.phi_tile.at[:, pl.ds(i * ROWS, ROWS)]
-                    out = self.read_state(slice_ * (d // ROWS) + i, phi, added, value, out)
+            return lax.fori_loop(0, count, read, out)
+        q = of_group(plan, self.kv_head, inputs.q_rla.at[self.batch]).astype(jnp.bfloat16)
+        in_slice = d // ROWS
+        for i in range(count):
+            slice_, place = (first + i) // in_slice, (first + i) % in_slice
+            sign = sign_of(slice_) if parts > 1 else 1 - 2 * slice_
+            if i % in_slice == 0:
+                self.phi_tile[...] = slice_of(plan.map, q.astype(jnp.float32) * sign).astype(jnp.bfloat16)
+            features = slice_of(plan.map, (zeros(ROWS, d) + down(key, ROWS)) * sign)
+            diagonal = iota(ROWS, d, 1) - iota(ROWS, d, 0) == place * ROWS
+            added = jnp.where(diagonal, features, 0.0).sum(axis=1)
+            phi = self.phi_tile.at[:, pl.ds(place * ROWS, ROWS)]
+            out = self.read_tile(first, i, count, phi, added, value, out)
         return out
 
-    def turn_ring(self):
-        """The key and the value that leave the ring, 0 if none does; the new token takes their slot."""
-        plan, inputs, memory, d = self.plan, self.inputs, self.memory, self.plan.head_size
-        new = lambda x: vector(x.at[self.batch, self.kv_head])
-        key_ring = memory.keys if memory.keys_rla is None else memory.keys_rla
-        if plan.window == 0:
-            return (None if plan.map is None else new(inputs.k_rla)), new(inputs.v)
-        length = inputs.length[self.batch]
-        place = self.batch, lax.rem(length, jnp.int32(plan.window)), self.kv_head
-        leaves = length >= plan.window
-        old = lambda ring: jnp.where(jnp.broadcast_to(leaves, (d,)), vector(ring.at[place]), 0.0)
-        leaving = (None if plan.map is None else old(key_ring)), old(memory.values)
-        for ring, row in ((memory.keys, inputs.k), (memory.keys_rla, inputs.k_rla), (memory.values, inputs.v)):
-            if ring is not None:
-                ring.at[place][...] = new(row).astype(jnp.bfloat16)
-        return leaving
+    @property
+    def place(self):
+        """Of the new token in the rings."""
+        return self.batch, lax.rem(self.inputs.length[self.batch], jnp.int32(self.plan.window)), self.kv_head
 
-    def copy_state(self, i) -> None:
+    def leaving(self):
+        """The key and the value that enter the state, 0 if none does."""
+        plan, inputs, memory = self.plan, self.inputs, self.memory
+        if plan.window == 0:
+            new = lambda x: vector(x.at[self.batch, self.kv_head])
+            return (None if plan.map is None else new(inputs.k_rla)), new(inputs.v)
+        leaves = jnp.broadcast_to(inputs.length[self.batch] >= plan.window, (plan.head_size,))
+        old = lambda ring: jnp.where(leaves, vector(ring.at[self.place]), 0.0)
+        keys = memory.keys if memory.keys_rla is None else memory.keys_rla
+        return (None if plan.map is None else old(keys)), old(memory.values)
+
+    def turn_ring(self) -> None:
+        """The new token takes the slot of the one that leaves, which all blocks have read."""
+        inputs, memory = self.inputs, self.memory
+        if self.plan.window:
+            for ring, rows in ((memory.keys, inputs.k), (memory.keys_rla, inputs.k_rla), (memory.values, inputs.v)):
+                if ring is not None:
+                    ring.at[self.place][...] = vector(rows.at[self.batch, self.kv_head]).astype(jnp.bfloat16)
+
+    def copy_state(self, first, i) -> None:
         slot = i % STATES if isinstance(i, int) else lax.rem(i, jnp.int32(STATES))
-        source = self.memory.state.at[self.batch, self.kv_head, pl.ds(i * ROWS, ROWS)]
+        source = self.memory.state.at[self.batch, self.kv_head, pl.ds((first + i) * ROWS, ROWS)]
         plgpu.copy_gmem_to_smem(source, self.states.at[slot], self.states_landed.at[slot])
 
-    def read_state(self, i, phi, added, value, out):
-        """out + phi [ROWS, ROWS] times the i-th tile of the state, to which added [ROWS] times value [d] comes."""
+    def read_tile(self, first, i, count: int, phi, added, value, out):
+        """out + phi [ROWS, ROWS] times tile first + i of the state, to which added [ROWS] times value [d] comes."""
         slot = i % STATES if isinstance(i, int) else lax.rem(i, jnp.int32(STATES))
         plgpu.barrier_wait(self.states_landed.at[slot])
         state = to_registers(self.states.at[slot]) + across(added, out.shape[1]) * down(value, ROWS)
-        for ref, part in zip(self.parts, split(state, True), strict=True):
-            ref[...] = part
+        for ref, half in zip(self.sums, split(state, True), strict=True):
+            ref[...] = half
         plgpu.commit_smem()
-        pl.when(i + STATES < self.plan.num_features // ROWS)(lambda: self.copy_state(i + STATES))
-        self.memory.state.at[self.batch, self.kv_head, pl.ds(i * ROWS, ROWS)][...] = state
-        return multiply_add(self.plan.interpret, (out, [(phi, part) for part in self.parts]))
+        if not isinstance(i, int):
+            pl.when(i + STATES < count)(lambda: self.copy_state(first, i + STATES))
+        elif i + STATES < count:
+            self.copy_state(first, i + STATES)
+        self.memory.state.at[self.batch, self.kv_head, pl.ds((first + i) * ROWS, ROWS)][...] = state
+        return multiply_add(self.plan.interpret, (out, [(phi, half) for half in self.sums]))

@@ -107,11 +107,9 @@ class Reader:
         """(out [ROWS, d], log2 of the sum of exp2 of the logits [ROWS]) of a part; part 0 has the new token."""
         plan, token, memory, batch, kv_head = self.plan, self.token, self.memory, self.batch, self.kv_head
         slots, d, scale = memory.keys.shape[1], plan.head_size, plan.scale * LOG2E
-        length = token.length[batch]
-        held, leaving = jnp.minimum(length, plan.window), lax.rem(length, jnp.int32(plan.window))
-        most = cdiv(cdiv(slots, ROWS), parts)
+        tiles = cdiv(slots, ROWS)
+        most = cdiv(tiles, parts)
         begin = jnp.int32(part * most)
-        end = jnp.minimum(cdiv(held, ROWS), begin + most)
 
         def first_of(j):
             return j * ROWS if slots % ROWS == 0 else jnp.minimum(j * ROWS, slots - ROWS)
@@ -125,14 +123,22 @@ class Reader:
             copy(j, 0)
             copy(j, 1)
 
+        def await_both(j):
+            for which in range(2):
+                plgpu.barrier_wait(self.landed.at[lax.rem(2 * j, jnp.int32(2 * PAIRS)) + which])
+
         def copy_next(j, which: int):
             """Over the tile of j, which all threads have read."""
             plgpu.commit_smem()
             pl.when(j + PAIRS < end)(lambda: copy(j + PAIRS, which))
 
-        for i in range(min(PAIRS, most)):
-            pl.when(begin + i < end)(functools.partial(copy_both, begin + i))
-        q = of_group(plan, token.q.at[batch], kv_head)
+        ahead = range(min(PAIRS, most))
+        for i in ahead:  # before it is known whether they hold anything
+            pl.when(begin + i < tiles)(functools.partial(copy_both, begin + i))
+        length = token.length[batch]
+        held, leaving = jnp.minimum(length, plan.window), lax.rem(length, jnp.int32(plan.window))
+        end = jnp.minimum(cdiv(held, ROWS), begin + most)
+        q = of_group(plan, kv_head, token.q.at[batch])
         self.q_tile[...] = q.astype(jnp.bfloat16)
         plgpu.commit_smem()
         highest = (q * down(vector(token.k.at[batch, kv_head]), ROWS)).sum(axis=1) * scale
@@ -171,6 +177,8 @@ class Reader:
             return out, higher, total
 
         out, highest, total = lax.fori_loop(begin, end, block, (out, highest, total))
+        for i in ahead:
+            pl.when((begin + i < tiles) & (begin + i >= end))(functools.partial(await_both, begin + i))
         if parts > 1:
             total = jnp.maximum(total, 1e-30)
         return out * across(1.0 / total, d), highest + jnp.log2(total)
@@ -181,13 +189,14 @@ def vector(ref):
     return to_registers(ref, PER_COLUMN, optimized=False).astype(jnp.float32)
 
 
-def of_group(plan, ref, kv_head):
-    """[ROWS, columns] of float32: of a ref [heads, columns] the group's heads, then zeros."""
-    columns = ref.shape[-1]
+def of_group(plan, kv_head, *refs):
+    """[ROWS, columns] of float32: of the sum of refs [heads, columns] the group's heads, then zeros."""
+    columns = refs[0].shape[-1]
     rows = zeros(ROWS, columns)
     for i in range(plan.group):
         head = kv_head * plan.group + i
-        rows = jnp.where(iota(ROWS, columns, 0) == i, down(vector(ref.at[head]), ROWS), rows)
+        row = sum((vector(ref.at[head]) for ref in refs[1:]), start=vector(refs[0].at[head]))
+        rows = jnp.where(iota(ROWS, columns, 0) == i, down(row, ROWS), rows)
     return rows
 
 
@@ -211,7 +220,8 @@ def window_step(plan: WindowPlan, token: Token, ring: Ring):
     scratch = Reader.scratch(d) | {"stage": plgpu.SMEM((ROWS, d), dtype)}
     grid = {"kv_head": plan.num_kv_heads, "part": parts, "batch": batch}
     body = functools.partial(_window_step_part, plan=plan, parts=parts)
-    out, ring = launch(body, token, out, scratch, grid=grid, warpgroups=1, interpret=plan.interpret, in_place=ring)
+    settings: Any = dict(grid=grid, warpgroups=1, interpret=plan.interpret, reduction_bytes=0)
+    out, ring = launch(body, token, out, scratch, in_place=ring, **settings)
     if parts > 1:
         lse = out.lse[..., : plan.group].reshape(batch, parts, h, 1)
         weights = jnp.exp2(lse - lse.max(axis=1, keepdims=True))

@@ -314,6 +314,7 @@ def launch(
     interpret: bool,
     reduction_bytes: int = 2048,
     in_place: Any = None,
+    cluster: dict[str, int] | None = None,
 ) -> Any:
     """Run a kernel: `body(inputs, outputs, **scratch)` with refs for arrays. The results, in the place of their shapes.
 
@@ -322,6 +323,7 @@ def launch(
     in_place: a pytree of arrays that the kernel reads and writes; the call is then `body(inputs, outputs, in_place,
     **scratch)`, and returns (results, in_place as it is then). The arrays given stay as they were: XLA copies one that
     is read later, and no other.
+    cluster: the axes of a cluster of blocks.
     """
     # XLA would hand over a view of another array, or take one for the result, where a caller cuts along the first
     # axis or writes into it; TMA needs arrays of their own, which begin at multiples of 256 bytes.
@@ -344,6 +346,8 @@ def launch(
     mesh: dict[str, Any] = dict(
         grid=tuple(grid.values()),
         grid_names=tuple(map(axis, grid)),
+        cluster=tuple((cluster or {}).values()),
+        cluster_names=tuple(map(axis, cluster or {})),
         num_threads=warpgroups,
         thread_name=axis("warpgroup"),
     )
