@@ -262,17 +262,19 @@ class _State:
 
             return lax.fori_loop(0, count, read, out)
         q = of_group(plan, self.kv_head, inputs.q_rla.at[self.batch]).astype(jnp.bfloat16)
-        in_slice = d // ROWS
+        in_slice = d // ROWS  # tiles
+        sign = lambda i: sign_of((first + i) // in_slice) if parts > 1 else 1 - 2 * (i // in_slice)
+        added, features = [], None
         for i in range(count):
-            slice_, place = (first + i) // in_slice, (first + i) % in_slice
-            sign = sign_of(slice_) if parts > 1 else 1 - 2 * slice_
             if i % in_slice == 0:
-                self.phi_tile[...] = slice_of(plan.map, q.astype(jnp.float32) * sign).astype(jnp.bfloat16)
-            features = slice_of(plan.map, (zeros(ROWS, d) + down(key, ROWS)) * sign)
-            diagonal = iota(ROWS, d, 1) - iota(ROWS, d, 0) == place * ROWS
-            added = jnp.where(diagonal, features, 0.0).sum(axis=1)
-            phi = self.phi_tile.at[:, pl.ds(place * ROWS, ROWS)]
-            out = self.read_tile(first, i, count, phi, added, value, out)
+                features = slice_of(plan.map, (zeros(ROWS, d) + down(key, ROWS)) * sign(i))
+            diagonal = iota(ROWS, d, 1) - iota(ROWS, d, 0) == (first + i) % in_slice * ROWS
+            added.append(jnp.where(diagonal, features, 0.0).sum(axis=1))
+        for i in range(count):
+            if i % in_slice == 0:
+                self.phi_tile[...] = slice_of(plan.map, q.astype(jnp.float32) * sign(i)).astype(jnp.bfloat16)
+            phi = self.phi_tile.at[:, pl.ds((first + i) % in_slice * ROWS, ROWS)]
+            out = self.read_tile(first, i, count, phi, added[i], value, out)
         return out
 
     @property

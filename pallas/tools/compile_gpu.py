@@ -82,6 +82,7 @@ CASES = (
     RESIDUAL,
     dataclasses.replace(RESIDUAL, backward=False),
     STEP,
+    dataclasses.replace(STEP, name="step of one sequence", batch=1),
     dataclasses.replace(
         STEP,
         name="step, elu, three heads of 64 to one",
