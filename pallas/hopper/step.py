@@ -27,9 +27,11 @@ from pallas.hopper.warpgroup import (
     axis,
     axis_index,
     down,
+    for_each_tile,
     iota,
     launch,
     multiply_add,
+    resident_blocks,
     send,
     sign_of,
     slice_of,
@@ -119,9 +121,10 @@ def step(plan: StepPlan, inputs: StepInputs, memory: Memory):
         "states_landed": plgpu.Barrier(num_barriers=STATES),
         "stage": plgpu.SMEM((ROWS, d), jnp.bfloat16),
         "joined": plgpu.Barrier(),
+        "taken": plgpu.Barrier(),
     }
     scratch |= Reader.scratch(d) if plan.window else {}
-    grid, cluster = {"kv_head": kv, "batch": batch}, {}
+    grid, cluster = {"block": batch * kv if parts > 1 else resident_blocks(batch * kv, plan.interpret)}, {}
     shape = jax.ShapeDtypeStruct
     outputs = StepOutputs(shape((batch, h, d), jnp.bfloat16))
     if parts > 1:
@@ -152,19 +155,30 @@ def _step_block(
     states_landed,
     stage,
     joined,
+    taken,
     state_stage=None,
     lse_stage=None,
     met=None,
     **of_reader,
 ) -> None:
-    batch, kv_head, warpgroup = (axis_index(name) for name in ("batch", "kv_head", "warpgroup"))
-    part = axis_index("part") if parts > 1 else 0
-    state = _State(inputs, memory, plan, batch, kv_head, phi_tile, sums, states, states_landed)
+    """A block stays on its multiprocessor and takes one item after the other, copies running ahead."""
+    warpgroup, part = axis_index("warpgroup"), axis_index("part") if parts > 1 else 0
+    items, blocks = inputs.v.shape[0] * plan.num_kv_heads, lax.axis_size(axis("block"))
 
-    def of_first(finish: Callable) -> None:
-        pl.when(part == 0)(finish)
+    def place(item):
+        return item // plan.num_kv_heads, lax.rem(item, jnp.int32(plan.num_kv_heads))
 
-    def tell(x, stage, out) -> None:
+    def reader(item) -> Reader:
+        return Reader(inputs, memory, plan, *place(item), **of_reader)
+
+    def state(item) -> _State:
+        return _State(inputs, memory, plan, *place(item), phi_tile, sums, states, states_landed)
+
+    def start_next(item, is_last, of) -> None:
+        pl.when(jnp.logical_not(is_last))(lambda: of(item + blocks).start(part, parts))
+
+    def tell(x, stage, out, item) -> None:
+        batch, kv_head = place(item)
         for i, half in enumerate(split(x, True)):
             put_group(plan, stage, half, out.at[batch, part, i], kv_head)
 
@@ -172,59 +186,84 @@ def _step_block(
         plgpu.barrier_arrive(met.at[branch])
         plgpu.barrier_wait(met.at[branch])
 
-    def told(out, *those: int):
-        halves = [out.at[batch, i, half] for i in those for half in range(2)]
-        return of_group(plan, kv_head, *halves)
+    def told(out, item, *those: int):
+        batch, kv_head = place(item)
+        return of_group(plan, kv_head, *(out.at[batch, i, half] for i in those for half in range(2)))
 
-    def normed(x, gain):
+    def summed(item):
+        """o_swa of all parts."""
+        batch, kv_head = place(item)
+        lses = [to_registers(outputs.lse.at[batch, i, kv_head], PER_ROW, optimized=False) for i in range(parts)]
+        highest = functools.reduce(jnp.maximum, lses)
+        weights = [jnp.exp2(lse - highest) for lse in lses]
+        scale = 1.0 / sum(weights[1:], start=weights[0])
+        total = zeros(ROWS, plan.head_size)
+        for i, weight in enumerate(weights):
+            total += across(weight * scale, plan.head_size) * told(outputs.o_swa, item, i)
+        return total
+
+    def normed(x, gain, item):
         """gain * x / rms(x)"""
+        batch, kv_head = place(item)
         gain = of_group(plan, kv_head, gain.at[0 if gain.shape[0] == 1 else batch])
         r = lax.rsqrt((x * x).sum(axis=1) * (1.0 / plan.value_size) + plan.eps)
         return x * across(r, plan.head_size) * gain
 
-    @pl.when(warpgroup == 0)
-    def _():
+    def first_warpgroup(item, is_last, carry):
+        batch, kv_head = place(item)
         o_swa = zeros(ROWS, plan.head_size)
         if plan.window:
-            o_swa, lse = Reader(inputs, memory, plan, batch, kv_head, **of_reader).attend(part, parts)
+            o_swa, lse = reader(item).attend(part, parts)
+            start_next(item, is_last, reader)
             if parts > 1:
-                tell(o_swa, stage, outputs.o_swa)
+                tell(o_swa, stage, outputs.o_swa, item)
                 send(lse_stage, lse, outputs.lse.at[batch, part, kv_head])
                 plgpu.wait_smem_to_gmem(0)
                 meet(0)
 
-        @of_first
+        @pl.when(part == 0)
         def _():
             total = o_swa
             if plan.window:
-                if parts > 1:
-                    lses = [to_registers(outputs.lse.at[batch, i, kv_head], PER_ROW, optimized=False) for i in range(parts)]
-                    highest = functools.reduce(jnp.maximum, lses)
-                    weights = [jnp.exp2(lse - highest) for lse in lses]
-                    total = zeros(ROWS, plan.head_size)
-                    for i, weight in enumerate(weights):
-                        total += across(weight / sum(weights[1:], start=weights[0]), plan.head_size) * told(outputs.o_swa, i)
-                total = normed(total, inputs.swa_gain)
+                total = normed(summed(item) if parts > 1 else o_swa, inputs.swa_gain, item)
             plgpu.barrier_wait(joined)
             for half in sums:
                 total += to_registers(half).astype(jnp.float32)
+            plgpu.barrier_arrive(taken)
             put_group(plan, stage, total, outputs.out.at[batch], kv_head)
 
-    @pl.when(warpgroup == 1)
-    def _():
-        o_rla = state.read(part, parts)
+        return carry
+
+    def second_warpgroup(item, is_last, carry):
+        pl.when((item >= blocks) & (part == 0))(lambda: plgpu.barrier_wait(taken))
+        o_rla = state(item).read(part, parts)
+        start_next(item, is_last, state)
         if parts > 1:
-            tell(o_rla, state_stage, outputs.o_rla)
+            tell(o_rla, state_stage, outputs.o_rla, item)
             meet(1)
 
-        @of_first
+        @pl.when(part == 0)
         def _():
-            total = told(outputs.o_rla, *range(parts)) if parts > 1 else o_rla
-            for ref, half in zip(sums, split(normed(total, inputs.rla_gain), True), strict=True):
+            total = normed(told(outputs.o_rla, item, *range(parts)) if parts > 1 else o_rla, inputs.rla_gain, item)
+            for ref, half in zip(sums, split(total, True), strict=True):
                 ref[...] = half
             plgpu.commit_smem()
             plgpu.barrier_arrive(joined)
-            state.turn_ring()
+            state(item).turn_ring()
+            pl.when(is_last)(lambda: plgpu.barrier_wait(taken))
+
+        return carry
+
+    @pl.when(warpgroup == 0)
+    def _():
+        if plan.window:
+            reader(axis_index("block")).start(part, parts)
+        for_each_tile(items, first_warpgroup, jnp.int32(0))
+
+    @pl.when(warpgroup == 1)
+    def _():
+        state(axis_index("block")).start(part, parts)
+        for_each_tile(items, second_warpgroup, jnp.int32(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,13 +280,17 @@ class _State:
     states: Any
     states_landed: Any
 
+    def start(self, part, parts: int) -> None:
+        """The copies that `read` counts on."""
+        count = self.plan.num_features // ROWS // parts
+        for i in range(min(STATES, count)):
+            self.copy_state(part * count, i)
+
     def read(self, part, parts: int):
         """o_rla [ROWS, d], of a part of the features. What leaves the ring enters the state."""
         plan, inputs, d = self.plan, self.inputs, self.plan.head_size
         count = plan.num_features // ROWS // parts
         first = part * count
-        for i in range(min(STATES, count)):
-            self.copy_state(first, i)
         key, value = self.leaving()
         out = zeros(ROWS, d)
         if plan.map is None:

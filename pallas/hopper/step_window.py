@@ -6,6 +6,7 @@ left out. Long rings are cut into parts, each a block's, so that a small batch f
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -103,41 +104,55 @@ class Reader:
             "landed": plgpu.Barrier(num_barriers=2 * PAIRS),
         }
 
+    @property
+    def tiles(self) -> int:
+        return cdiv(self.memory.keys.shape[1], ROWS)
+
+    def first_of(self, j):
+        """The first slot of a tile: the last one may overlap that before it."""
+        slots = self.memory.keys.shape[1]
+        return j * ROWS if slots % ROWS == 0 else jnp.minimum(j * ROWS, slots - ROWS)
+
+    def copy(self, j, which: int) -> None:
+        rows = pl.ds(self.first_of(j), ROWS)
+        source = (self.memory.keys, self.memory.values)[which].at[self.batch, rows, self.kv_head]
+        slot = lax.rem(2 * j, jnp.int32(2 * PAIRS)) + which
+        plgpu.copy_gmem_to_smem(source, self.ring.at[slot], self.landed.at[slot])
+
+    def ahead(self, part, parts: int, action: Callable) -> None:
+        """action(tile, 0 for keys or 1 for values) for the tiles that are copied before it is known what they hold."""
+        most = cdiv(self.tiles, parts)
+        for i in range(min(PAIRS, most)):
+            tile = jnp.int32(part * most + i)
+
+            @pl.when(tile < self.tiles)
+            def _(tile=tile):
+                action(tile, 0)
+                action(tile, 1)
+
+    def start(self, part, parts: int) -> None:
+        """The copies that `attend` counts on."""
+        self.ahead(part, parts, self.copy)
+
     def attend(self, part, parts: int):
         """(out [ROWS, d], log2 of the sum of exp2 of the logits [ROWS]) of a part; part 0 has the new token."""
-        plan, token, memory, batch, kv_head = self.plan, self.token, self.memory, self.batch, self.kv_head
-        slots, d, scale = memory.keys.shape[1], plan.head_size, plan.scale * LOG2E
-        tiles = cdiv(slots, ROWS)
-        most = cdiv(tiles, parts)
+        plan, token, batch, kv_head = self.plan, self.token, self.batch, self.kv_head
+        d, scale = plan.head_size, plan.scale * LOG2E
+        most = cdiv(self.tiles, parts)
         begin = jnp.int32(part * most)
+        length = token.length[batch]
+        held, leaving = jnp.minimum(length, plan.window), lax.rem(length, jnp.int32(plan.window))
+        end = jnp.minimum(cdiv(held, ROWS), begin + most)
 
-        def first_of(j):
-            return j * ROWS if slots % ROWS == 0 else jnp.minimum(j * ROWS, slots - ROWS)
-
-        def copy(j, which: int):
-            source = (memory.keys, memory.values)[which].at[batch, pl.ds(first_of(j), ROWS), kv_head]
+        def await_unread(j, which: int) -> None:
             slot = lax.rem(2 * j, jnp.int32(2 * PAIRS)) + which
-            plgpu.copy_gmem_to_smem(source, self.ring.at[slot], self.landed.at[slot])
-
-        def copy_both(j):
-            copy(j, 0)
-            copy(j, 1)
-
-        def await_both(j):
-            for which in range(2):
-                plgpu.barrier_wait(self.landed.at[lax.rem(2 * j, jnp.int32(2 * PAIRS)) + which])
+            pl.when(j >= end)(lambda: plgpu.barrier_wait(self.landed.at[slot]))
 
         def copy_next(j, which: int):
             """Over the tile of j, which all threads have read."""
             plgpu.commit_smem()
-            pl.when(j + PAIRS < end)(lambda: copy(j + PAIRS, which))
+            pl.when(j + PAIRS < end)(lambda: self.copy(j + PAIRS, which))
 
-        ahead = range(min(PAIRS, most))
-        for i in ahead:  # before it is known whether they hold anything
-            pl.when(begin + i < tiles)(functools.partial(copy_both, begin + i))
-        length = token.length[batch]
-        held, leaving = jnp.minimum(length, plan.window), lax.rem(length, jnp.int32(plan.window))
-        end = jnp.minimum(cdiv(held, ROWS), begin + most)
         q = of_group(plan, kv_head, token.q.at[batch])
         self.q_tile[...] = q.astype(jnp.bfloat16)
         plgpu.commit_smem()
@@ -149,7 +164,7 @@ class Reader:
 
         def block(j, carry):
             out, highest, total = carry
-            slot, first = lax.rem(2 * j, jnp.int32(2 * PAIRS)), first_of(j)
+            slot, first = lax.rem(2 * j, jnp.int32(2 * PAIRS)), self.first_of(j)
             keys, values = self.ring.at[slot], self.ring.at[slot + 1]
             plgpu.barrier_wait(self.landed.at[slot])
             logits = multiply_add(plan.interpret, ((ROWS, ROWS), [(self.q_tile, keys.transpose((1, 0)))]))
@@ -177,8 +192,7 @@ class Reader:
             return out, higher, total
 
         out, highest, total = lax.fori_loop(begin, end, block, (out, highest, total))
-        for i in ahead:
-            pl.when((begin + i < tiles) & (begin + i >= end))(functools.partial(await_both, begin + i))
+        self.ahead(part, parts, await_unread)
         if parts > 1:
             total = jnp.maximum(total, 1e-30)
         return out * across(1.0 / total, d), highest + jnp.log2(total)
@@ -231,7 +245,9 @@ def window_step(plan: WindowPlan, token: Token, ring: Ring):
 
 def _window_step_part(token: Token, out, memory: Ring, *, plan: WindowPlan, parts: int, stage, **scratch) -> None:
     batch, kv_head, part = (axis_index(name) for name in ("batch", "kv_head", "part"))
-    result, lse = Reader(token, memory, plan, batch, kv_head, **scratch).attend(part, parts)
+    reader = Reader(token, memory, plan, batch, kv_head, **scratch)
+    reader.start(part, parts)
+    result, lse = reader.attend(part, parts)
     if parts > 1:
         out.lse.at[batch, part, kv_head][...] = lse
         put_group(plan, stage, result, out.out.at[batch, part], kv_head)
