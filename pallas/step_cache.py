@@ -36,7 +36,7 @@ class StepCache(eqx.Module):
     @property
     def holds(self) -> Bool[Array, "window"]:
         """Does this slot hold a token of the document?"""
-        return jnp.arange(self.window) < self.length
+        return jnp.arange(self.window, dtype=self.length.dtype) < self.length
 
     def begun(self, state: Float[Array, "kv f dv"] | None) -> "StepCache":
         """As at the head of a document that starts from this state; None is zero."""

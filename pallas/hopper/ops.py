@@ -1,4 +1,4 @@
-"""The three ops on a Hopper GPU: from a call's arrays to padded ones and a plan. gradients.py runs the kernels.
+"""The ops on a Hopper GPU: from a call's arrays to padded ones and a plan. gradients.py runs the kernels.
 
 Everything here takes one sequence; `jax.vmap` batches.
 """
