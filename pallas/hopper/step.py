@@ -8,7 +8,7 @@ of blocks shares the work of one, and the first of them sums up.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import types
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.feature_map import IN_KERNELS, KernelMap
-from pallas.hopper.step_window import Reader, of_group, put_group, vector
+from pallas.hopper.step_window import MOST_STAGED, Reader, heads_of, of_group, put_group, rows_of, vector
 from pallas.hopper.warpgroup import (
     MULTIPROCESSORS,
     PER_ROW,
@@ -65,6 +65,10 @@ class StepPlan:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def staged(self) -> bool:
+        return self.group <= MOST_STAGED
+
+    @property
     def map(self) -> KernelMap | None:
         return None if self.map_name is None else IN_KERNELS[self.map_name]
 
@@ -96,6 +100,10 @@ class Memory:
     state: Any = None  # [b, kv, f, d] float32
     values: Any = None
 
+    @property
+    def ring_rla(self):
+        return self.keys if self.keys_rla is None else self.keys_rla
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -111,26 +119,39 @@ class StepOutputs:
 def step(plan: StepPlan, inputs: StepInputs, memory: Memory):
     """(out [b, h, d], the memory after the token)."""
     (batch, kv, d), h = inputs.v.shape, plan.num_heads
-    tiles = plan.num_features // ROWS
-    parts = next(n for n in (*PARTS, 1) if batch * kv * n <= MULTIPROCESSORS and tiles % n == 0 or n == 1)
+    parts, shape = _parts(plan, batch), jax.ShapeDtypeStruct
     wide = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))  # as `tile`, of float32
+    in_flight = min(STATES, plan.num_features // ROWS // parts)
+    staged = plan.group if plan.staged else 1
     scratch: dict[str, Any] = {
-        "phi_tile": tile(ROWS, d),
-        "sums": [tile(ROWS, d), tile(ROWS, d)],
-        "states": plgpu.SMEM((STATES, ROWS, d), jnp.float32, transforms=wide),
-        "states_landed": plgpu.Barrier(num_barriers=STATES),
+        "of_state": {
+            "phi_tile": tile(ROWS, d),
+            "sums": [tile(ROWS, d), tile(ROWS, d)],
+            "states": plgpu.SMEM((in_flight, ROWS, d), jnp.float32, transforms=wide),
+            "landed": plgpu.Barrier(num_barriers=in_flight),
+            "rows": plgpu.SMEM((3, d), jnp.bfloat16),
+            "old_rows": plgpu.SMEM((2, d), jnp.bfloat16),
+            "q_rows": plgpu.SMEM((staged, d), jnp.bfloat16),
+            "rows_landed": plgpu.Barrier(num_arrivals=_rows_copied(plan, inputs)),
+        },
+        "gains": [plgpu.SMEM((staged, d), jnp.float32) for _ in range(2)],
+        "gains_landed": plgpu.Barrier(num_barriers=2),
         "stage": plgpu.SMEM((ROWS, d), jnp.bfloat16),
         "joined": plgpu.Barrier(),
         "taken": plgpu.Barrier(),
+        "of_reader": Reader.scratch(plan) if plan.window else {},
     }
-    scratch |= Reader.scratch(d) if plan.window else {}
     grid, cluster = {"block": batch * kv if parts > 1 else resident_blocks(batch * kv, plan.interpret)}, {}
-    shape = jax.ShapeDtypeStruct
     outputs = StepOutputs(shape((batch, h, d), jnp.bfloat16))
     if parts > 1:
-        scratch["state_stage"] = plgpu.SMEM((ROWS, d), jnp.bfloat16)
-        scratch["lse_stage"] = plgpu.SMEM((ROWS,), jnp.float32)
-        scratch["met"] = plgpu.ClusterBarrier(collective_axes=(axis("part"),), num_barriers=2)
+        scratch["of_cluster"] = {
+            "state_stage": plgpu.SMEM((ROWS, d), jnp.bfloat16),
+            "lse_stage": plgpu.SMEM((ROWS,), jnp.float32),
+            "met": plgpu.ClusterBarrier(collective_axes=(axis("part"),), num_barriers=2),
+            "told": [plgpu.SMEM((parts, 2, plan.group, d), jnp.bfloat16) for _ in range(2)],
+            "told_lse": plgpu.SMEM((parts, ROWS), jnp.float32),
+            "told_landed": [plgpu.Barrier(num_arrivals=2 * parts + parts), plgpu.Barrier(num_arrivals=2 * parts)],
+        }
         cluster = {"part": parts}
         told = shape((batch, parts, 2, h, d), jnp.bfloat16)
         lse = shape((batch, parts, kv, ROWS), jnp.float32)
@@ -142,6 +163,19 @@ def step(plan: StepPlan, inputs: StepInputs, memory: Memory):
     return outputs.out, memory
 
 
+def _rows_copied(plan: StepPlan, inputs: StepInputs) -> int:
+    """By `_State.start`."""
+    new = sum(x is not None for x in (inputs.k, inputs.v, inputs.k_rla)) if plan.window else 0
+    return new + 1 + (0 if plan.map is None else 1 + plan.staged)
+
+
+def _parts(plan: StepPlan, batch: int) -> int:
+    """Blocks of a cluster: more than one where the batch does not fill the GPU."""
+    tiles, room = plan.num_features // ROWS, plan.staged and plan.group * plan.head_size <= 512
+    fits = lambda n: room and batch * plan.num_kv_heads * n <= MULTIPROCESSORS and tiles % n == 0
+    return next((n for n in PARTS if fits(n)), 1)
+
+
 def _step_block(
     inputs: StepInputs,
     outputs: StepOutputs,
@@ -149,21 +183,19 @@ def _step_block(
     *,
     plan: StepPlan,
     parts: int,
-    phi_tile,
-    sums,
-    states,
-    states_landed,
+    of_state: dict,
+    of_reader: dict,
+    of_cluster: dict | None = None,
+    gains,
+    gains_landed,
     stage,
     joined,
     taken,
-    state_stage=None,
-    lse_stage=None,
-    met=None,
-    **of_reader,
 ) -> None:
     """A block stays on its multiprocessor and takes one item after the other, copies running ahead."""
     warpgroup, part = axis_index("warpgroup"), axis_index("part") if parts > 1 else 0
     items, blocks = inputs.v.shape[0] * plan.num_kv_heads, lax.axis_size(axis("block"))
+    cluster = types.SimpleNamespace(**(of_cluster or {}))
 
     def place(item):
         return item // plan.num_kv_heads, lax.rem(item, jnp.int32(plan.num_kv_heads))
@@ -172,7 +204,7 @@ def _step_block(
         return Reader(inputs, memory, plan, *place(item), **of_reader)
 
     def state(item) -> _State:
-        return _State(inputs, memory, plan, *place(item), phi_tile, sums, states, states_landed)
+        return _State(inputs, memory, plan, *place(item), **of_state)
 
     def start_next(item, is_last, of) -> None:
         pl.when(jnp.logical_not(is_last))(lambda: of(item + blocks).start(part, parts))
@@ -183,41 +215,64 @@ def _step_block(
             put_group(plan, stage, half, out.at[batch, part, i], kv_head)
 
     def meet(branch: int) -> None:
-        plgpu.barrier_arrive(met.at[branch])
-        plgpu.barrier_wait(met.at[branch])
+        plgpu.barrier_arrive(cluster.met.at[branch])
+        plgpu.barrier_wait(cluster.met.at[branch])
 
-    def told(out, item, *those: int):
+    def listen(branch: int, out, item) -> None:
+        """What all parts have told, into shared memory."""
         batch, kv_head = place(item)
-        return of_group(plan, kv_head, *(out.at[batch, i, half] for i in those for half in range(2)))
+        landed, rows = cluster.told_landed[branch], cluster.told[branch]
+        for i in range(parts):
+            if branch == 0:
+                plgpu.copy_gmem_to_smem(outputs.lse.at[batch, i, kv_head], cluster.told_lse.at[i], landed)
+            for half in range(2):
+                plgpu.copy_gmem_to_smem(heads_of(plan, out.at[batch, i, half], kv_head), rows.at[i, half], landed)
+        plgpu.barrier_wait(landed)
 
-    def summed(item):
+    def halves(branch: int, *those: int):
+        return rows_of(plan, *(cluster.told[branch].at[i, half] for i in those for half in range(2)))
+
+    def summed():
         """o_swa of all parts."""
-        batch, kv_head = place(item)
-        lses = [to_registers(outputs.lse.at[batch, i, kv_head], PER_ROW, optimized=False) for i in range(parts)]
+        lses = [to_registers(cluster.told_lse.at[i], PER_ROW, optimized=False) for i in range(parts)]
         highest = functools.reduce(jnp.maximum, lses)
         weights = [jnp.exp2(lse - highest) for lse in lses]
         scale = 1.0 / sum(weights[1:], start=weights[0])
         total = zeros(ROWS, plan.head_size)
         for i, weight in enumerate(weights):
-            total += across(weight * scale, plan.head_size) * told(outputs.o_swa, item, i)
+            total += across(weight * scale, plan.head_size) * halves(0, i)
         return total
 
-    def normed(x, gain, item):
+    def gain_of(branch: int, item):
+        batch, _ = place(item)
+        gain = (inputs.swa_gain, inputs.rla_gain)[branch]
+        return gain.at[0 if gain.shape[0] == 1 else batch]
+
+    def load_gain(branch: int, item) -> None:
+        plgpu.commit_smem()
+        if plan.staged:
+            source = heads_of(plan, gain_of(branch, item), place(item)[1])
+            plgpu.copy_gmem_to_smem(source, gains[branch], gains_landed.at[branch])
+
+    def normed(x, branch: int, item):
         """gain * x / rms(x)"""
-        batch, kv_head = place(item)
-        gain = of_group(plan, kv_head, gain.at[0 if gain.shape[0] == 1 else batch])
         r = lax.rsqrt((x * x).sum(axis=1) * (1.0 / plan.value_size) + plan.eps)
-        return x * across(r, plan.head_size) * gain
+        x = x * across(r, plan.head_size)
+        if not plan.staged:
+            return x * of_group(plan, place(item)[1], gain_of(branch, item))
+        plgpu.barrier_wait(gains_landed.at[branch])
+        return x * rows_of(plan, gains[branch])
 
     def first_warpgroup(item, is_last, carry):
         batch, kv_head = place(item)
         o_swa = zeros(ROWS, plan.head_size)
         if plan.window:
+            pl.when(part == 0)(functools.partial(load_gain, 0, item))
             o_swa, lse = reader(item).attend(part, parts)
             start_next(item, is_last, reader)
             if parts > 1:
                 tell(o_swa, stage, outputs.o_swa, item)
-                send(lse_stage, lse, outputs.lse.at[batch, part, kv_head])
+                send(cluster.lse_stage, lse, outputs.lse.at[batch, part, kv_head])
                 plgpu.wait_smem_to_gmem(0)
                 meet(0)
 
@@ -225,9 +280,11 @@ def _step_block(
         def _():
             total = o_swa
             if plan.window:
-                total = normed(summed(item) if parts > 1 else o_swa, inputs.swa_gain, item)
+                if parts > 1:
+                    listen(0, outputs.o_swa, item)
+                total = normed(summed() if parts > 1 else o_swa, 0, item)
             plgpu.barrier_wait(joined)
-            for half in sums:
+            for half in of_state["sums"]:
                 total += to_registers(half).astype(jnp.float32)
             plgpu.barrier_arrive(taken)
             put_group(plan, stage, total, outputs.out.at[batch], kv_head)
@@ -236,20 +293,23 @@ def _step_block(
 
     def second_warpgroup(item, is_last, carry):
         pl.when((item >= blocks) & (part == 0))(lambda: plgpu.barrier_wait(taken))
+        pl.when(part == 0)(functools.partial(load_gain, 1, item))
         o_rla = state(item).read(part, parts)
         start_next(item, is_last, state)
         if parts > 1:
-            tell(o_rla, state_stage, outputs.o_rla, item)
+            tell(o_rla, cluster.state_stage, outputs.o_rla, item)
             meet(1)
 
         @pl.when(part == 0)
         def _():
-            total = normed(told(outputs.o_rla, item, *range(parts)) if parts > 1 else o_rla, inputs.rla_gain, item)
-            for ref, half in zip(sums, split(total, True), strict=True):
+            if parts > 1:
+                state(item).turn_ring()  # all blocks have read what leaves it
+                listen(1, outputs.o_rla, item)
+            total = normed(halves(1, *range(parts)) if parts > 1 else o_rla, 1, item)
+            for ref, half in zip(of_state["sums"], split(total, True), strict=True):
                 ref[...] = half
             plgpu.commit_smem()
             plgpu.barrier_arrive(joined)
-            state(item).turn_ring()
             pl.when(is_last)(lambda: plgpu.barrier_wait(taken))
 
         return carry
@@ -264,6 +324,7 @@ def _step_block(
     def _():
         state(axis_index("block")).start(part, parts)
         for_each_tile(items, second_warpgroup, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,20 +339,42 @@ class _State:
     phi_tile: Any
     sums: Any  # a tile of the state, later the branch's result, as hi and lo
     states: Any
-    states_landed: Any
+    landed: Any
+    rows: Any  # [3, d]: what is new in keys, values and keys_rla
+    old_rows: Any  # [2, d]: what enters the state: value, key
+    q_rows: Any  # [group, d] of q_rla, if they are staged
+    rows_landed: Any
 
     def start(self, part, parts: int) -> None:
-        """The copies that `read` counts on."""
-        count = self.plan.num_features // ROWS // parts
+        """The copies that `read` counts on; all threads have read what was there."""
+        plan, inputs, memory, place = self.plan, self.inputs, self.memory, (self.batch, self.kv_head)
+        count = plan.num_features // ROWS // parts
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.commit_smem()
         for i in range(min(STATES, count)):
             self.copy_state(part * count, i)
+        copies = []
+        if plan.map is not None and plan.staged:
+            copies.append((heads_of(plan, inputs.q_rla.at[self.batch], self.kv_head), self.q_rows))
+        if plan.window:
+            new = (inputs.k, inputs.v, inputs.k_rla)
+            copies += [(x.at[place], self.rows.at[i]) for i, x in enumerate(new) if x is not None]
+            old = [ring.at[self.place] for ring in (memory.values, memory.ring_rla)]
+        else:
+            old = [x.at[place] for x in (inputs.v, inputs.k_rla) if x is not None]
+        copies += [(x, self.old_rows.at[i]) for i, x in enumerate(old[: 1 + (plan.map is not None)])]
+        for source, target in copies:
+            plgpu.copy_gmem_to_smem(source, target, self.rows_landed)
 
     def read(self, part, parts: int):
         """o_rla [ROWS, d], of a part of the features. What leaves the ring enters the state."""
         plan, inputs, d = self.plan, self.inputs, self.plan.head_size
         count = plan.num_features // ROWS // parts
         first = part * count
-        key, value = self.leaving()
+        plgpu.barrier_wait(self.rows_landed)
+        value, key = (self.leaving(i) for i in range(2))
+        if parts == 1:
+            self.turn_ring()
         out = zeros(ROWS, d)
         if plan.map is None:
 
@@ -304,7 +387,8 @@ class _State:
                 return self.read_tile(first, i, count, phi, added, value, out)
 
             return lax.fori_loop(0, count, read, out)
-        q = of_group(plan, self.kv_head, inputs.q_rla.at[self.batch]).astype(jnp.bfloat16)
+        q = rows_of(plan, self.q_rows) if plan.staged else of_group(plan, self.kv_head, inputs.q_rla.at[self.batch])
+        q = q.astype(jnp.bfloat16)
         in_slice = d // ROWS  # tiles
         sign = lambda i: sign_of((first + i) // in_slice) if parts > 1 else 1 - 2 * (i // in_slice)
         added, features = [], None
@@ -325,34 +409,32 @@ class _State:
         """Of the new token in the rings."""
         return self.batch, lax.rem(self.inputs.length[self.batch], jnp.int32(self.plan.window)), self.kv_head
 
-    def leaving(self):
-        """The key and the value that enter the state, 0 if none does."""
-        plan, inputs, memory = self.plan, self.inputs, self.memory
-        if plan.window == 0:
-            new = lambda x: vector(x.at[self.batch, self.kv_head])
-            return (None if plan.map is None else new(inputs.k_rla)), new(inputs.v)
-        leaves = jnp.broadcast_to(inputs.length[self.batch] >= plan.window, (plan.head_size,))
-        old = lambda ring: jnp.where(leaves, vector(ring.at[self.place]), 0.0)
-        keys = memory.keys if memory.keys_rla is None else memory.keys_rla
-        return (None if plan.map is None else old(keys)), old(memory.values)
+    def leaving(self, which: int):
+        """The value (0) or the key (1) that enters the state, 0 if none does."""
+        if which == 1 and self.plan.map is None:
+            return None
+        row = vector(self.old_rows.at[which])
+        if self.plan.window == 0:
+            return row
+        leaves = self.inputs.length[self.batch] >= self.plan.window
+        return jnp.where(jnp.broadcast_to(leaves, (self.plan.head_size,)), row, 0.0)
 
     def turn_ring(self) -> None:
-        """The new token takes the slot of the one that leaves, which all blocks have read."""
-        inputs, memory = self.inputs, self.memory
+        """The new token takes the slot of the one that leaves, which has been read."""
         if self.plan.window:
-            for ring, rows in ((memory.keys, inputs.k), (memory.keys_rla, inputs.k_rla), (memory.values, inputs.v)):
+            for i, ring in enumerate((self.memory.keys, self.memory.values, self.memory.keys_rla)):
                 if ring is not None:
-                    ring.at[self.place][...] = vector(rows.at[self.batch, self.kv_head]).astype(jnp.bfloat16)
+                    plgpu.copy_smem_to_gmem(self.rows.at[i], ring.at[self.place])
 
     def copy_state(self, first, i) -> None:
         slot = i % STATES if isinstance(i, int) else lax.rem(i, jnp.int32(STATES))
         source = self.memory.state.at[self.batch, self.kv_head, pl.ds((first + i) * ROWS, ROWS)]
-        plgpu.copy_gmem_to_smem(source, self.states.at[slot], self.states_landed.at[slot])
+        plgpu.copy_gmem_to_smem(source, self.states.at[slot], self.landed.at[slot])
 
     def read_tile(self, first, i, count: int, phi, added, value, out):
         """out + phi [ROWS, ROWS] times tile first + i of the state, to which added [ROWS] times value [d] comes."""
         slot = i % STATES if isinstance(i, int) else lax.rem(i, jnp.int32(STATES))
-        plgpu.barrier_wait(self.states_landed.at[slot])
+        plgpu.barrier_wait(self.landed.at[slot])
         state = to_registers(self.states.at[slot]) + across(added, out.shape[1]) * down(value, ROWS)
         for ref, half in zip(self.sums, split(state, True), strict=True):
             ref[...] = half

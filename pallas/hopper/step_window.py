@@ -32,10 +32,12 @@ from pallas.hopper.warpgroup import (
     zero_rows,
     zeros,
 )
+from pallas.numerics import split
 
 PAIRS = 2  # tiles of keys and as many of values in flight
 BLOCKS = 256  # with fewer, a ring is cut into parts: two for each multiprocessor
 LEAST_PART = 2  # tiles
+MOST_STAGED = 8  # heads of a group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,11 @@ class WindowPlan:
     @property
     def group(self) -> int:
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def staged(self) -> bool:
+        """Do rows of a group come by TMA, all at once? There is no room for many."""
+        return self.group <= MOST_STAGED
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +86,7 @@ class Ring:
 class Parts:
     """Of each part of the ring, if there is more than one."""
 
-    out: Any  # [b, parts, h, d] float32
+    out: Any  # [b, parts, 2, h, d] bfloat16: hi and lo
     lse: Any  # [b, parts, kv, ROWS] float32: log2 of the sum of exp2 of the logits, of a group's heads and more
 
 
@@ -95,13 +102,20 @@ class Reader:
     q_tile: Any
     ring: Any  # keys in even slots, values in odd ones
     landed: Any
+    new_rows: Any  # [2, d]: k and v
+    q_rows: Any  # [group, d], if they are staged
+    token_landed: Any
 
     @staticmethod
-    def scratch(d: int) -> dict:
+    def scratch(plan) -> dict:
+        d = plan.head_size
         return {
             "q_tile": tile(ROWS, d),
             "ring": tile(2 * PAIRS, ROWS, d),
             "landed": plgpu.Barrier(num_barriers=2 * PAIRS),
+            "new_rows": plgpu.SMEM((2, d), jnp.bfloat16),
+            "q_rows": plgpu.SMEM((plan.group if plan.staged else 1, d), jnp.bfloat16),
+            "token_landed": plgpu.Barrier(num_arrivals=2 + plan.staged),
         }
 
     @property
@@ -131,8 +145,14 @@ class Reader:
                 action(tile, 1)
 
     def start(self, part, parts: int) -> None:
-        """The copies that `attend` counts on."""
+        """The copies that `attend` counts on; all threads have read what was there."""
+        plgpu.commit_smem()
         self.ahead(part, parts, self.copy)
+        token, place = self.token, (self.batch, self.kv_head)
+        if self.plan.staged:
+            plgpu.copy_gmem_to_smem(heads_of(self.plan, token.q.at[self.batch], self.kv_head), self.q_rows, self.token_landed)
+        for i, x in enumerate((token.k, token.v)):
+            plgpu.copy_gmem_to_smem(x.at[place], self.new_rows.at[i], self.token_landed)
 
     def attend(self, part, parts: int):
         """(out [ROWS, d], log2 of the sum of exp2 of the logits [ROWS]) of a part; part 0 has the new token."""
@@ -153,11 +173,12 @@ class Reader:
             plgpu.commit_smem()
             pl.when(j + PAIRS < end)(lambda: self.copy(j + PAIRS, which))
 
-        q = of_group(plan, kv_head, token.q.at[batch])
+        plgpu.barrier_wait(self.token_landed)
+        q = rows_of(plan, self.q_rows) if plan.staged else of_group(plan, kv_head, token.q.at[batch])
         self.q_tile[...] = q.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        highest = (q * down(vector(token.k.at[batch, kv_head]), ROWS)).sum(axis=1) * scale
-        out, total = zeros(ROWS, d) + down(vector(token.v.at[batch, kv_head]), ROWS), zero_rows(ROWS, 1.0)
+        highest = (q * down(vector(self.new_rows.at[0]), ROWS)).sum(axis=1) * scale
+        out, total = zeros(ROWS, d) + down(vector(self.new_rows.at[1]), ROWS), zero_rows(ROWS, 1.0)
         if parts > 1:
             has_token = lax.convert_element_type(part == 0, jnp.float32)
             highest, total, out = highest * has_token + MASKED * (1.0 - has_token), total * has_token, out * has_token
@@ -199,17 +220,26 @@ class Reader:
 
 
 def vector(ref):
-    """A row of device memory in float32, as long as a tile has columns."""
+    """A row in float32, as long as a tile has columns."""
     return to_registers(ref, PER_COLUMN, optimized=False).astype(jnp.float32)
 
 
-def of_group(plan, kv_head, *refs):
-    """[ROWS, columns] of float32: of the sum of refs [heads, columns] the group's heads, then zeros."""
+def heads_of(plan, ref, kv_head):
+    """Of a ref [heads, columns] the group's."""
+    return ref.at[pl.ds(kv_head * plan.group, plan.group)]
+
+
+def of_group(plan, kv_head, ref):
+    """`rows_of` the group's heads of a ref [heads, columns] in device memory, by loads that wait for one another."""
+    return rows_of(plan, heads_of(plan, ref, kv_head))
+
+
+def rows_of(plan, *refs):
+    """[ROWS, columns] of float32: the sum of refs [group, columns], then zeros."""
     columns = refs[0].shape[-1]
     rows = zeros(ROWS, columns)
     for i in range(plan.group):
-        head = kv_head * plan.group + i
-        row = sum((vector(ref.at[head]) for ref in refs[1:]), start=vector(refs[0].at[head]))
+        row = sum((vector(ref.at[i]) for ref in refs[1:]), start=vector(refs[0].at[i]))
         rows = jnp.where(iota(ROWS, columns, 0) == i, down(row, ROWS), rows)
     return rows
 
@@ -218,7 +248,7 @@ def put_group(plan, stage, x, out, kv_head) -> None:
     """The group's heads of x [ROWS, columns] to a ref [heads, columns], by way of shared memory."""
     stage[...] = x.astype(stage.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(stage.at[pl.ds(0, plan.group)], out.at[pl.ds(kv_head * plan.group, plan.group)])
+    plgpu.copy_smem_to_gmem(stage.at[pl.ds(0, plan.group)], heads_of(plan, out, kv_head))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -227,11 +257,11 @@ def window_step(plan: WindowPlan, token: Token, ring: Ring):
     (batch, h, d), tiles = token.q.shape, cdiv(ring.keys.shape[1], ROWS)
     parts = max(1, min(BLOCKS // (batch * plan.num_kv_heads), tiles // LEAST_PART))
     shape = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
-    out, dtype = shape((batch, h, d), jnp.bfloat16), jnp.bfloat16
+    out: Any = shape((batch, h, d), jnp.bfloat16)
     if parts > 1:
         lse = shape((batch, parts, plan.num_kv_heads, ROWS), jnp.float32)
-        out, dtype = Parts(shape((batch, parts, h, d), jnp.float32), lse), jnp.float32
-    scratch = Reader.scratch(d) | {"stage": plgpu.SMEM((ROWS, d), dtype)}
+        out = Parts(shape((batch, parts, 2, h, d), jnp.bfloat16), lse)
+    scratch = Reader.scratch(plan) | {"stage": plgpu.SMEM((ROWS, d), jnp.bfloat16)}
     grid = {"kv_head": plan.num_kv_heads, "part": parts, "batch": batch}
     body = functools.partial(_window_step_part, plan=plan, parts=parts)
     settings: Any = dict(grid=grid, warpgroups=1, interpret=plan.interpret, reduction_bytes=0)
@@ -239,7 +269,8 @@ def window_step(plan: WindowPlan, token: Token, ring: Ring):
     if parts > 1:
         lse = out.lse[..., : plan.group].reshape(batch, parts, h, 1)
         weights = jnp.exp2(lse - lse.max(axis=1, keepdims=True))
-        out = ((weights * out.out).sum(axis=1) / weights.sum(axis=1)).astype(jnp.bfloat16)
+        out = out.out.astype(jnp.float32).sum(axis=2)
+        out = ((weights * out).sum(axis=1) / weights.sum(axis=1)).astype(jnp.bfloat16)
     return out, ring
 
 
@@ -250,12 +281,14 @@ def _window_step_part(token: Token, out, memory: Ring, *, plan: WindowPlan, part
     result, lse = reader.attend(part, parts)
     if parts > 1:
         out.lse.at[batch, part, kv_head][...] = lse
-        put_group(plan, stage, result, out.out.at[batch, part], kv_head)
+        for i, half in enumerate(split(result, True)):
+            put_group(plan, stage, half, out.out.at[batch, part, i], kv_head)
     else:
         put_group(plan, stage, result, out.at[batch], kv_head)
 
     @pl.when(part == 0)
     def _():
         place = batch, lax.rem(token.length[batch], jnp.int32(plan.window)), kv_head
-        memory.keys.at[place][...] = vector(token.k.at[batch, kv_head]).astype(jnp.bfloat16)
-        memory.values.at[place][...] = vector(token.v.at[batch, kv_head]).astype(jnp.bfloat16)
+        plgpu.copy_smem_to_gmem(reader.new_rows.at[0], memory.keys.at[place])
+        plgpu.copy_smem_to_gmem(reader.new_rows.at[1], memory.values.at[place])
+        plgpu.wait_smem_to_gmem(0)

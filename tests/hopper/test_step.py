@@ -127,7 +127,7 @@ def test_a_long_ring_is_cut_only_where_the_batch_is_small(monkeypatch):
     [
         ("step_window", "(place != leaving)", "(place != leaving + 1)"),
         ("step_window", "first + ROWS > held", "first > held"),
-        ("step", ">= plan.window, (plan.head_size,)", "> plan.window, (plan.head_size,)"),
+        ("step", "[self.batch] >= self.plan.window", "[self.batch] > self.plan.window"),
         ("step", "self.batch, lax.rem(self.inputs.length[self.batch],", "self.batch, lax.rem(self.inputs.length[self.batch] + 1,"),
     ],
 )  # fmt: skip
