@@ -203,16 +203,21 @@ def _step_block(
     def reader(item) -> Reader:
         return Reader(inputs, memory, plan, *place(item), **of_reader)
 
-    def state(item) -> _State:
-        return _State(inputs, memory, plan, *place(item), **of_state)
+    def state(item, length) -> _State:
+        return _State(inputs, memory, plan, *place(item), length, **of_state)
 
-    def start_next(item, is_last, of) -> None:
-        pl.when(jnp.logical_not(is_last))(lambda: of(item + blocks).start(part, parts))
+    def length_of(item):
+        """Read long before it is needed. 0 without a ring."""
+        return inputs.length[place(item)[0]] if plan.window else jnp.int32(0)
+
+    def next_length(item):
+        return length_of(jnp.minimum(item + blocks, items - 1))
 
     def tell(x, stage, out, item) -> None:
         batch, kv_head = place(item)
         for i, half in enumerate(split(x, True)):
             put_group(plan, stage, half, out.at[batch, part, i], kv_head)
+        plgpu.wait_smem_to_gmem(0)
 
     def meet(branch: int) -> None:
         plgpu.barrier_arrive(cluster.met.at[branch])
@@ -263,13 +268,13 @@ def _step_block(
         plgpu.barrier_wait(gains_landed.at[branch])
         return x * rows_of(plan, gains[branch])
 
-    def first_warpgroup(item, is_last, carry):
-        batch, kv_head = place(item)
+    def first_warpgroup(item, is_last, length):
+        (batch, kv_head), after = place(item), next_length(item)
         o_swa = zeros(ROWS, plan.head_size)
         if plan.window:
             pl.when(part == 0)(functools.partial(load_gain, 0, item))
-            o_swa, lse = reader(item).attend(part, parts)
-            start_next(item, is_last, reader)
+            o_swa, lse = reader(item).attend(part, parts, length)
+            pl.when(jnp.logical_not(is_last))(lambda: reader(item + blocks).start(part, parts))
             if parts > 1:
                 tell(o_swa, stage, outputs.o_swa, item)
                 send(cluster.lse_stage, lse, outputs.lse.at[batch, part, kv_head])
@@ -289,13 +294,14 @@ def _step_block(
             plgpu.barrier_arrive(taken)
             put_group(plan, stage, total, outputs.out.at[batch], kv_head)
 
-        return carry
+        return after
 
-    def second_warpgroup(item, is_last, carry):
+    def second_warpgroup(item, is_last, length):
+        after = next_length(item)
         pl.when((item >= blocks) & (part == 0))(lambda: plgpu.barrier_wait(taken))
         pl.when(part == 0)(functools.partial(load_gain, 1, item))
-        o_rla = state(item).read(part, parts)
-        start_next(item, is_last, state)
+        o_rla = state(item, length).read(part, parts)
+        pl.when(jnp.logical_not(is_last))(lambda: state(item + blocks, after).start(part, parts))
         if parts > 1:
             tell(o_rla, cluster.state_stage, outputs.o_rla, item)
             meet(1)
@@ -303,7 +309,7 @@ def _step_block(
         @pl.when(part == 0)
         def _():
             if parts > 1:
-                state(item).turn_ring()  # all blocks have read what leaves it
+                state(item, length).turn_ring()  # all blocks have read what leaves it
                 listen(1, outputs.o_rla, item)
             total = normed(halves(1, *range(parts)) if parts > 1 else o_rla, 1, item)
             for ref, half in zip(of_state["sums"], split(total, True), strict=True):
@@ -312,18 +318,22 @@ def _step_block(
             plgpu.barrier_arrive(joined)
             pl.when(is_last)(lambda: plgpu.barrier_wait(taken))
 
-        return carry
+        return after
 
     @pl.when(warpgroup == 0)
     def _():
+        item = axis_index("block")
         if plan.window:
-            reader(axis_index("block")).start(part, parts)
-        for_each_tile(items, first_warpgroup, jnp.int32(0))
+            reader(item).start(part, parts)
+        for_each_tile(items, first_warpgroup, length_of(item))
+        plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == 1)
     def _():
-        state(axis_index("block")).start(part, parts)
-        for_each_tile(items, second_warpgroup, jnp.int32(0))
+        item = axis_index("block")
+        length = length_of(item)
+        state(item, length).start(part, parts)
+        for_each_tile(items, second_warpgroup, length)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -336,6 +346,7 @@ class _State:
     plan: StepPlan
     batch: Any
     kv_head: Any
+    length: Any
     phi_tile: Any
     sums: Any  # a tile of the state, later the branch's result, as hi and lo
     states: Any
@@ -407,7 +418,7 @@ class _State:
     @property
     def place(self):
         """Of the new token in the rings."""
-        return self.batch, lax.rem(self.inputs.length[self.batch], jnp.int32(self.plan.window)), self.kv_head
+        return self.batch, lax.rem(self.length, jnp.int32(self.plan.window)), self.kv_head
 
     def leaving(self, which: int):
         """The value (0) or the key (1) that enters the state, 0 if none does."""
@@ -416,7 +427,7 @@ class _State:
         row = vector(self.old_rows.at[which])
         if self.plan.window == 0:
             return row
-        leaves = self.inputs.length[self.batch] >= self.plan.window
+        leaves = self.length >= self.plan.window
         return jnp.where(jnp.broadcast_to(leaves, (self.plan.head_size,)), row, 0.0)
 
     def turn_ring(self) -> None:
@@ -434,14 +445,22 @@ class _State:
     def read_tile(self, first, i, count: int, phi, added, value, out):
         """out + phi [ROWS, ROWS] times tile first + i of the state, to which added [ROWS] times value [d] comes."""
         slot = i % STATES if isinstance(i, int) else lax.rem(i, jnp.int32(STATES))
+        tile = self.states.at[slot]
         plgpu.barrier_wait(self.landed.at[slot])
-        state = to_registers(self.states.at[slot]) + across(added, out.shape[1]) * down(value, ROWS)
-        for ref, half in zip(self.sums, split(state, True), strict=True):
-            ref[...] = half
+        state = to_registers(tile) + across(added, out.shape[1]) * down(value, ROWS)
+        for ref, part in zip((tile, *self.sums), (state, *split(state, True)), strict=True):
+            ref[...] = part
         plgpu.commit_smem()
-        if not isinstance(i, int):
-            pl.when(i + STATES < count)(lambda: self.copy_state(first, i + STATES))
-        elif i + STATES < count:
+        rows = pl.ds((first + i) * ROWS, ROWS)
+        plgpu.copy_smem_to_gmem(tile, self.memory.state.at[self.batch, self.kv_head, rows])
+        out = multiply_add(self.plan.interpret, (out, [(phi, half) for half in self.sums]))
+
+        def copy_next():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             self.copy_state(first, i + STATES)
-        self.memory.state.at[self.batch, self.kv_head, pl.ds((first + i) * ROWS, ROWS)][...] = state
-        return multiply_add(self.plan.interpret, (out, [(phi, half) for half in self.sums]))
+
+        if not isinstance(i, int):
+            pl.when(i + STATES < count)(copy_next)
+        elif i + STATES < count:
+            copy_next()
+        return out

@@ -154,13 +154,12 @@ class Reader:
         for i, x in enumerate((token.k, token.v)):
             plgpu.copy_gmem_to_smem(x.at[place], self.new_rows.at[i], self.token_landed)
 
-    def attend(self, part, parts: int):
+    def attend(self, part, parts: int, length):
         """(out [ROWS, d], log2 of the sum of exp2 of the logits [ROWS]) of a part; part 0 has the new token."""
         plan, token, batch, kv_head = self.plan, self.token, self.batch, self.kv_head
         d, scale = plan.head_size, plan.scale * LOG2E
         most = cdiv(self.tiles, parts)
         begin = jnp.int32(part * most)
-        length = token.length[batch]
         held, leaving = jnp.minimum(length, plan.window), lax.rem(length, jnp.int32(plan.window))
         end = jnp.minimum(cdiv(held, ROWS), begin + most)
 
@@ -245,11 +244,11 @@ def rows_of(plan, *refs):
 
 
 def put_group(plan, stage, x, out, kv_head) -> None:
-    """The group's heads of x [ROWS, columns] to a ref [heads, columns], by way of shared memory."""
+    """The group's heads of x [ROWS, columns] to a ref [heads, columns], by a copy that is not awaited."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     stage[...] = x.astype(stage.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(stage.at[pl.ds(0, plan.group)], heads_of(plan, out, kv_head))
-    plgpu.wait_smem_to_gmem(0)
 
 
 def window_step(plan: WindowPlan, token: Token, ring: Ring):
@@ -278,7 +277,7 @@ def _window_step_part(token: Token, out, memory: Ring, *, plan: WindowPlan, part
     batch, kv_head, part = (axis_index(name) for name in ("batch", "kv_head", "part"))
     reader = Reader(token, memory, plan, batch, kv_head, **scratch)
     reader.start(part, parts)
-    result, lse = reader.attend(part, parts)
+    result, lse = reader.attend(part, parts, token.length[batch])
     if parts > 1:
         out.lse.at[batch, part, kv_head][...] = lse
         for i, half in enumerate(split(result, True)):
@@ -291,4 +290,5 @@ def _window_step_part(token: Token, out, memory: Ring, *, plan: WindowPlan, part
         place = batch, lax.rem(token.length[batch], jnp.int32(plan.window)), kv_head
         plgpu.copy_smem_to_gmem(reader.new_rows.at[0], memory.keys.at[place])
         plgpu.copy_smem_to_gmem(reader.new_rows.at[1], memory.values.at[place])
-        plgpu.wait_smem_to_gmem(0)
+
+    plgpu.wait_smem_to_gmem(0)

@@ -127,8 +127,8 @@ def test_a_long_ring_is_cut_only_where_the_batch_is_small(monkeypatch):
     [
         ("step_window", "(place != leaving)", "(place != leaving + 1)"),
         ("step_window", "first + ROWS > held", "first > held"),
-        ("step", "[self.batch] >= self.plan.window", "[self.batch] > self.plan.window"),
-        ("step", "self.batch, lax.rem(self.inputs.length[self.batch],", "self.batch, lax.rem(self.inputs.length[self.batch] + 1,"),
+        ("step", "self.length >= self.plan.window", "self.length > self.plan.window"),
+        ("step", "lax.rem(self.length,", "lax.rem(self.length + 1,"),
     ],
 )  # fmt: skip
 def test_a_planted_bug_is_seen(plant, name, right, wrong):  # noqa: F811
