@@ -16,7 +16,8 @@ def batched(function: Callable, *arguments, one_of: Callable = lambda path: Fals
 
     @mapped.def_vmap
     def rule(size, is_batched, *arguments):
-        batch = max(x.shape[batched] for x, batched in zip(*map(jax.tree.leaves, (arguments, tuple(is_batched)))))
+        leaves = zip(jax.tree.leaves(arguments), jax.tree.leaves(tuple(is_batched)), strict=True)
+        batch = max(x.shape[int(batched)] for x, batched in leaves)
 
         def flat(path, x, batched):
             if not batched and x.shape[0] == 1 and one_of(path):

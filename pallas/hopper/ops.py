@@ -111,7 +111,7 @@ def sliding_window_attention_step(q, k, v, cache, *, scale):
     ring = Ring(_widened(cache.keys, slots, kv, size), _widened(cache.values, slots, kv, size))
     plan = WindowPlan(window, h, kv, size, float(scale), interpreted())
     out, ring = batched(functools.partial(window_step, plan), token, ring)
-    keys, values = (x[tuple(map(slice, old.shape))] for x, old in ((ring.keys, cache.keys), (ring.values, cache.values)))
+    keys, values = _narrowed(ring.keys, cache.keys), _narrowed(ring.values, cache.values)
     return out[:, :dv], StepCache(keys, None, values, None, cache.length + 1)
 
 
@@ -169,8 +169,7 @@ def rattention_step(q, k, v, cache, *, q_rla, k_rla, swa_gain, rla_gain, eps, sc
     )
     of_layer = lambda path: str(path[-1]).endswith("_gain")
     out, memory = batched(functools.partial(step, plan), inputs, memory, one_of=of_layer)
-    cut = lambda x, like: like if x is None else x[tuple(map(slice, like.shape))]
-    after = {name: cut(getattr(memory, name), getattr(cache, name)) for name in vars(memory)}
+    after = {name: _narrowed(getattr(memory, name), getattr(cache, name)) for name in vars(memory)}
     return out[:, :dv], StepCache(length=cache.length + 1, **after)
 
 
@@ -179,6 +178,11 @@ def _widened(x, *sizes: int) -> Any:
     if x is None or x.shape == sizes:
         return x
     return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, sizes, strict=True)])
+
+
+def _narrowed(x, like) -> Any:
+    """What `_widened` made of an array like this one, cut to its size; `like` itself for None."""
+    return like if x is None else x[tuple(map(slice, like.shape))]
 
 
 def _attend(

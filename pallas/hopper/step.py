@@ -120,14 +120,13 @@ def step(plan: StepPlan, inputs: StepInputs, memory: Memory):
     """(out [b, h, d], the memory after the token)."""
     (batch, kv, d), h = inputs.v.shape, plan.num_heads
     parts, shape = _parts(plan, batch), jax.ShapeDtypeStruct
-    wide = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))  # as `tile`, of float32
     in_flight = min(STATES, plan.num_features // ROWS // parts)
     staged = plan.group if plan.staged else 1
     scratch: dict[str, Any] = {
         "of_state": {
             "phi_tile": tile(ROWS, d),
             "sums": [tile(ROWS, d), tile(ROWS, d)],
-            "states": plgpu.SMEM((in_flight, ROWS, d), jnp.float32, transforms=wide),
+            "states": tile(in_flight, ROWS, d, dtype=jnp.float32),
             "landed": plgpu.Barrier(num_barriers=in_flight),
             "rows": plgpu.SMEM((3, d), jnp.bfloat16),
             "old_rows": plgpu.SMEM((2, d), jnp.bfloat16),
@@ -402,7 +401,8 @@ class _State:
         q = q.astype(jnp.bfloat16)
         in_slice = d // ROWS  # tiles
         sign = lambda i: sign_of((first + i) // in_slice) if parts > 1 else 1 - 2 * (i // in_slice)
-        added, features = [], None
+        added: list = []
+        features: Any = None
         for i in range(count):
             if i % in_slice == 0:
                 features = slice_of(plan.map, (zeros(ROWS, d) + down(key, ROWS)) * sign(i))

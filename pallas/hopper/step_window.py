@@ -150,7 +150,9 @@ class Reader:
         self.ahead(part, parts, self.copy)
         token, place = self.token, (self.batch, self.kv_head)
         if self.plan.staged:
-            plgpu.copy_gmem_to_smem(heads_of(self.plan, token.q.at[self.batch], self.kv_head), self.q_rows, self.token_landed)
+            plgpu.copy_gmem_to_smem(
+                heads_of(self.plan, token.q.at[self.batch], self.kv_head), self.q_rows, self.token_landed
+            )
         for i, x in enumerate((token.k, token.v)):
             plgpu.copy_gmem_to_smem(x.at[place], self.new_rows.at[i], self.token_landed)
 

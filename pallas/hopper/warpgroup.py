@@ -31,9 +31,10 @@ PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # jax 0.10 does not export it
 
 
-def tile(*shape: int) -> Any:
-    """Shared memory for bfloat16 tiles [..., rows, columns], tiled and swizzled as wgmma and TMA want it."""
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+def tile(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+    """Shared memory for tiles [..., rows, columns], tiled and swizzled as wgmma and TMA want it."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
 def to_registers(ref, layout: Any = MATRIX, *, optimized: bool = True) -> Any:
