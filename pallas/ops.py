@@ -247,7 +247,7 @@ def sliding_window_attention_step(
       cache: of the tokens before it; the window has as many keys as the cache has slots. A cache as long as the longest
         document is full attention.
       scale: as in `sliding_window_attention`.
-      implementation: None, "reference", "chunked" or "gpu"; None picks as there.
+      implementation: None, "reference", "chunked" or "gpu"; None picks as there. "gpu" has no gradients.
 
     Returns:
       The output, in v's dtype, and the cache, whose `length` is one more. The one given stays as it was.
@@ -263,7 +263,7 @@ def sliding_window_attention_step(
     """
     op = "sliding_window_attention_step"
     check_step(op, q, k, v, cache)
-    return _step(op, choose(op, implementation, q, k, v), v, cache, q=q, k=k, scale=scale)
+    return _step(op, choose(op, implementation, q, k, v, *_rings(cache)), v, cache, q=q, k=k, scale=scale)
 
 
 @checked
@@ -291,7 +291,8 @@ def rattention_step(
       q, k, v, q_rla, k_rla: of the token; `jax.vmap` batches. k_rla must be given where the cache has `keys_rla`.
       cache: of the tokens before it; the window has as many keys as the cache has slots.
       swa_gain, rla_gain, feature_map, scale, eps: as in `rattention`.
-      implementation: None, "reference", "chunked" or "gpu"; None picks as in `sliding_window_attention`.
+      implementation: None, "reference", "chunked" or "gpu"; None picks as in `sliding_window_attention`. "gpu" has no
+        gradients.
 
     Returns:
       The output, in v's dtype, and the cache, whose `length` is one more. The one given stays as it was.
@@ -304,7 +305,8 @@ def rattention_step(
     check_step(op, q, k, v, cache, feature_map=feature_map, k_rla=k_rla)
     k_rla = k if k_rla is None else k_rla
     options = dict(q_rla=q_rla, k_rla=k_rla, swa_gain=swa_gain, rla_gain=rla_gain, feature_map=feature_map, eps=eps)
-    return _step(op, choose(op, implementation, q, k, v, q_rla, k_rla), v, cache, q=q, k=k, scale=scale, **options)
+    chosen = choose(op, implementation, q, k, v, q_rla, k_rla, *_rings(cache))
+    return _step(op, chosen, v, cache, q=q, k=k, scale=scale, **options)
 
 
 def choose(op: str, implementation: str | None, *arrays: Array) -> str:
@@ -339,6 +341,10 @@ def choose(op: str, implementation: str | None, *arrays: Array) -> str:
 def family(name: str) -> types.ModuleType:
     """The package of a family of kernels, without the kernels: `pallas.FAMILY.ops` is imported when one runs."""
     return importlib.import_module(f"pallas.{KERNELS[name]}")
+
+
+def _rings(cache: StepCache) -> tuple[Array, ...]:
+    return tuple(ring for ring in (cache.keys, cache.keys_rla, cache.values) if ring is not None)
 
 
 def _step(op: str, chosen: str, v: Array, cache: StepCache, *, scale: float | int | None, **options: Any) -> Any:

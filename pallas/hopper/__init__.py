@@ -3,11 +3,13 @@
 From a call to the GPU: `ops` pads (`arrays`) and plans (`plan`), `gradients` ties the kernels to differentiation. The
 kernels: `state_sweep` sums the residual branch's states; `forward` computes both branches (`window_forward` and
 `residual_forward`) and their sum; `window_backward`, `residual_query_backward` and `residual_key_backward`
-differentiate. `warpgroup` is what kernels share.
+differentiate. `step` and `step_window` take one token. `warpgroup` is what kernels share.
 """
 
 import jax
 from jaxtyping import Array
+
+MOST_HEADS = 64  # of a group, in a step: the rows of a tile
 
 
 def present() -> bool:
@@ -16,9 +18,7 @@ def present() -> bool:
 
 
 def obstacle(op: str, *arrays: Array) -> str | None:
-    """Why these kernels cannot serve a call of an op on such arrays of q, k and v, or None."""
-    if op.endswith("_step"):
-        return "has no kernel for one token"
+    """Why these kernels cannot serve a call of an op on such arrays of q, k and v (and a step's rings), or None."""
     if jax.__version_info__ < (0, 11):
         return f"needs jax 0.11 or newer (Python 3.12 or newer); this is {jax.__version__}"
     if jax.default_backend() == "gpu" and not present():
@@ -31,4 +31,7 @@ def obstacle(op: str, *arrays: Array) -> str | None:
     sizes = [x.shape[-1] for x in arrays]
     if max(sizes) > 128:
         return f"takes head sizes up to 128; got {max(sizes)}"
+    group = arrays[0].shape[-2] // arrays[1].shape[-2]
+    if op.endswith("_step") and group > MOST_HEADS:
+        return f"takes up to {MOST_HEADS} query heads for each key/value head; got {group}"
     return None

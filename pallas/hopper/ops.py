@@ -1,4 +1,4 @@
-"""The three ops on a Hopper GPU: from a call's arrays to padded ones and a plan. gradients.py runs the kernels.
+"""The ops on a Hopper GPU: from a call's arrays to padded ones and a plan. gradients.py runs the kernels.
 
 Everything here takes one sequence; `jax.vmap` batches.
 """
@@ -12,14 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas.batching import batched
 from pallas.block_sizes import CARD, BlockSizes, gpu_blocks, round_up
 from pallas.feature_map import FeatureMap, KernelMap, as_pair, in_kernels
 from pallas.final_state import final_state
 from pallas.hopper import gradients
 from pallas.hopper.arrays import Inputs, Segments
 from pallas.hopper.plan import Plan, cdiv
+from pallas.hopper.step import Memory, StepInputs, StepPlan, step
+from pallas.hopper.step_window import Ring, Token, WindowPlan, window_step
 from pallas.hopper.warpgroup import ROWS
 from pallas.segments import starts
+from pallas.step_cache import StepCache
 
 WIDEST = 2048  # windows up to here are faster in our kernels; full attention is cuDNN's: LOG.md, 2026-11-25
 
@@ -95,6 +99,90 @@ def rattention(
         inputs = dataclasses.replace(inputs, q_rla=q_rla, k_rla=k_rla, rla_gain=rla_gain)
     out = _attend(inputs, **shared, scale=scale, eps=eps, block_sizes=block_sizes)
     return out, final_state(k_rla, v, **shared) if return_final_state else None
+
+
+def sliding_window_attention_step(q, k, v, cache, *, scale):
+    """Softmax attention to the ring, in as many parts as fill the GPU."""
+    (h, d), (kv, dv), window = q.shape, v.shape, cache.window
+    size, slots = _head_size(d, dv), max(round_up(window, 8), ROWS)
+    token = Token(
+        k=_widened(k, kv, size), length=cache.length.astype(jnp.int32), q=_widened(q, h, size), v=_widened(v, kv, size)
+    )
+    ring = Ring(_widened(cache.keys, slots, kv, size), _widened(cache.values, slots, kv, size))
+    plan = WindowPlan(window, h, kv, size, float(scale), interpreted())
+    out, ring = batched(functools.partial(window_step, plan), token, ring)
+    keys, values = _narrowed(ring.keys, cache.keys), _narrowed(ring.values, cache.values)
+    return out[:, :dv], StepCache(keys, None, values, None, cache.length + 1)
+
+
+def rattention_step(q, k, v, cache, *, q_rla, k_rla, swa_gain, rla_gain, eps, scale, feature_map):
+    """Both branches, normed and added, and the memory of the next token: one launch for a layer, where sizes allow.
+
+    Sizes that are no multiple of the kernel's are padded, which copies what the cache holds.
+    """
+    (h, d), (kv, dv), window = q.shape, v.shape, cache.window
+    size = _head_size(d, dv)
+    row = in_kernels(feature_map, d) if d == size else None
+    features_q = features_k = None
+    if row is None:
+        phi_q, phi_k = as_pair(feature_map)
+        ring = cache.keys if cache.keys_rla is None else cache.keys_rla
+        leaving = ring[cache.length % window] if window else k_rla
+        features_q, features_k = (
+            phi(x.astype(jnp.float32)).astype(jnp.float32) for phi, x in ((phi_q, q_rla), (phi_k, leaving))
+        )
+        if window:  # a slot that holds no token may be NaN
+            features_k = jnp.where(cache.length >= window, features_k, 0.0)
+    f = row.slices * size if row is not None else round_up(features_q.shape[1], ROWS)
+    slots = max(round_up(window, 8), ROWS) if window else 0
+
+    own_key = cache.keys_rla is not None or window == 0
+    inputs = StepInputs(
+        features_k=_widened(features_k, kv, f),
+        features_q=_widened(features_q, h, f),
+        k=_widened(k, kv, size) if window else None,
+        k_rla=_widened(k_rla, kv, size) if own_key and (window or row is not None) else None,
+        length=cache.length.astype(jnp.int32) if window else None,
+        q=_widened(q, h, size) if window else None,
+        q_rla=_widened(q_rla, h, size) if row is not None else None,
+        rla_gain=_widened(rla_gain.astype(jnp.float32), h, size),
+        swa_gain=_widened(swa_gain.astype(jnp.float32), h, size) if window else None,
+        v=_widened(v, kv, size),
+    )
+    memory = Memory(
+        keys=_widened(cache.keys, slots, kv, size) if window else None,
+        keys_rla=_widened(cache.keys_rla, slots, kv, size) if window else None,
+        state=_widened(cache.state.astype(jnp.float32), kv, f, size),
+        values=_widened(cache.values, slots, kv, size) if window else None,
+    )
+    plan = StepPlan(
+        window=window,
+        num_heads=h,
+        num_kv_heads=kv,
+        head_size=size,
+        value_size=dv,
+        num_features=f,
+        map_name=None if row is None else row.name,
+        scale=float(scale),
+        eps=float(eps),
+        interpret=interpreted(),
+    )
+    of_layer = lambda path: str(path[-1]).endswith("_gain")
+    out, memory = batched(functools.partial(step, plan), inputs, memory, one_of=of_layer)
+    after = {name: _narrowed(getattr(memory, name), getattr(cache, name)) for name in vars(memory)}
+    return out[:, :dv], StepCache(length=cache.length + 1, **after)
+
+
+def _widened(x, *sizes: int) -> Any:
+    """With zeros at the ends of axes; None stays."""
+    if x is None or x.shape == sizes:
+        return x
+    return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, sizes, strict=True)])
+
+
+def _narrowed(x, like) -> Any:
+    """What `_widened` made of an array like this one, cut to its size; `like` itself for None."""
+    return like if x is None else x[tuple(map(slice, like.shape))]
 
 
 def _attend(

@@ -31,9 +31,10 @@ PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # jax 0.10 does not export it
 
 
-def tile(*shape: int) -> Any:
-    """Shared memory for bfloat16 tiles [..., rows, columns], tiled and swizzled as wgmma and TMA want it."""
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+def tile(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+    """Shared memory for tiles [..., rows, columns], tiled and swizzled as wgmma and TMA want it."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
 def to_registers(ref, layout: Any = MATRIX, *, optimized: bool = True) -> Any:
@@ -313,34 +314,57 @@ def launch(
     warpgroups: int,
     interpret: bool,
     reduction_bytes: int = 2048,
+    in_place: Any = None,
+    cluster: dict[str, int] | None = None,
 ) -> Any:
     """Run a kernel: `body(inputs, outputs, **scratch)` with refs for arrays. The results, in the place of their shapes.
 
     inputs: a pytree of arrays, those that are None being no operands; outputs: of shapes, likewise.
     reduction_bytes: shared memory for sums over the rows of a tile, which cross warps.
+    in_place: a pytree of arrays that the kernel reads and writes; the call is then `body(inputs, outputs, in_place,
+    **scratch)`, and returns (results, in_place as it is then). The arrays given stay as they were: XLA copies one that
+    is read later, and no other.
+    cluster: the axes of a cluster of blocks.
     """
     # XLA would hand over a view of another array, or take one for the result, where a caller cuts along the first
     # axis or writes into it; TMA needs arrays of their own, which begin at multiples of 256 bytes.
     whole = (lambda x: x) if interpret else lax.optimization_barrier
     arrays, inputs_tree = jax.tree.flatten(inputs)
+    changed, changed_tree = jax.tree.flatten(in_place)
     shapes, outputs_tree = jax.tree.flatten(outputs)
 
     def kernel(*refs, **scratch):
-        in_refs, out_refs = refs[: len(arrays)], refs[len(arrays) :]
-        body(jax.tree.unflatten(inputs_tree, in_refs), jax.tree.unflatten(outputs_tree, out_refs), **scratch)
+        in_refs, changed_refs = refs[: len(arrays)], refs[len(arrays) : len(arrays) + len(changed)]
+        trees = [jax.tree.unflatten(inputs_tree, in_refs)]
+        trees.append(jax.tree.unflatten(outputs_tree, refs[len(arrays) + len(changed) :]))
+        if changed:
+            trees.append(jax.tree.unflatten(changed_tree, changed_refs))
+        body(*trees, **scratch)
 
     kernel.__name__ = body.func.__name__.removeprefix("_")
     # jax 0.10's stubs lack the interpreter's parameters
     interpreter = plgpu.InterpretGPUParams() if interpret else None  # pyright: ignore[reportAttributeAccessIssue]
-    results = plgpu.kernel(
-        kernel,
-        out_type=tuple(shapes),
-        scratch_types=scratch,
+    mesh: dict[str, Any] = dict(
         grid=tuple(grid.values()),
         grid_names=tuple(map(axis, grid)),
+        cluster=tuple((cluster or {}).values()),
+        cluster_names=tuple(map(axis, cluster or {})),
         num_threads=warpgroups,
         thread_name=axis("warpgroup"),
+    )
+    settings: dict[str, Any] = dict(
+        out_type=tuple(shapes),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=reduction_bytes),
         interpret=interpreter,
-    )(*whole(arrays))
-    return jax.tree.unflatten(outputs_tree, whole(results))
+    )
+    if not changed:
+        results = plgpu.kernel(kernel, scratch_types=scratch, **mesh, **settings)(*whole(arrays))
+        return jax.tree.unflatten(outputs_tree, whole(results))
+
+    def scoped(*refs):  # what `plgpu.kernel` does, which takes no `jax.Ref`
+        pl.run_scoped(functools.partial(kernel, *refs), collective_axes=axis("warpgroup"), **scratch)
+
+    run = pl.kernel(scoped, mesh=plgpu.Mesh(**mesh), name=kernel.__name__, **settings)
+    refs = [jax.new_ref(x) for x in whole(changed)]
+    results = jax.tree.unflatten(outputs_tree, whole(run(*whole(arrays), *refs)))
+    return results, jax.tree.unflatten(changed_tree, whole([jax.freeze(ref) for ref in refs]))

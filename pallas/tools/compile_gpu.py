@@ -55,6 +55,7 @@ PAPER_3B = Case("3b 8 x 4096", batch=8)
 SEGMENTED = Case("segments and states", segmented=True, with_states=True)
 WINDOW = Case("window alone", op="sliding_window_attention")
 RESIDUAL = Case("residual alone", op="residual_linear_attention")
+STEP = Case("step", op="rattention_step", batch=64, length=8, backward=False)
 CASES = (
     PAPER_3B,
     dataclasses.replace(PAPER_3B, backward=False),
@@ -80,6 +81,18 @@ CASES = (
     dataclasses.replace(WINDOW, backward=False),
     RESIDUAL,
     dataclasses.replace(RESIDUAL, backward=False),
+    STEP,
+    dataclasses.replace(STEP, name="step of one sequence", batch=1),
+    dataclasses.replace(
+        STEP,
+        name="step, elu, three heads of 64 to one",
+        num_heads=3,
+        num_kv_heads=1,
+        head_size=64,
+        window=100,
+        feature_map="elu_plus_one",
+    ),
+    dataclasses.replace(STEP, name="step of a window", op="sliding_window_attention_step", batch=1, window=8192),
 )
 
 

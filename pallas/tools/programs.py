@@ -45,6 +45,8 @@ class Case:
 def program(case: Case, array):
     """(function, arguments) of a case; array(shape, dtype) makes an argument that has no value."""
     c = case
+    if c.op.endswith("_step"):
+        return step_program(case, array)
     queries, keys = (c.batch, c.length, c.num_heads, c.head_size), (c.batch, c.length, c.num_kv_heads, c.head_size)
     x = {"q": array(queries, jnp.bfloat16), "k": array(keys, jnp.bfloat16), "v": array(keys, jnp.bfloat16)}
     whole: dict[str, Any] = {}  # not one for each sequence
@@ -72,6 +74,31 @@ def program(case: Case, array):
         return out, pull(cotangent)
 
     return (both, (x, whole, ids, x["q"])) if c.backward else (forward, (x, whole, ids))
+
+
+def step_program(case: Case, array):
+    """Likewise, of `case.length` tokens one after the other, each of which is the next one's query."""
+    b, kv, d, residual = case.batch, case.num_kv_heads, case.head_size, case.op == "rattention_step"
+    ring, key = array((b, case.window, kv, d), jnp.bfloat16), array((b, kv, d), jnp.bfloat16)
+    token, settings, state = {"k": key, "v": key}, {"implementation": case.implementation}, None
+    gains: dict[str, Any] = {}
+    if residual:
+        phi = getattr(feature_map, case.feature_map)
+        f = jax.eval_shape(phi, jax.ShapeDtypeStruct((d,), jnp.float32)).shape[0]
+        token["k_rla"], settings["feature_map"], state = key, phi, array((b, kv, f, d), jnp.float32)
+        gains = {name: array((case.num_heads, d), jnp.float32) for name in ("swa_gain", "rla_gain")}
+    held = ring, ring if residual else None, ring, state, array((b,), jnp.int32)
+
+    def one(q, token, cache, gains):
+        q_rla = {"q_rla": q} if residual else {}
+        return getattr(pallas, case.op)(q, **token, **q_rla, cache=cache, **gains, **settings)
+
+    def steps(q, token, gains, held):
+        batch = jax.vmap(one, in_axes=(0, 0, 0, None))
+        body = lambda _, carry: batch(carry[0], token, carry[1], gains)
+        return jax.lax.fori_loop(0, case.length, body, (q, jax.vmap(pallas.StepCache)(*held)))
+
+    return steps, (array((b, case.num_heads, d), jnp.bfloat16), token, gains, held)
 
 
 def memory(compiled: Any) -> dict[str, int]:

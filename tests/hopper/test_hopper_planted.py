@@ -19,7 +19,7 @@ pytestmark = pytest.mark.kernel
 
 
 MODULES = ("plan", "warpgroup", "forward", "window_forward", "residual_forward", "state_sweep", "window_backward")
-MODULES += ("residual_query_backward", "residual_key_backward")
+MODULES += ("residual_query_backward", "residual_key_backward", "step", "step_window")
 
 
 @pytest.fixture
