@@ -1,5 +1,7 @@
 """A language model that says what it is told: tests of generation choose the tokens that it draws."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,8 +31,9 @@ class Scripted(LanguageModel):
 
     script: Int[Array, "tokens"]
 
-    def __init__(self, *texts: bytes | list[int]):
-        super().__init__(CONFIG, implementation="reference", key=jax.random.key(0))
+    def __init__(self, *texts: bytes | list[int], vocabulary_size: int = BYTE_VOCABULARY):
+        config = dataclasses.replace(CONFIG, vocabulary_size=vocabulary_size)
+        super().__init__(config, implementation="reference", key=jax.random.key(0))
         self.script = jnp.concatenate([jnp.asarray([*x, *[0] * (SLOT - len(x))], jnp.int32) for x in texts])
 
     def prompts(self) -> list[str]:
@@ -49,5 +52,5 @@ class Scripted(LanguageModel):
 
     def _said(self, cache):
         token = self.script[cache.length - 1]
-        logits = jnp.where(jnp.arange(BYTE_VOCABULARY) == token, 100.0, 0.0).astype(jnp.float32)
+        logits = jnp.where(jnp.arange(self.config.vocabulary_size) == token, 100.0, 0.0).astype(jnp.float32)
         return jnp.where(token == NOT_FINITE, jnp.nan, logits), cache

@@ -341,8 +341,8 @@ def generate_texts(
 ) -> Iterator[tuple[int, str, Ended | None]]:
     """What follows prompts at the heads of documents: (the prompt's number, a piece of its text, why it ended or None).
 
-    Pieces are whole characters, though a character may be several tokens; what is no UTF-8 is replaced by U+FFFD. A
-    text ends before a document marker, and tokens that stand for no text are never drawn.
+    Pieces are whole characters, though a character may be several tokens; what is no UTF-8 is replaced by U+FFFD. The
+    document marker and padding, which stand for no text, are never drawn.
 
     Args:
       stop: strings before which a text ends.
