@@ -125,7 +125,9 @@ def test_one_compilation_serves_every_length(model, monkeypatch):
         return sample_token(logits, **options)
 
     extend = LanguageModel.extend
-    pieces = lambda self, tokens, *args, **options: traces.append(tokens.shape) or extend(self, tokens, *args, **options)
+    pieces = lambda self, tokens, *args, **options: (
+        traces.append(tokens.shape) or extend(self, tokens, *args, **options)
+    )
     monkeypatch.setattr("rattn_eqx.inference.generate.sample_token", counted)
     monkeypatch.setattr(LanguageModel, "extend", pieces)
     long = np.arange(300) % 11  # more than a piece

@@ -180,15 +180,15 @@ def test_a_cache_of_fewer_bits_is_continued(model):
 
 def test_a_prompt_longer_than_a_global_layers_room(model):
     cache, long = model.init_cache(8), jnp.asarray(prompt(9), jnp.int32)
-    with pytest.raises(ValueError, match="a document must fit in the cache's room=8; got 9 tokens, 0 of them read befo"):
+    with pytest.raises(ValueError, match=r"a document must fit in the cache's room=8; got 9 tokens, 0 of them"):
         model.prefill(long, cache)
     logits, after = eqx.filter_jit(model.prefill)(long[:8], cache)
     assert np.isfinite(logits).all()
     with pytest.raises(ValueError, match="room=8; got 9 tokens, 8 of them read before"):
         model.decode_step(long[8], after)
-    with pytest.raises(ValueError, match="the cache must have room for 10 tokens, 0 of them read; it has 8"):
+    with pytest.raises(ValueError, match=r"the cache must have room for 10 tokens, 0 of them read; it has 8"):
         generate(model, prompt(9), num_tokens=1, cache=cache, key=KEY)
-    with pytest.raises(ValueError, match="max_length must have room for .*; got 8 for 10 tokens"):
+    with pytest.raises(ValueError, match=r"max_length must have room for .*; got 8 for 10 tokens"):
         generate_batch(model, [prompt(9), prompt(2)], num_tokens=1, max_length=8, key=KEY)
 
 
