@@ -269,7 +269,7 @@ def _generate(options: argparse.Namespace) -> None:
 
     import jax
 
-    from rattn_eqx.inference.generate import generate_texts
+    from rattn_eqx.inference.generate import STEPS, generate_texts
     from rattn_eqx.training.loop import load_model
 
     prompts = _prompts(options)
@@ -291,23 +291,31 @@ def _generate(options: argparse.Namespace) -> None:
     output, texts, many = sys.stdout.buffer, [""] * len(prompts), len(prompts) > 1 or options.prompts is not None
     if not many:
         output.write(prompts[0].encode("utf-8"))
-    count, started = 0, None
+
+    def write_line(row: int, ended: str) -> None:
+        line = {"index": row, "prompt": prompts[row], "text": texts[row], "ended": ended}
+        output.write(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
+
+    at_once = STEPS if options.no_stream else 1  # tokens of each text: the first of them come after compiling
+    counts, started = [0] * len(prompts), None
     for row, piece, ended in drawn:
-        started = started or time.monotonic()  # after the prompts, and compiling
-        count += 1
+        started = started or time.monotonic()
+        counts[row] += 1
         texts[row] += piece
         if not many:
             output.write(piece.encode("utf-8"))
         elif ended is not None:
-            line = {"index": row, "prompt": prompts[row], "text": texts[row], "ended": ended}
-            output.write(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
+            write_line(row, ended)
         output.flush()
+    for row, count in enumerate(counts):
+        if many and not count:  # --num-tokens 0
+            write_line(row, "count")
     output.write(b"" if many else b"\n")
     output.flush()
-    if started is not None and count > len(prompts):
-        seconds = max(time.monotonic() - started, 1e-9)
-        say(f"{count:,} tokens, {(count - len(prompts)) / seconds:,.0f} tokens/s after the first; "
-            f"caches of {_cache_in_words(model, tokenizer, prompts, options)}")  # fmt: skip
+    later = sum(max(0, count - at_once) for count in counts)
+    seconds = time.monotonic() - (started or 0)
+    speed = f"{later / max(seconds, 1e-9):,.0f} tokens/s after the first {at_once}; " if later else ""
+    say(f"{sum(counts):,} tokens, {speed}caches of {_cache_in_words(model, tokenizer, prompts, options)}")
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -319,9 +327,10 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         source = "the standard input" if str(options.prompts) == "-" else options.prompts
         data = sys.stdin.buffer.read() if str(options.prompts) == "-" else files.read_bytes(options.prompts, 2**26)
         try:
-            prompts += data.decode("utf-8").splitlines()
+            lines = data.decode("utf-8").replace("\r\n", "\n").split("\n")  # a form feed is part of a prompt
         except UnicodeDecodeError as error:
             raise ValueError(f"generate: prompts must be UTF-8 text; {source} is not: {error}") from error
+        prompts += lines if lines[-1] else lines[:-1]
         if not prompts:
             raise ValueError(f"generate: {source} must have a prompt on each line; it is empty")
     return prompts or [""]

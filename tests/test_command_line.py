@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from training_child import MODEL, SAMPLE, training
@@ -25,6 +28,7 @@ from rattn_eqx.data.tokenizers import ByteTokenizer, load_tokenizer
 from rattn_eqx.inference import cost
 from rattn_eqx.model.presets import presets
 from rattn_eqx.training.config import RunConfig, TrainConfig
+from rattn_eqx.training.loop import load_model
 from rattn_eqx.training.run_folder import load_config, open_run, read_metrics
 
 TINY = ["--steps", "6", "--context", "32", "--window", "8", "--pattern", "local", "--sample-tokens", "8"]
@@ -136,7 +140,118 @@ def test_generate(finished, scratch, capfdbinary):
     assert generated("--top-k", "1", "--seed", "2") == greedy
     drawn = generated("--temperature", "2", "--top-k", "200", "--top-p", "0.99", "--seed", "3")
     assert drawn != greedy
-    assert len(drawn) == len(greedy)
+    assert len(b"The \n") < len(drawn.decode()) <= len(greedy), "some are no text, or parts of characters"
+
+
+def test_generate_from_one_prompt_ends_before_a_stop_string(finished, scratch, capfdbinary):
+    command = ["generate", "--run", str(scratch / "run"), "--prompt", "The ", "--temperature", "2", "--seed", "3"]
+
+    def generated(*options: str) -> tuple[bytes, str]:
+        assert main([*command, *options]) == 0
+        said = capfdbinary.readouterr()
+        return said.out, said.err.decode()
+
+    whole, told = generated("--num-tokens", "70")
+    text = whole[len("The ") : -1].decode()
+    held = f"caches of 1 x {cost.cache_bytes(load_config(scratch / 'run').model, 1, dtype='float32'):,} bytes\n"
+    assert re.fullmatch(f"rattn: 70 tokens, [0-9,]+ tokens/s after the first 1; {held}", told)
+    at_once, told = generated("--num-tokens", "70", "--no-stream", "--max-length", "80")
+    assert at_once == whole
+    assert "70 tokens, " in told
+    assert "tokens/s after the first 64; " in told
+    _, told = generated("--num-tokens", "9", "--no-stream")
+    assert told == f"rattn: 9 tokens, {held}", "a speed, of tokens that all came at once"
+    stop = text[20:23]
+    assert generated("--num-tokens", "70", "--stop", "no such text", "--stop", stop)[0].decode() == (
+        "The " + text[: text.index(stop)] + "\n"
+    )
+
+
+def test_generate_from_several_prompts_writes_lines_of_json(finished, scratch, tmp_path, capfd, monkeypatch):
+    command = ["generate", "--run", str(scratch / "run"), "--num-tokens", "6", "--temperature", "0"]
+
+    def generated(*options: str) -> list[dict]:
+        assert main([*command, *options]) == 0
+        said = capfd.readouterr()
+        assert re.search(r"rattn: \d+ tokens, .*caches of \d x [0-9,]+ bytes\n", said.err)
+        return sorted(map(json.loads, said.out.splitlines()), key=lambda row: row["index"])
+
+    given = ["The ", "caf\xe9 \f x", ""]
+    rows = generated("--prompt", given[0], "--prompt", given[1], "--prompt", given[2])
+    assert [row["prompt"] for row in rows] == given
+    assert [set(row) for row in rows] == [{"index", "prompt", "text", "ended"}] * 3
+    assert {row["ended"] for row in rows} == {"count"}
+    lines = "\r\n".join(given[1:]).encode() + b"\r\n"
+    (tmp_path / "prompts").write_bytes(lines)
+    assert generated("--prompt", given[0], "--prompts", str(tmp_path / "prompts")) == rows
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.rstrip()), encoding="ascii"))
+    assert generated("--prompts", "-", "--no-stream") == [row | {"index": 0} for row in rows[1:2]]
+    assert [row["text"] for row in generated("--prompt", "a", "--prompt", "b", "--num-tokens", "0")] == ["", ""]
+
+
+def test_mistakes_in_prompts_print_one_line(finished, scratch, tmp_path, capfd, monkeypatch):
+    command = ["generate", "--run", str(scratch / "run"), "--num-tokens", "6"]
+    (tmp_path / "latin").write_bytes("caf\xe9\n".encode("latin-1"))
+    (tmp_path / "empty").touch()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    for options, words in (
+        (["--prompts", str(tmp_path / "latin")], "latin is not: 'utf-8' codec can't decode byte 0xe9"),
+        (["--prompts", str(tmp_path / "empty")], "empty must have a prompt on each line; it is empty"),
+        (["--prompts", "-"], "the standard input must have a prompt on each line; it is empty"),
+        (["--prompts", str(tmp_path)], "must be a regular file; it is a folder"),
+        (["--prompts", str(tmp_path / "none")], "No such file"),
+        (["--stop", ""], "stop must be strings of at least one character"),
+        (["--max-length", "0"], "max_length must be at least 1; got 0"),
+        (["--num-tokens", "-1"], "num_tokens must be at least 0"),
+    ):
+        assert main([*command, *options]) == 2, options
+        said = capfd.readouterr()
+        [line] = said.err.splitlines()
+        assert line.startswith("rattn: ")
+        assert words in line
+        assert said.out == ""
+
+
+def test_evaluate_the_perplexity_of_a_file(finished, scratch, tmp_path, capfd):
+    text = tmp_path / "text"
+    text.write_bytes(b"A text of some length.\n" * 12)
+    command = ["evaluate", "--run", str(scratch / "run"), "--perplexity", str(text), "--out", str(tmp_path / "rows")]
+    assert main(command) == 0
+    out = capfd.readouterr().out.splitlines()
+    [row] = map(json.loads, (tmp_path / "rows").read_text().splitlines())
+    bins = row["bins"]
+    assert [(x["low"], x["high"]) for x in bins] == [(0, 128), (128, 256), (256, 276)]
+    assert sum(x["num_bytes"] for x in bins) == 276
+    nats = sum(x["nats"] for x in bins)
+    assert out[0] == (
+        f"{text}, 276 tokens after the first: perplexity {np.exp(nats / 276):.3f}, "
+        f"{nats / np.log(2) / 276:.3f} bits per byte"
+    )
+    assert [line.split()[:4] for line in out[1:]] == [
+        ["position", str(x["low"]), "to", f"{x['high'] - 1}:"] for x in bins
+    ]
+    model, tokenizer, _ = load_model(scratch / "run", report=lambda line: None)
+    tokens = np.array([tokenizer.document, *text.read_bytes()], np.int32)
+    logs = jax.nn.log_softmax(model(jnp.asarray(tokens[:-1])))
+    assert nats == pytest.approx(-np.asarray(logs)[np.arange(276), tokens[1:]].sum(), rel=1e-5)
+
+
+def test_evaluate_a_task_or_a_text(finished, scratch, tmp_path, capfd):
+    command = ["evaluate", "--run", str(scratch / "run")]
+    (tmp_path / "empty").touch()
+    for options, words in (
+        ([], "evaluate: --task or --perplexity must be given, and one of them; got neither"),
+        (["--task", "mqar", "--perplexity", "x"], "and one of them; got both"),
+        (["--perplexity", str(tmp_path / "none")], "No such file"),
+        (["--perplexity", str(tmp_path)], "must be a regular file; it is a folder"),
+        (["--perplexity", str(tmp_path / "empty")], "empty must have text; it is empty"),
+    ):
+        assert main([*command, *options]) == 2, options
+        said = capfd.readouterr()
+        [line] = said.err.splitlines()
+        assert line.startswith("rattn: ")
+        assert words in line
+        assert said.out == ""
 
 
 def test_cost_prints_the_papers_saving(capsys):
@@ -351,7 +466,7 @@ def test_a_file_of_scores_that_cannot_be_written_is_refused_before_the_work(fini
 def test_home_is_found_in_every_path(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (commands,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    names = {"--out", "--corpus", "--cache", "--run", "--text", "--grid", "--replay"}
+    names = {"--out", "--corpus", "--cache", "--run", "--text", "--grid", "--replay", "--prompts", "--perplexity"}
     given = {"evaluate": ["--task", "mqar"]}
     for name, command in commands.choices.items():
         for action in command._actions:

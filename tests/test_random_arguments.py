@@ -56,13 +56,19 @@ def options(folder: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
         "generate": (
             ["--run", "run", "--num-tokens", "2"],
             {"--run": paths, "--num-tokens": NUMBERS, "--temperature": NUMBERS + LARGE, "--top-k": NUMBERS + LARGE,
-             "--top-p": NUMBERS, "--prompt": NAMES, "--seed": NUMBERS + LARGE},
+             "--top-p": NUMBERS, "--prompt": NAMES, "--seed": NUMBERS + LARGE, "--prompts": [*paths, "-"],
+             "--stop": NAMES, "--max-length": NUMBERS + LARGE, "--no-stream": []},
         ),
         "evaluate": (
             ["--run", "run", "--task", "mqar", "--samples", "2", "--lengths", "32", "--option", "num_pairs=2",
              "--option", "num_queries=2"],
             {"--run": paths, "--task": [*NAMES, "needle", "bigrams", "variables"], "--samples": NUMBERS + LARGE,
-             "--lengths": lengths, "--option": task, "--text": paths, "--seed": NUMBERS + LARGE, "--out": paths},
+             "--lengths": lengths, "--option": task, "--text": paths, "--seed": NUMBERS + LARGE, "--out": paths,
+             "--perplexity": paths},
+        ),
+        "evaluate --perplexity": (
+            ["--run", "run", "--perplexity", "grid.py"],
+            {"--run": paths, "--perplexity": paths, "--task": NAMES, "--out": paths, "--text": paths},
         ),
         "ablate": (
             ["--grid", "grid.py", "--seeds", "1", "--out", "out.jsonl", *cache],
@@ -100,7 +106,7 @@ def test_random_argument_lists(tmp_path, monkeypatch, capfd, count):
     os.mkfifo(tmp_path / "pipe")
     commands = options(tmp_path)
     for name, (base, _) in commands.items():
-        assert main([name, *base]) == 0, name
+        assert main([name.split()[0], *base]) == 0, name
     (tmp_path / "edited.jsonl").write_text((tmp_path / "out.jsonl").read_text().replace('"tests": [', '"tests": [3,'))
     kept = {name: (tmp_path / name).read_bytes() for name in ("out.jsonl", "grid.py", "run/results.json")}
     untouched, _ = peak_and_now()
@@ -108,7 +114,7 @@ def test_random_argument_lists(tmp_path, monkeypatch, capfd, count):
     for number in range(count):
         name = rng.choice(list(commands))
         base, more = commands[name]
-        arguments = [name, *base]
+        arguments = [name.split()[0], *base]
         for option in rng.sample(list(more), min(rng.choice((1, 1, 2, 3)), len(more))):
             arguments += [option, *([rng.choice(more[option])] if more[option] else [])]
         if rng.random() < 0.05:

@@ -59,12 +59,19 @@ def text_perplexity(
       tokens: ids, such as a document marker and then the text's.
 
     Raises:
-      ValueError: for fewer than two tokens, or a piece below 1. FloatingPointError: where the loss is not finite.
+      ValueError: for fewer than two tokens, ids outside the vocabulary, or a piece below 1. FloatingPointError: where
+        the loss is not finite.
     """
     if len(tokens) < 2:
         raise ValueError(f"perplexity: the text must have at least 2 tokens; got {len(tokens)}; give a longer one")
     if piece < 1:
         raise ValueError(f"perplexity: piece must be at least 1; got {piece}")
+    outside = tokens[(tokens < 0) | (tokens >= model.config.vocabulary_size)]
+    if outside.size:
+        raise ValueError(
+            f"perplexity: tokens must be token ids below vocabulary_size={model.config.vocabulary_size}; got "
+            f"{outside[0]}; encode the text with the tokenizer that the model was trained with"
+        )
     num_targets = len(tokens) - 1
     piece = min(piece, num_targets)
     model = in_compute_dtype(model)

@@ -16,7 +16,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key, PRNGKeyArray
 
 from pallas.checked import checked
+from pallas.numerics import accumulation_dtype
 from rattn_eqx.data.tokenizers import Tokenizer
+from rattn_eqx.inference.cost import require_memory
 from rattn_eqx.inference.sampling import check_sampling, sample_token
 from rattn_eqx.model.cache import Cache
 from rattn_eqx.model.language_model import LanguageModel, check_cache
@@ -114,8 +116,10 @@ def generate_batch(
     if not batch:
         raise ValueError("generate: prompts must be at least one; got none")
     counts = np.broadcast_to(np.asarray(num_tokens), (batch,)) if np.ndim(num_tokens) == 0 else np.asarray(num_tokens)
-    if counts.shape != (batch,) or (counts < 0).any():
-        raise ValueError(f"generate: num_tokens must be at least 0, one or one for each prompt; got {num_tokens}")
+    if counts.shape != (batch,) or (counts < 0).any() or (counts >= 2**31).any():
+        raise ValueError(
+            f"generate: num_tokens must be at least 0, one or one for each prompt, and below 2**31; got {num_tokens}"
+        )
     ids = [_ids("prompt", prompt, vocabulary_size) for prompt in prompts]
     if any(len(row) == 0 for row in ids):
         raise ValueError("generate: the prompt is empty; give at least one token, such as the document marker")
@@ -126,10 +130,15 @@ def generate_batch(
     key = _typed(key)
     if key.shape not in ((), (batch,)):
         raise ValueError(f"generate: key must be one, or one for each of {batch} prompts; got {key.shape}")
+    if cache is not None:
+        check_cache(model, cache)
     before = 0 if cache is None else int(cache.length)
     needed = before + max(len(row) + int(count) for row, count in zip(ids, counts, strict=True))
     if cache is None:
-        cache = model.init_cache(room(model, needed, max_length))
+        size = room(model, needed, max_length)
+        each = eqx.filter_eval_shape(model.init_cache, size).num_bytes
+        require_memory(f"generate: caches of {batch} texts", batch * each, "give fewer tokens or fewer prompts")
+        cache = model.init_cache(size)
     elif max_length is not None:
         raise ValueError(f"generate: max_length belongs to a new cache; got {max_length} and a cache; leave it out")
     elif cache.room is not None and needed > cache.room:
@@ -137,7 +146,6 @@ def generate_batch(
             f"generate: the cache must have room for {needed} tokens, {before} of them read; it has {cache.room}; "
             "give init_cache a larger max_length"
         )
-    check_cache(model, cache)
     keys = key if key.shape else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
     sampling = Sampling(jnp.asarray(allowed), float(temperature), top_k, top_p, log_probabilities)
     return _texts(in_compute_dtype(model), ids, counts, ends, keys, sampling, cache, stop, 1 if stream else STEPS)
@@ -186,6 +194,8 @@ def _texts(
             for i in range(wanted):
                 token = int(tokens[row, i])
                 if token < 0:
+                    if drawn:
+                        yield drawn
                     raise FloatingPointError(
                         f"generate: logits must be finite; got NaN or infinity for token {len(texts[row])} after the "
                         "prompt; take an earlier checkpoint, or compute_dtype='float32'; the model's is "
@@ -208,7 +218,8 @@ def read_prompts(model: LanguageModel, ids: list[np.ndarray], cache: Cache) -> t
     piece = PIECE.get(jax.default_backend(), PIECE_ELSEWHERE)
     batch, longest = len(ids), max(len(row) for row in ids)
     cache = jax.tree.map(lambda x: jnp.repeat(x[None], batch, axis=0), cache)
-    logits = jnp.zeros((batch, model.config.vocabulary_size), jnp.promote_types(jnp.float32, model.compute_dtype))
+    shape = (batch, model.config.vocabulary_size)
+    logits = jnp.zeros(shape, accumulation_dtype(jnp.zeros((), model.compute_dtype)))
     for start in range(0, longest, piece):
         cut = [row[start : start + piece] for row in ids]
         tokens = np.stack([np.pad(row, (0, piece - len(row))) for row in cut])
@@ -288,6 +299,8 @@ def in_compute_dtype(model: LanguageModel) -> LanguageModel:
 
 def room(model: LanguageModel, needed: int, max_length: int | None) -> int | None:
     """The room of a new cache for texts of up to `needed` tokens: nothing but global layers needs any."""
+    if max_length is not None and not 1 <= max_length < 2**31:
+        raise ValueError(f"generate: max_length must be at least 1; got {max_length}; below 2**31")
     if "global" not in model.config.layer_kinds:
         return None
     if max_length is None:
@@ -328,8 +341,8 @@ def generate_texts(
 ) -> Iterator[tuple[int, str, Ended | None]]:
     """What follows prompts at the heads of documents: (the prompt's number, a piece of its text, why it ended or None).
 
-    Pieces are whole characters, though a character may be several tokens; what is no UTF-8 is replaced by U+FFFD. A
-    text ends before a document marker, and tokens that stand for no text are never drawn.
+    Pieces are whole characters, though a character may be several tokens; what is no UTF-8 is replaced by U+FFFD. The
+    document marker and padding, which stand for no text, are never drawn.
 
     Args:
       stop: strings before which a text ends.

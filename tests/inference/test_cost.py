@@ -1,12 +1,16 @@
 """Costs against the paper's figures and against arithmetic done by hand."""
 
 import dataclasses
+import itertools
 import math
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from pallas.feature_map import Hedgehog
 from rattn_eqx.inference import cost
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
@@ -75,6 +79,50 @@ def test_states():
     assert cost.state_bytes(paper_12b) == 30 * 8 * 256 * one_token_of_one_head  # 256 tokens of bfloat16 bytes
 
 
+CACHES = {
+    "odd": {},
+    "tiny": dataclasses.asdict(presets["tiny"]),
+    "local alone": {"pattern": ("local",), "tie_embeddings": True},
+    "global alone": {"pattern": ("global",), "learned_feature_scale": False, "num_meta_tokens": 0},
+    "without the residual branch": {"residual": False, "learned_feature_scale": False, "num_meta_tokens": 0},
+    "window 0": {"window": 0},
+    "window beyond the length": {"window": 1000},
+    "window beyond the length, local alone": {"window": 1000, "pattern": ("local",)},
+    "identity": {"feature_map": "identity"},
+    "taylor": {"feature_map": "taylor"},
+    "hedgehog": {"feature_map": "hedgehog"},
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_the_bytes_of_a_cache_are_those_that_are_held(name):
+    changes = dict(CACHES[name])
+    learned = changes.get("feature_map") == "hedgehog"
+    config = dataclasses.replace(ODD, **({} if learned else changes))
+    map_of = (lambda key: Hedgehog(config.head_size, key=key)) if learned else None
+    shapes = eqx.filter_eval_shape(LanguageModel, config, feature_map=map_of, key=jax.random.key(0))
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+    model = jax.tree.map(zeros, shapes)
+    for dtype, length in itertools.product(("float32", "bfloat16"), (1, 40)):
+        cache = model.init_cache(length if "global" in config.layer_kinds else None, dtype)
+        held = sum(np.asarray(x).nbytes for x in jax.tree.leaves(cache))
+        assert cost.cache_bytes(config, length, dtype=dtype) == held == cache.num_bytes
+
+
+def test_the_bytes_of_a_cache_by_hand():
+    keys_and_values = 2 * 2 * 8 * 2  # each, kv heads, size, bytes
+    state, length = 2 * 16 * 8 * 4, 4
+    local = 3 * keys_and_values + 3 * 2 * 8 * 2 + state + length  # keys once more, for the residual branch
+    assert cost.cache_bytes(ODD, 100) == 3 * local + 2 * (100 * keys_and_values + length) + 4  # a segment id
+    of_window = 100 * keys_and_values + length
+    without = dataclasses.replace(ODD, window=500, residual=False, learned_feature_scale=False, num_meta_tokens=0)
+    assert cost.cache_bytes(without, 100) == 5 * of_window + 4
+    local_alone = dataclasses.replace(ODD, pattern=("local",))
+    assert cost.cache_bytes(local_alone, 2) == cost.cache_bytes(local_alone, 10**9) == 5 * local + 4
+    with pytest.raises(ValueError, match="cache_bytes: context must be at least 1; got context=0"):
+        cost.cache_bytes(ODD, 0)
+
+
 def test_step_time_by_hand():
     machine = cost.Hardware("by hand", memory_bandwidth=1000.0, flops=4000.0)
     parameters = 2 * 13 * 6 + 3 * (592 + 64 + 48 + 224) + 2 * 592 + 900 + 66
@@ -119,6 +167,7 @@ def test_the_table_shows_what_the_functions_say():
         "global": ["10"],
         "saved": ["65.6%"],
         "keys, values": ["230.7 MB"],
+        "as held": [f" {cost.cache_bytes(paper_12b, 4096):,} B"],
         "states": ["31.46 MB", "128 tokens"],
         "a step of 64": [f"{1e3 * time.total:.3g} ms", "h100"],
         "weights": ["bandwidth"],

@@ -1,4 +1,4 @@
-"""Sampling: which tokens stay, how often each is drawn, and that generation is the plain loop over prefixes."""
+"""Generation of one text: it is the plain loop over prefixes, the key alone decides, and one program serves all."""
 
 from typing import Any
 
@@ -7,24 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
+from scripted_model import NOT_FINITE, Scripted
 
-from rattn_eqx.inference.generate import filter_logits, generate, sample_token
+from rattn_eqx.inference.generate import generate, generate_batch
+from rattn_eqx.inference.sampling import sample_token
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
 
 CONFIG = ModelConfig(
     vocabulary_size=11,
     model_width=8,
-    num_layers=1,
+    num_layers=2,
     num_heads=2,
     num_kv_heads=1,
     head_size=4,
     feed_forward_width=8,
     window=2,
-    pattern=("local",),
+    pattern=("local", "global"),
 )
 KEY = jax.random.key(1)
 PROMPT = np.array([3, 1, 4], np.uint16)
@@ -42,130 +42,22 @@ def model():
     return jax.tree.map(draw, shapes)
 
 
-def kept_by_hand(logits, temperature, top_k, top_p):
-    """The ids that stay, by walking down the ranking."""
-    scaled = logits.astype(np.float64) / temperature
-    ranking = sorted(range(len(scaled)), key=lambda token: (-scaled[token], token))[:top_k]
-    weights = np.exp(scaled[ranking] - scaled[ranking].max())
-    kept, total = [], 0.0
-    for token, probability in zip(ranking, weights / weights.sum(), strict=True):
-        if kept and top_p is not None and total >= top_p:
-            break
-        kept.append(token)
-        total += probability
-    return sorted(kept)
-
-
-@example(logits=[0] * 6, temperature=1.0, top_k=3, top_p=0.413)  # two of the three left, not of the six
-@given(
-    logits=st.lists(st.integers(-3, 3), min_size=6, max_size=6),  # with ties
-    temperature=st.sampled_from([0.5, 1.0, 2.0]),
-    top_k=st.sampled_from([None, 1, 3, 9]),
-    top_p=st.sampled_from([None, 0.013, 0.413, 0.913, 1.0]),
-)
-def test_filtered_logits(logits, temperature, top_k, top_p):
-    logits = np.array(logits, np.float32) * 1.17
-    filtered = np.asarray(filter_logits(jnp.asarray(logits), temperature=temperature, top_k=top_k, top_p=top_p))
-    kept = kept_by_hand(logits, temperature, top_k, top_p)
-    assert np.flatnonzero(filtered > -np.inf).tolist() == kept
-    np.testing.assert_allclose(filtered[kept], (logits[kept] - logits.max()) / temperature, rtol=1e-6)
-
-
-def test_top_p_of_1_keeps_even_the_least_likely():
-    logits = jnp.asarray([0.0, -30.0, -60.0])
-    np.testing.assert_array_equal(filter_logits(logits, temperature=1.0, top_p=1.0), logits)
-
-
-def test_an_excluded_token_stays_excluded_under_jit():
-    logits = jnp.asarray([1.0, -jnp.inf, 0.5, -jnp.inf])
-    filtered = jax.jit(lambda x: filter_logits(x, temperature=0.5, top_k=3, top_p=0.99))(logits)
-    np.testing.assert_array_equal(filtered, [0.0, -np.inf, -1.0, -np.inf])
-
-
-@pytest.mark.parametrize("options", [{"top_p": 0.5}, {"top_k": 300}, {"top_k": 2**40, "top_p": 1}])
-def test_the_dtype_of_logits_excludes_nothing(options):
-    logits = jnp.round(2 * jax.random.normal(KEY, (1000,)), 1).astype(jnp.bfloat16).astype(jnp.float32)
-    expected = filter_logits(logits, temperature=0.7, **options)
-    for dtype in (jnp.float16, jnp.bfloat16):
-        np.testing.assert_array_equal(filter_logits(logits.astype(dtype), temperature=0.7, **options), expected)
-    with jax.enable_x64(True):
-        wide = filter_logits(logits.astype(jnp.float64), temperature=0.7, **options)
-    assert wide.dtype == jnp.float64
-    np.testing.assert_array_equal(np.asarray(wide) > -np.inf, np.asarray(expected) > -np.inf)
-
-
-@pytest.mark.parametrize("num_draws", [10_000, pytest.param(200_000, marks=pytest.mark.long)])
-def test_equal_logits_of_any_dtype_are_drawn_evenly(num_draws):
-    """Noise in bfloat16 ties, and ties go to low ids: it drew the first tenth 0.55 of the time."""
-    num_ids = 1000
-
-    def draw(dtype, num_draws):
-        one = lambda key: sample_token(jnp.zeros(num_ids, dtype), temperature=1, key=key)
-        keys = jax.random.split(KEY, num_draws)
-        return np.asarray(jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=500))(keys))
-
-    drawn = draw(jnp.float32, num_draws)
-    shares = np.bincount(drawn // (num_ids // 10), minlength=10) / num_draws
-    assert np.all(np.abs(shares - 0.1) < 4 * np.sqrt(0.1 * 0.9 / num_draws)), shares
-    few = draw(jnp.float32, 500)
-    for dtype in (jnp.float16, jnp.bfloat16):
-        np.testing.assert_array_equal(draw(dtype, 500), few)
-
-
-def test_tokens_are_drawn_as_often_as_they_are_likely():
-    logits, num_draws = jnp.asarray([0.3, -1.0, 1.2, 0.9, -0.5]), 4000
-    keys = jax.random.split(KEY, num_draws)
-    drawn = jax.vmap(lambda key: sample_token(logits, temperature=0.7, top_k=4, key=key))(keys)
-    weights = np.exp(np.asarray(logits) / 0.7) * np.array([1, 0, 1, 1, 1])
-    frequencies = np.bincount(np.asarray(drawn), minlength=5) / num_draws
-    assert frequencies[1] == 0
-    np.testing.assert_allclose(frequencies, weights / weights.sum(), atol=4 * 0.5 / num_draws**0.5)
-
-
-def test_temperature_0_takes_the_likeliest():
-    assert sample_token(jnp.asarray([0.0, 2.0, 1.0]), temperature=0, top_k=2, key=KEY) == 1
-
-
-@pytest.mark.parametrize("temperature", [0, 1e-320, 1e-40, 1.0, 1e308])
-def test_at_any_temperature_a_token_is_one_that_is_allowed_or_none(temperature):
-    def draw(logits, **options):
-        one = jax.jit(lambda key: sample_token(jnp.asarray(logits), temperature=temperature, key=key, **options))
-        return set(np.asarray(jax.vmap(one)(jax.random.split(KEY, 40))).tolist())
-
-    inf = np.inf
-    assert draw([-inf, 3e38, -inf, -3e38, -inf, 3e38], top_k=2) <= {1, 5}
-    assert draw([-inf, 80.0, -inf, 80.5, -inf], top_p=0.9) <= ({1, 3} if temperature >= 1 else {3})
-    for logits in ([0.0, np.nan, 1.0], [0.0, inf, -inf], [-inf, -inf]):
-        assert draw(logits) == {-1}
-
-
 @eqx.filter_jit
 def logits_of(model, tokens):
     return model(tokens)
 
 
-@pytest.mark.parametrize("context", [8, 4], ids=["text fits", "text outgrows the buffer"])
-def test_greedy_generation_is_the_loop_over_prefixes(model, context):
+def test_greedy_generation_is_the_loop_over_prefixes(model):
     text = PROMPT.tolist()
-    for _ in range(3):
-        logits = logits_of(model, jnp.asarray(text[-context:], jnp.int32))
-        text.append(int(jnp.argmax(logits[-1])))
-    got = generate(model, PROMPT, num_tokens=3, context=context, temperature=0, key=KEY)
-    assert list(got) == text[len(PROMPT) :]
-
-
-def test_a_prompt_longer_than_the_context_is_cut_from_the_left(model):
-    long = np.arange(11, dtype=np.int32)
-
-    def text(prompt):
-        return list(generate(model, prompt, num_tokens=4, context=8, temperature=0, key=KEY))
-
-    assert text(long) == text(long[-8:]) != text(long[:8])
+    for _ in range(5):
+        text.append(int(jnp.argmax(logits_of(model, jnp.asarray(text, jnp.int32))[-1])))
+    assert len(set(text[3:])) > 1
+    assert list(generate(model, PROMPT, num_tokens=5, temperature=0, key=KEY)) == text[len(PROMPT) :]
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-320, np.float32(1e-30)])
 def test_a_tiny_temperature_is_greedy(model, temperature):
-    options: dict[str, Any] = dict(num_tokens=9, context=8, forbid=(3, 7), key=KEY)
+    options: dict[str, Any] = dict(num_tokens=9, forbid=(3, 7), key=KEY)
     greedy = list(generate(model, PROMPT, temperature=0, **options))
     assert list(generate(model, PROMPT, temperature=temperature, **options)) == greedy
 
@@ -176,32 +68,36 @@ def test_logits_that_are_not_finite_are_no_text(bad, compute_dtype):
     damaged = LanguageModel(CONFIG, compute_dtype=compute_dtype, implementation="reference", key=KEY)
     damaged = eqx.tree_at(lambda m: m.final_norm.weight, damaged, jnp.full(8, bad))
     for temperature in (0, 0.8):
-        begun = generate(damaged, PROMPT, num_tokens=2, context=8, temperature=temperature, forbid=(0,), key=KEY)
+        begun = generate(damaged, PROMPT, num_tokens=2, temperature=temperature, forbid=(0,), key=KEY)
         with pytest.raises(FloatingPointError, match=r"^generate: logits must be finite; .* for token 0 after"):
             next(begun)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_was_drawn_before_logits_that_are_not_finite_comes(stream):
+    drawn = generate(Scripted([5, 6, NOT_FINITE]), [256], num_tokens=9, temperature=0, stream=stream, key=KEY)
+    assert [next(drawn), next(drawn)] == [5, 6]
+    with pytest.raises(FloatingPointError, match="for token 2 after"):
+        next(drawn)
 
 
 def test_numbers_and_ids_however_they_are_held(model):
     def text(prompt, forbid, **options):
         return list(generate(model, prompt, forbid=forbid, key=KEY, **options))
 
-    expected = text(PROMPT, (2, 5), num_tokens=6, context=8, temperature=0.5, top_k=4, top_p=1.0)
-    options: dict[str, Any] = dict(num_tokens=np.int64(6), context=np.uint8(8), temperature=np.float32(0.5))
+    expected = text(PROMPT, (2, 5), num_tokens=6, max_length=8 + 1, temperature=0.5, top_k=4, top_p=1.0)
+    options: dict[str, Any] = dict(num_tokens=np.int64(6), max_length=np.uint8(9), temperature=np.float32(0.5))
     options |= {"top_k": np.int64(4), "top_p": 1}
     for prompt, forbid in ((PROMPT.tolist(), [2, 5]), (list(PROMPT), {2, 5}), (jnp.asarray(PROMPT), np.array([2, 5]))):
         assert text(prompt, forbid, **options) == expected
-    logits = jnp.asarray([0.3, -1.0, 1.2])
-    of_numpy: dict[str, Any] = dict(temperature=np.float16(0.5), top_k=np.uint8(2), top_p=np.float32(0.5))
-    np.testing.assert_array_equal(
-        filter_logits(logits, **of_numpy),
-        filter_logits(logits, temperature=0.5, top_k=2, top_p=0.5),
-    )
 
 
-@pytest.mark.parametrize("changes", [{"top_k": 1.5}, {"key": 0}, {"context": "8"}, {"prompt": 3}, {"prompt": "model"}])
+@pytest.mark.parametrize(
+    "changes", [{"top_k": 1.5}, {"key": 0}, {"max_length": "8"}, {"prompt": 3}, {"prompt": "model"}, {"cache": "x"}]
+)
 def test_another_type_is_told_without_the_model(model, changes):
     changes = {name: model if value == "model" else value for name, value in changes.items()}
-    arguments: dict[str, Any] = {"prompt": PROMPT, "num_tokens": 2, "context": 8, "key": KEY} | changes
+    arguments: dict[str, Any] = {"prompt": PROMPT, "num_tokens": 2, "key": KEY} | changes
     with pytest.raises(TypeCheckError, match=f"typechecking parameter '{next(iter(changes))}'") as told:
         generate(model, **arguments)
     assert "\n" not in str(told.value)
@@ -209,14 +105,16 @@ def test_another_type_is_told_without_the_model(model, changes):
 
 
 def test_the_key_alone_decides(model):
-    def text(seed, num_tokens=20):
+    def text(seed, num_tokens=20, **options):
         key = jax.random.key(seed)
-        return list(generate(model, PROMPT, num_tokens=num_tokens, context=8, temperature=1e3, key=key))
+        return list(generate(model, PROMPT, num_tokens=num_tokens, temperature=1e3, key=key, **options))
 
-    assert text(0) == text(0)
+    assert text(0) == text(0) == text(0, stream=False)
     assert text(0) != text(1)
     assert text(0, 7) == text(0)[:7]
     assert len(set(text(0))) > 3  # near uniform: each token has randomness of its own
+    of_old = generate(model, PROMPT, num_tokens=20, temperature=1e3, key=jax.random.PRNGKey(0))
+    assert list(of_old) == text(0)
 
 
 def test_one_compilation_serves_every_length(model, monkeypatch):
@@ -226,10 +124,17 @@ def test_one_compilation_serves_every_length(model, monkeypatch):
         traces.append(logits.shape)
         return sample_token(logits, **options)
 
+    extend = LanguageModel.extend
+    pieces = lambda self, tokens, *args, **options: (
+        traces.append(tokens.shape) or extend(self, tokens, *args, **options)
+    )
     monkeypatch.setattr("rattn_eqx.inference.generate.sample_token", counted)
-    assert len(list(generate(model, PROMPT, num_tokens=9, context=7, key=KEY))) == 9
-    assert len(list(generate(model, PROMPT[:1], num_tokens=2, context=7, key=KEY))) == 2
-    assert traces == [(11,)]
+    monkeypatch.setattr(LanguageModel, "extend", pieces)
+    long = np.arange(300) % 11  # more than a piece
+    for prompt, count, stream in ((PROMPT, 9, True), (PROMPT[:1], 2, False), (long, 70, False), (long[:9], 1, True)):
+        drawn = generate(model, prompt, num_tokens=count, max_length=370, stream=stream, key=KEY)
+        assert len(list(drawn)) == count
+    assert sorted(traces) == [(11,), (256,)]
 
 
 def test_forbidden_tokens_are_never_sampled(model):
@@ -237,9 +142,30 @@ def test_forbidden_tokens_are_never_sampled(model):
     forbid = tuple(set(range(11)) - allowed)
     for temperature, top_p in ((0, None), (5.0, None), (5.0, 0.9)):
         options: dict[str, Any] = dict(temperature=temperature, top_p=top_p, forbid=forbid)
-        drawn = set(generate(model, PROMPT, num_tokens=15, context=8, key=KEY, **options))
+        drawn = set(generate(model, PROMPT, num_tokens=15, key=KEY, **options))
         assert drawn <= allowed
-    assert list(generate(model, PROMPT, num_tokens=0, context=8, key=KEY)) == []
+    assert list(generate(model, PROMPT, num_tokens=0, key=KEY)) == []
+
+
+def test_log_probabilities_are_of_the_models_own_logits(model):
+    """Whatever temperature, top-k and forbidden tokens do to what is drawn."""
+    options: dict[str, Any] = dict(temperature=3.0, top_k=4, forbid=(2,), log_probabilities=True)
+    drawn = [one for [one] in generate_batch(model, [PROMPT], num_tokens=12, key=KEY, **options)]
+    tokens = [one.token for one in drawn]
+    assert len(set(tokens)) > 2
+    text = jnp.asarray([*PROMPT.tolist(), *tokens], jnp.int32)
+    logs = jax.nn.log_softmax(logits_of(model, text))[len(PROMPT) - 1 : -1]
+    expected = logs[jnp.arange(12), text[len(PROMPT) :]]
+    np.testing.assert_allclose([one.log_probability for one in drawn], expected, atol=1e-5)
+    [[unasked]] = generate_batch(model, [PROMPT], num_tokens=1, key=KEY)
+    assert unasked.log_probability is None
+
+
+def test_a_max_length_is_what_a_text_may_have_with_its_prompt(model):
+    drawn = list(generate(model, PROMPT, num_tokens=5, max_length=8, temperature=0, key=KEY))
+    assert drawn == list(generate(model, PROMPT, num_tokens=5, temperature=0, key=KEY))
+    with pytest.raises(ValueError, match="max_length must have room for a prompt and what follows it; got 8 for 9 to"):
+        generate(model, PROMPT, num_tokens=6, max_length=8, key=KEY)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +176,7 @@ def test_forbidden_tokens_are_never_sampled(model):
         ({"prompt": np.array([-1])}, "got -1"),
         ({"forbid": (2, 40)}, "forbid must hold token ids below vocabulary_size=11; got 40"),
         ({"forbid": tuple(range(11))}, "forbid must leave a token to sample"),
+        ({"end": (2, 40)}, "end must hold token ids below vocabulary_size=11; got 40"),
         ({"temperature": -0.1}, "temperature must be at least 0; got -0.1"),
         ({"temperature": float("nan")}, "temperature must be at least 0; got nan"),
         ({"temperature": float("inf")}, "temperature must be finite; got more than 1.79e308"),
@@ -264,16 +191,16 @@ def test_forbidden_tokens_are_never_sampled(model):
         ({"top_k": 0}, "top_k must be at least 1; got 0"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]; got 0.0"),
         ({"top_p": 1.5}, "got 1.5"),
-        ({"num_tokens": -1}, "num_tokens must be at least 0; got -1"),
-        ({"context": 0}, "context must be at least 1; got 0"),
+        ({"num_tokens": -1}, "num_tokens must be at least 0, .*; got -1"),
+        ({"num_tokens": [2, 3]}, r"one or one for each prompt, .*; got \[2, 3\]"),
+        ({"max_length": 0}, "max_length must be at least 1; got 0"),
+        ({"max_length": 2**70}, "max_length must be .* below 2"),
+        ({"max_length": 2**31 - 1}, "caches of 1 texts must fit in memory, .* got at least .* give fewer tokens"),
+        ({"num_tokens": 2**31}, "num_tokens must be .* below 2"),
+        ({"num_tokens": 10**23}, "num_tokens must be .* below 2"),
     ],
 )
 def test_bad_input_is_named_at_the_call(model, changes, message):
-    arguments: dict[str, Any] = {"prompt": PROMPT, "num_tokens": 2, "context": 8, "key": KEY} | changes
+    arguments: dict[str, Any] = {"prompt": PROMPT, "num_tokens": 2, "key": KEY} | changes
     with pytest.raises(ValueError, match=f"generate: .*{message}|generate: {message}"):
         generate(model, **arguments)  # not iterated
-
-
-def test_filter_logits_does_not_divide_by_0():
-    with pytest.raises(ValueError, match="filter_logits: temperature must be above 0; got 0; sample_token takes 0"):
-        filter_logits(jnp.zeros(3), temperature=0.0)
