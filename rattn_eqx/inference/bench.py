@@ -7,9 +7,11 @@ that was measured in the same process.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import math
+import os
 import statistics
 import sys
 import time
@@ -58,7 +60,7 @@ def _some_numbers(shape: tuple[int, ...], dtype: Any) -> Array:
 
 def filled(model: LanguageModel, batch: int, context: int, room: int, dtype: str) -> Cache:
     """Caches of a batch that have read `context` tokens, of random numbers."""
-    like = eqx.filter_eval_shape(model.init_cache, room, dtype)
+    like: Any = eqx.filter_eval_shape(model.init_cache, room, dtype)
 
     def fill(x):  # the integers are lengths, and the document's number, which may be any
         if x.dtype == jnp.int32:
@@ -78,63 +80,92 @@ def step_bytes(model: LanguageModel, cache: Cache, context: int) -> dict[str, in
     return {"parameters": matrices, "keys and values": keys, "states": states}
 
 
-@eqx.filter_jit(donate="all-except-first")
-def decode(model: LanguageModel, cache: Cache, tokens: Int[Array, "batch"]):
-    """The likeliest token after each text, STEPS times."""
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A program to compile and to time: STEPS steps of a batch, or the reading of a piece of one prompt."""
 
-    def step(_, carry):
-        cache, tokens = carry
-        logits, cache = jax.vmap(model.decode_step)(tokens, cache)
-        return cache, jnp.argmax(logits, axis=-1).astype(tokens.dtype)
+    kind: str  # "decode" or "prefill"
+    context: int
+    batch: int = 1
+    piece: int = 0
 
-    return jax.lax.fori_loop(0, STEPS, step, (cache, tokens))
-
-
-@eqx.filter_jit(donate="all-except-first")
-def read(model: LanguageModel, cache: Cache, tokens: Int[Array, "t"]):
-    """A piece of one prompt: the cache after it, and the likeliest token."""
-    logits, cache = model.prefill(tokens, cache)
-    return cache, jnp.argmax(logits)
+    def room(self, samples: int) -> int:
+        """Of the cache."""
+        return self.context + (samples + 1) * STEPS if self.kind == "decode" else self.context
 
 
-def time_decode(model: LanguageModel, batch: int, context: int, options: argparse.Namespace) -> dict[str, Any]:
+def program(model: LanguageModel, job: Job) -> Any:
+    """A function of parameters, cache and tokens, of which it takes over the last two."""
+    _, static = eqx.partition(model, eqx.is_array)
+
+    def decode(parameters, cache: Cache, tokens: Int[Array, "batch"]):
+        step_of = jax.vmap(eqx.combine(parameters, static).decode_step)
+
+        def step(_, carry):
+            cache, tokens = carry
+            logits, cache = step_of(tokens, cache)
+            return cache, jnp.argmax(logits, axis=-1).astype(tokens.dtype)
+
+        return jax.lax.fori_loop(0, STEPS, step, (cache, tokens))
+
+    def prefill(parameters, cache: Cache, tokens: Int[Array, "t"]):
+        logits, cache = eqx.combine(parameters, static).prefill(tokens, cache)
+        return cache, jnp.argmax(logits)
+
+    return jax.jit(decode if job.kind == "decode" else prefill, donate_argnums=1)
+
+
+def compiled(model: LanguageModel, jobs: list[Job], options: argparse.Namespace) -> dict[Job, Any]:
+    """Each job's program, or the error in its place: side by side, since compiling takes longer than all the rest."""
+    parameters = eqx.filter(model, eqx.is_array)
+
+    def compile_one(job: Job) -> Any:
+        try:
+            cache = eqx.filter_eval_shape(model.init_cache, job.room(options.samples), options.dtype)
+            tokens = jax.ShapeDtypeStruct((job.batch if job.kind == "decode" else job.piece,), jnp.int32)
+            if job.kind == "decode":
+                cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct((job.batch, *x.shape), x.dtype), cache)
+            return program(model, job).lower(parameters, cache, tokens).compile()
+        except Exception as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
+
+
+def time_decode(model: LanguageModel, job: Job, run: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a step of a batch, its bytes, and memory."""
-    cache = filled(model, batch, context, context + (options.samples + 2) * STEPS, options.dtype)
-    needed, held = step_bytes(model, cache, context), sum(x.nbytes for x in jax.tree.leaves(cache))
-    tokens = jnp.zeros((batch,), jnp.int32)
-    memory = _memory(decode.lower(model, cache, tokens).compile())
-    taken = []
+    cache = filled(model, job.batch, job.context, job.room(options.samples), options.dtype)
+    needed, held = step_bytes(model, cache, job.context), sum(x.nbytes for x in jax.tree.leaves(cache))
+    predicted = job.batch * cache_bytes(model.config, cache.room or job.context, dtype=options.dtype)
+    parameters, tokens, taken = eqx.filter(model, eqx.is_array), jnp.zeros((job.batch,), jnp.int32), []
     for _ in range(options.samples + 1):
         started = time.perf_counter()
-        cache, tokens = jax.block_until_ready(decode(model, cache, tokens))
+        cache, tokens = jax.block_until_ready(run(parameters, cache, tokens))
         taken.append((time.perf_counter() - started) / STEPS)
-    predicted = batch * cache_bytes(model.config, cache.room or context, dtype=options.dtype)
+    sizes = run.memory_analysis()
+    memory = (
+        sum(getattr(sizes, f"{x}_size_in_bytes") for x in ("argument", "output", "temp")) - sizes.alias_size_in_bytes
+    )
     return dict(
         median=statistics.median(taken[1:]), best=min(taken[1:]), samples=options.samples, bytes=needed,
         cache_bytes=held, predicted_cache_bytes=predicted, peak_bytes=memory,
     )  # fmt: skip
 
 
-def _memory(compiled: Any) -> int:
-    """Bytes that a program holds at most, its arguments among them."""
-    sizes = compiled.compiled.memory_analysis()
-    return sum(getattr(sizes, f"{x}_size_in_bytes") for x in ("argument", "output", "temp")) - sizes.alias_size_in_bytes
-
-
-def time_prefill(model: LanguageModel, context: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds to read one prompt of `context` tokens in pieces."""
-    piece = min(options.piece, context)
-    tokens = jax.random.randint(jax.random.key(2), (context,), 0, model.config.vocabulary_size)
-    pieces = [tokens[i : i + piece] for i in range(0, context - context % piece, piece)]
-    taken = []
+def time_prefill(model: LanguageModel, job: Job, run: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds to read one prompt in pieces."""
+    whole = job.context - job.context % job.piece
+    tokens = jax.random.randint(jax.random.key(2), (whole,), 0, model.config.vocabulary_size)
+    parameters, taken = eqx.filter(model, eqx.is_array), []
     for _ in range(max(2, options.samples // 2) + 1):
-        cache, token = model.init_cache(context, options.dtype), None
+        cache, token = jax.block_until_ready(model.init_cache(job.context, options.dtype)), None
         started = time.perf_counter()
-        for part in pieces:
-            cache, token = read(model, cache, part)
+        for start in range(0, whole, job.piece):
+            cache, token = run(parameters, cache, tokens[start : start + job.piece])
         jax.block_until_ready(token)
         taken.append(time.perf_counter() - started)
-    return dict(median=statistics.median(taken[1:]), best=min(taken[1:]), samples=len(taken) - 1, piece=piece)
+    return dict(median=statistics.median(taken[1:]), best=min(taken[1:]), samples=len(taken) - 1, piece=job.piece)
 
 
 def parse(arguments: list[str], on_gpu: bool) -> argparse.Namespace:
@@ -156,7 +187,6 @@ def parse(arguments: list[str], on_gpu: bool) -> argparse.Namespace:
     add("--only", default="", help="kinds of attention whose name holds one of these words, comma-separated")
     add("--samples", type=int, default=5 if on_gpu else 2, help="calls of 32 steps that the median is over")
     add("--out", type=Path, help="file that one JSON object a row is added to")
-    add("--plot", type=Path, help="picture of the rows of --out")
     add("--commit", help="written beside the numbers; default: what git says")
     return parser.parse_args(arguments)
 
@@ -173,44 +203,43 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"width {base.model_width}, {base.num_layers} layers, {options.dtype}; a copy moves "
           f"{ceilings.bandwidth / 1e12:.2f} TB/s, read and written")  # fmt: skip
     numbers = lambda text: [int(x) for x in text.split(",")]
-    work = [("decode", context, batch) for context in numbers(options.contexts) for batch in numbers(options.batches)]
-    work += [("prefill", context, 1) for context in numbers(options.contexts)]
+    jobs = [
+        Job("decode", context, batch) for context in numbers(options.contexts) for batch in numbers(options.batches)
+    ]
+    jobs += [Job("prefill", context, piece=min(options.piece, context)) for context in numbers(options.contexts)]
+    jobs = [job for job in jobs if job.kind in options.what.split(",")]
     for name, config in kinds(base, options.plain_window).items():
         if not any(word in name.lower() for word in options.only.lower().split(",")):
             continue
-        model = build(config, options.dtype)
-        for what, context, batch in work:
-            if what not in options.what.split(","):
-                continue
-            line = dict(kind=what, attention=name, context=context, batch=batch, dtype=options.dtype)
-            line["config"] = dataclasses.asdict(config)
+        model, started = build(config, options.dtype), time.monotonic()
+        programs = compiled(model, jobs, options)
+        print(f"{name}: {len(jobs)} programs compiled in {time.monotonic() - started:.0f} s", flush=True)
+        for job, run in programs.items():
+            line: dict[str, Any] = dict(kind=job.kind, attention=name, context=job.context, batch=job.batch)
+            line |= dict(dtype=options.dtype, config=dataclasses.asdict(config))
+            shown = f"{job.kind:8}{name:16}{job.batch:4} x {job.context:7,}  "
             try:
-                timed = time_decode(model, batch, context, options) if what == "decode" else time_prefill(
-                    model, context, options)  # fmt: skip
+                if isinstance(run, Exception):
+                    raise run
+                timed = (time_decode if job.kind == "decode" else time_prefill)(model, job, run, options)
             except Exception as error:
-                print(f"{what:8}{name:16}{batch:4} x {context:7,}  not available: {reason(error)}")
+                print(f"{shown}not available: {reason(error)}", flush=True)
                 save(line | {"not available": reason(error)})
                 continue
             save(line | timed)
-            print(f"{what:8}{name:16}{batch:4} x {context:7,}  {described(what, context, batch, timed, ceilings)}",
-                  flush=True)  # fmt: skip
-    if options.plot and options.out:
-        from rattn_eqx.figures import curves
-        from rattn_eqx.inference.bench_plot import read_rows, step_times
-
-        curves.save(step_times(read_rows(options.out)), options.plot)
+            print(shown + described(job, timed, ceilings.bandwidth), flush=True)
     return 0
 
 
-def described(what: str, context: int, batch: int, timed: dict[str, Any], ceilings: Any) -> str:
+def described(job: Job, timed: dict[str, Any], bandwidth: float) -> str:
     """A row's numbers in words."""
     median = timed["median"]
-    if what == "prefill":
-        return f"{1e3 * median:9.2f} ms, {context / median:11,.0f} tokens/s"
-    floor = sum(timed["bytes"].values()) / ceilings.bandwidth
+    if job.kind == "prefill":
+        return f"{1e3 * median:9.2f} ms, {job.context / median:11,.0f} tokens/s"
+    floor = sum(timed["bytes"].values()) / bandwidth
     exact = "as predicted" if timed["cache_bytes"] == timed["predicted_cache_bytes"] else "NOT as predicted"
     return (
-        f"{1e3 * median:9.3f} ms, {batch / median:9,.0f} tokens/s, {median / floor:5.2f} x the floor of "
+        f"{1e3 * median:9.3f} ms, {job.batch / median:9,.0f} tokens/s, {median / floor:5.2f} x the floor of "
         f"{sum(timed['bytes'].values()) / 1e9:6.2f} GB; caches {timed['cache_bytes'] / 1e9:6.2f} GB, {exact}, "
         f"{timed['peak_bytes'] / 1e9:.2f} GB in all"
     )

@@ -15,6 +15,7 @@ from pallas.checked import checked
 from pallas.checks import check_feature_map
 from pallas.feature_map import FeatureMap, as_pair, num_features
 from pallas.numerics import accumulation_dtype
+from rattn_eqx.model import few_rows
 from rattn_eqx.model.cache import Piece, join, keep
 from rattn_eqx.model.initialise import truncated_normal
 from rattn_eqx.model.norm import RMSNorm
@@ -216,6 +217,12 @@ class RAttention(eqx.Module):
         positions: 0, 1, 2, ... by default.
         """
         q, k, v = self.projections.project(x)
+        return self.of_heads(q, k, v, positions)
+
+    def of_heads(
+        self, q: Array, k: Array, v: Array, positions: Array | None = None
+    ) -> tuple[Array, Array, Array, Array, Array]:
+        """`inputs` of what `project` gives."""
         return *self.rotate(*self.projections.norm(q, k), positions), *self.scale(q, k), v
 
     def rotate(self, q: Array, k: Array, positions: Array | None = None) -> tuple[Array, Array]:
@@ -301,7 +308,8 @@ class RAttention(eqx.Module):
 
     def step(self, x: Float[Array, "m"], cache: StepCache) -> tuple[Float[Array, "m"], StepCache]:
         """What one token gathers, and the cache after it."""
-        q_swa, k_swa, q_rla, k_rla, v = (y[0] for y in self.inputs(x[None], cache.length[None]))
+        heads = (y[None] for y in few_rows.apply(Projections.project, self.projections, x))
+        q_swa, k_swa, q_rla, k_rla, v = (y[0] for y in self.of_heads(*heads, cache.length[None]))
         step = functools.partial(pallas.sliding_window_attention_step, implementation=self.implementation)
         if self.rla_gain is not None:
             step = functools.partial(
@@ -312,7 +320,7 @@ class RAttention(eqx.Module):
                 implementation=self.implementation,
             )
         heads, cache = step(q_swa, k_swa, v, cache)
-        return self.projections.merge(heads[None])[0], cache
+        return few_rows.apply(Projections.merge, self.projections, heads), cache
 
 
 def cudnn_serves(q: Float[Array, "t h d"], v: Float[Array, "t kv dv"], piece: Piece) -> bool:
@@ -402,6 +410,7 @@ class GlobalAttention(eqx.Module):
 
     def step(self, x: Float[Array, "m"], cache: StepCache) -> tuple[Float[Array, "m"], StepCache]:
         """As of `RAttention`."""
-        q, k, v = (y[0] for y in self.inputs(x[None]))
+        q, k, v = few_rows.apply(Projections.project, self.projections, x)
+        q, k = (y[0] for y in self.projections.norm(q[None], k[None]))
         heads, cache = pallas.sliding_window_attention_step(q, k, v, cache, implementation=self.implementation)
-        return self.projections.merge(heads[None])[0], cache
+        return few_rows.apply(Projections.merge, self.projections, heads), cache

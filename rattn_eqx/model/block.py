@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from pallas import StepCache
 from pallas.checked import checked
 from pallas.feature_map import FeatureMap, Hedgehog, named
+from rattn_eqx.model import few_rows
 from rattn_eqx.model.attention import GlobalAttention, RAttention
 from rattn_eqx.model.cache import Piece
 from rattn_eqx.model.config import LayerKind, ModelConfig
@@ -87,4 +88,4 @@ class Block(eqx.Module):
         """The stream of one more token after this layer, and its cache after it."""
         gathered, cache = self.attention.step(self.attention_norm(x), cache)
         x = x + gathered
-        return x + self.feed_forward(self.feed_forward_norm(x)[None])[0], cache
+        return x + few_rows.apply(FeedForward.__call__, self.feed_forward, self.feed_forward_norm(x)), cache

@@ -13,6 +13,7 @@ import pytest
 from pallas import StepCache, chunked, feature_map, step_cache
 from pallas.numerics import relative_rms
 from rattn_eqx.model import cache as cache_module
+from rattn_eqx.model import few_rows
 from rattn_eqx.model.cache import Piece
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
@@ -264,3 +265,18 @@ def test_a_layer_without_a_cache_and_no_room():
         model.init_cache()
     with pytest.raises(ValueError, match="max_length must be at least 1; got 0"):
         model.init_cache(0)
+
+
+def test_the_rows_of_a_batch_meet_a_matrix_at_once_and_are_never_few(monkeypatch):
+    model, tokens = random_model(CONFIG, "float32"), jnp.array([1, 2, 3])
+    cache = jax.tree.map(lambda x: jnp.repeat(x[None], 3, axis=0), model.init_cache(8))
+    step = lambda: eqx.filter_jit(lambda t, c: jax.vmap(model.decode_step)(t, c)[0])(tokens, cache)
+    plain = step()
+    monkeypatch.setitem(few_rows.FEWEST, "cpu", 8)
+    assert relative_rms(step(), plain) < 1e-6
+    assert relative_rms(model.decode_step(tokens[1], model.init_cache(8))[0], plain[1]) < 1e-6
+    text = str(jax.make_jaxpr(lambda x: few_rows.apply(lambda w, x: x @ w, jnp.ones((16, 5)), x))(jnp.ones(16)))
+    assert "8,16" in text
+    many = jax.tree.map(lambda x: jnp.repeat(x[None], 3, axis=0) if eqx.is_array(x) else x, model)
+    apart = eqx.filter_vmap(lambda model, t, c: model.decode_step(t, c)[0])(many, tokens, cache)
+    assert relative_rms(apart, plain) < 1e-6
