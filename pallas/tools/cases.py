@@ -17,6 +17,8 @@ import numpy as np
 import pallas
 from pallas import feature_map
 from pallas.block_sizes import BlockSizes
+from pallas.numerics import accumulation_dtype
+from pallas.step_cache import StepCache, in_slots
 
 ARRAYS = {
     "sliding_window_attention": ("q", "k", "v"),
@@ -41,6 +43,8 @@ class Case:
     `feature_map.named`, or of LEARNED. shared: the residual branch reads the window's q and k. Numbers are size *
     (standard normal + mean); size_qk stands for size in what the window's softmax reads, size_rla in what maps read.
     final: the final state has a cotangent, too; then most of the keys' gradients come from it, not from the kernels.
+    steps: the t tokens are taken one by one by the op's step, after a cache of the keys before them; the definition
+    is the whole sequence's, without gradients or segments.
     """
 
     op: str
@@ -61,6 +65,7 @@ class Case:
     backward: bool = True
     shared: bool = False
     final: bool = True
+    steps: bool = False
     seed: int = 0
 
     def __str__(self):
@@ -178,8 +183,39 @@ def call(case: Case, arrays: dict, ids, implementation: str | None, **static) ->
         keywords["return_final_state"] = True
         weights = [arrays.pop(name) for name in ("weight_q", "weight_k") if name in arrays]
         keywords = {"feature_map": _map(case.map, weights)} | keywords
+    if case.steps and implementation != "reference":
+        return _by_steps(case, keywords | arrays)
     result = getattr(pallas, case.op)(**keywords | arrays, segment_ids=ids)
     return {"output": result} if case.op == SWA else {"output": result[0], "final_state": result[1]}
+
+
+def _by_steps(case: Case, given: dict) -> dict:
+    """The results of the last t tokens, one by one after a cache of the keys before, whose free slots hold NaN."""
+    before, window = case.num_keys - case.t, given.pop("window")
+    rows = {name: given.pop(name) for name in ("q", "k", "v", "q_rla", "k_rla") if name in given}
+    initial = given.pop("initial_state", None)
+    given.pop("return_final_state", None)
+    state = None
+    if case.op == BOTH:
+        keys = rows.get("k_rla", rows["k"])
+        start = jnp.zeros(case.shape("state"), accumulation_dtype(*rows.values())) if initial is None else initial
+        phi = feature_map.as_pair(given["feature_map"])[1]
+        older = [x[: max(before - window, 0)].astype(start.dtype) for x in (keys, rows["v"])]
+        state = start + jnp.einsum("skf,skv->kfv", phi(older[0]).astype(start.dtype), older[1], precision="highest")
+
+    def ring(name: str):
+        held = rows[name][max(before - window, 0) : before]
+        free = jnp.full((window - held.shape[0], *held.shape[1:]), jnp.nan, held.dtype)
+        return in_slots(jnp.concatenate([free, held]), jnp.asarray(before, jnp.int32))
+
+    keys_rla = ring("k_rla") if "k_rla" in rows else None
+    cache, found = StepCache(ring("k"), keys_rla, ring("v"), state, jnp.asarray(before, jnp.int32)), []
+    step = pallas.rattention_step if case.op == BOTH else pallas.sliding_window_attention_step
+    for i in range(case.t):
+        token = {name: x[i if name.startswith("q") else before + i] for name, x in rows.items()}
+        out, cache = step(**token, cache=cache, **given)
+        found.append(out)
+    return {"output": jnp.stack(found)} | ({"final_state": cache.state} if case.op == BOTH else {})
 
 
 def _map(name: str, weights: list):

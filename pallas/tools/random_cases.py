@@ -86,6 +86,12 @@ def draw(seed: int, implementation: str, longest: int) -> Case:
     if implementation == "gpu" and blocks is not None:
         static.append(("block_sizes", BlockSizes(kernel_chunk=blocks[0], chunks_per_state=blocks[1])))
     segments = _of_batch((s,), batch) if pick("segmented", (False, True)) else ()
+    steps = implementation != "tpu" and op != RLA and pick("steps", (False, False, True))
+    if steps:  # a few tokens, after as many keys as they would have been
+        t = min(t, 1 + seed % 3)
+        segments, states = (), tuple(name for name in states if name == "initial_state")
+        static = [x for x in static if x[0] != "block_sizes"]
+        window = max(int(window), 1) if op == SWA else window
     return Case(
         op,
         t,
@@ -101,8 +107,9 @@ def draw(seed: int, implementation: str, longest: int) -> Case:
         map=map_name if op != SWA else "softmax",
         dtype=pick("dtype", dtypes_of(implementation)),
         batch=batch,
-        backward=pick("backward", (True, True, True, False)),
+        backward=pick("backward", (True, True, True, False)) and not steps,
         shared=shared,
+        steps=steps,
         seed=seed,
     )
 
@@ -162,6 +169,7 @@ def options(case: Case) -> dict[str, object]:
         "batch": case.batch,
         "backward": case.backward,
         "shared": case.shared,
+        "steps": case.steps,
         "final": case.final,
         "mean": case.mean,
         "size": case.size,
@@ -201,7 +209,9 @@ def simpler(case: Case) -> Iterator[Case]:
         if case.op != SWA and case.map not in ("softmax", name):
             yield change(map=name)
     without = lambda *names: tuple(x for x in case.static if x[0] not in names)
-    if case.op == BOTH:
+    if case.steps:
+        yield change(steps=False)
+    if case.op == BOTH and not case.steps:
         yield change(op=RLA, shared=False, static=without("scale", "eps"))
         yield change(op=SWA, shared=False, static=without("eps"), states=(), map="softmax")
     yield change(mean=0.0)

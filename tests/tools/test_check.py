@@ -52,7 +52,7 @@ def test_what_is_drawn_covers_the_contract():
     assert {"0.01", "30.0"} <= found["size"] & found["size_rla"]
     assert {"0.1", "30.0"} <= found["size_qk"]
     assert {"-1.0", "0.0", "1.0"} <= found["mean"]
-    for factor in ("more keys", "backward", "shared"):
+    for factor in ("more keys", "backward", "shared", "steps"):
         assert found[factor] == {"True", "False"}
     longest = [draw(seed, "gpu", 4096).t for seed in range(100)]
     assert min(longest) == 1
