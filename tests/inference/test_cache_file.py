@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -50,10 +51,9 @@ for dtype in DTYPES:
 DTYPES = ["float32", "bfloat16"]
 
 
-def make(**changes) -> LanguageModel:
-    settings = {name: changes.pop(name) for name in list(changes) if name in ("compute_dtype", "key")}
-    settings = {"key": KEY} | settings
-    return eqx.filter_jit(LanguageModel)(dataclasses.replace(CONFIG, **changes), **settings)
+def make(key=KEY, compute_dtype: str = "float32", **changes: Any) -> LanguageModel:
+    config = dataclasses.replace(CONFIG, **changes)
+    return eqx.filter_jit(LanguageModel)(config, compute_dtype=compute_dtype, key=key)
 
 
 def read(model: LanguageModel, num_tokens: int, **options):

@@ -1,5 +1,6 @@
 """Generation of one text: it is the plain loop over prefixes, the key alone decides, and one program serves all."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -10,7 +11,7 @@ import pytest
 from jaxtyping import TypeCheckError
 from scripted_model import NOT_FINITE, Scripted
 
-from rattn_eqx.inference.generate import generate, generate_batch
+from rattn_eqx.inference.generate import generate, generate_batch, room
 from rattn_eqx.inference.sampling import sample_token
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
@@ -137,6 +138,14 @@ def test_one_compilation_serves_every_length(model, monkeypatch):
     assert sorted(traces) == [(11,), (256,)]
 
 
+def test_most_texts_share_a_room(model):
+    """Each room is a program of its own."""
+    assert [room(model, needed, None) for needed in (1, 1024, 1025, 2048)] == [1024, 1024, 2048, 2048]
+    assert room(model, 20, 30) == 30
+    local = dataclasses.replace(CONFIG, pattern=("local",))
+    assert room(eqx.filter_eval_shape(LanguageModel, local, key=KEY), 10**9, 30) is None
+
+
 def test_forbidden_tokens_are_never_sampled(model):
     allowed = {2, 5}
     forbid = tuple(set(range(11)) - allowed)
@@ -156,7 +165,8 @@ def test_log_probabilities_are_of_the_models_own_logits(model):
     text = jnp.asarray([*PROMPT.tolist(), *tokens], jnp.int32)
     logs = jax.nn.log_softmax(logits_of(model, text))[len(PROMPT) - 1 : -1]
     expected = logs[jnp.arange(12), text[len(PROMPT) :]]
-    np.testing.assert_allclose([one.log_probability for one in drawn], expected, atol=1e-5)
+    given = np.array([one.log_probability for one in drawn], float)
+    np.testing.assert_allclose(given, np.asarray(expected), atol=1e-5)
     [[unasked]] = generate_batch(model, [PROMPT], num_tokens=1, key=KEY)
     assert unasked.log_probability is None
 

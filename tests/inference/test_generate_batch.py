@@ -84,8 +84,8 @@ def test_a_row_equals_itself_alone(model):
     for row, text in enumerate(rows(generate_batch(model, prompts, key=KEY, **options), 4)):
         [alone] = rows(generate_batch(model, [prompts[row]], key=KEY, **options), 1)
         assert [one.token for one in text] == [one.token for one in alone]
-        scores = [[one.log_probability for one in x] for x in (text, alone)]
-        np.testing.assert_allclose(*scores, atol=1e-5)
+        scores, of_alone = (np.array([one.log_probability for one in x], float) for x in (text, alone))
+        np.testing.assert_allclose(scores, of_alone, atol=1e-5)
 
 
 def test_keys(model):

@@ -65,7 +65,8 @@ def test_what_is_no_utf8_is_replaced(text, expected):
         ("→é→!".encode(), ["é→"], "→", "stop"),
         ("aéb".encode(), ["é"], "a", "stop"),
         (b"abc", [], "abc", "count"),
-        (b"ababc", ["abc", "bab"], "a", "stop"),  # two that overlap: what comes first ends it
+        (b"ababc", ["abc", "bab"], "a", "stop"),  # what is whole first ends it,
+        (b"xab", ["b", "ab"], "x", "stop"),  # and of two that are whole at once the longer
     ],
 )
 def test_a_stop_string_is_not_shown_nor_what_follows(text, stop, expected, ended):
@@ -85,13 +86,13 @@ def test_texts_beside_each_other(stream):
     texts = ["first STOP", "é" * 20, "third, which is longer", "STOP"]
     model = Scripted(*(text.encode() for text in texts))
     options: dict[str, Any] = dict(num_tokens=[30, 40, 5, 30], stop=["STOP"], temperature=0, stream=stream, key=KEY)
-    whole, why = [""] * 4, [None] * 4
+    whole, why = [""] * 4, dict.fromkeys(range(4))
     for row, piece, ended in generate_texts(model, TOKENIZER, model.prompts(), **options):
         assert why[row] is None, "a piece of a text that had ended"
         whole[row] += piece
         why[row] = ended
     assert whole == ["first ", "é" * 20, "third", ""]
-    assert why == ["stop", "count", "count", "stop"]
+    assert list(why.values()) == ["stop", "count", "count", "stop"]
 
 
 def test_a_text_alone():
