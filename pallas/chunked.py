@@ -305,7 +305,7 @@ def rattention_step(
     cache, key, value, leaves = turned(cache, k, k_rla, v)
     o_swa = _read_ring(q, cache, scale, dtype)
     added = jnp.einsum("kf,kv->kfv", phi_k(key.astype(dtype)).astype(dtype), value.astype(dtype))
-    state = cache.state.astype(dtype) + jnp.where(leaves, added, 0)
+    state = cache.residual_state.astype(dtype) + jnp.where(leaves, added, 0)
     features = phi_q(q_rla.astype(dtype).reshape(kv, -1, q.shape[1])).astype(dtype)
     o_rla = jnp.einsum("kgf,kfv->kgv", features, state).reshape(o_swa.shape)
     out = normed_sum(o_swa[None], o_rla[None], swa_gain, rla_gain, eps)[0]

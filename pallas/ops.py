@@ -354,7 +354,7 @@ def _step(op: str, chosen: str, v: Array, cache: StepCache, *, scale: float | in
     scale = options["q"].shape[-1] ** -0.5 if scale is None else scale
     out, after = getattr(_module(chosen), op)(v=rounded(v), cache=cache, scale=scale, **options)
     if after.state is not None:
-        after = dataclasses.replace(after, state=after.state.astype(cache.state.dtype))
+        after = dataclasses.replace(after, state=after.state.astype(cache.residual_state.dtype))
     return out.astype(v.dtype), after
 
 

@@ -30,6 +30,13 @@ class StepCache(eqx.Module):
     length: Int[Array, ""]
 
     @property
+    def residual_state(self) -> Float[Array, "kv f dv"]:
+        """state, of a cache that has one."""
+        if self.state is None:
+            raise ValueError("StepCache: a cache of the residual branch must have a state; got none")
+        return self.state
+
+    @property
     def window(self) -> int:
         """W, the slots of the ring."""
         return self.keys.shape[0]

@@ -308,8 +308,8 @@ class RAttention(eqx.Module):
 
     def step(self, x: Float[Array, "m"], cache: StepCache) -> tuple[Float[Array, "m"], StepCache]:
         """What one token gathers, and the cache after it."""
-        heads = (y[None] for y in few_rows.apply(Projections.project, self.projections, x))
-        q_swa, k_swa, q_rla, k_rla, v = (y[0] for y in self.of_heads(*heads, cache.length[None]))
+        q, k, v = (y[None] for y in few_rows.apply(Projections.project, self.projections, x))
+        q_swa, k_swa, q_rla, k_rla, v = (y[0] for y in self.of_heads(q, k, v, cache.length[None]))
         step = functools.partial(pallas.sliding_window_attention_step, implementation=self.implementation)
         if self.rla_gain is not None:
             step = functools.partial(

@@ -50,8 +50,8 @@ def random_model(config: ModelConfig, dtype: str, **options: Any) -> LanguageMod
 def by_pieces(model: LanguageModel, tokens, ids, pieces=PIECES, room=LENGTH, cache=None):
     """Logits of every position, read in padded pieces and then token by token; and the last cache."""
     # Functions of their own, which no program that was compiled before serves: a bug may have been planted since.
-    extend = eqx.filter_jit(lambda *given, count: model.extend(*given, count=count))
-    step = eqx.filter_jit(lambda *given: model.decode_step(*given))
+    extend = eqx.filter_jit(lambda tokens, cache, ids, count: model.extend(tokens, cache, ids, count=count))
+    step = eqx.filter_jit(lambda token, cache, number: model.decode_step(token, cache, number))
     cache = model.init_cache(room) if cache is None else cache
     at, found = 0, []
     for count in pieces:
@@ -184,20 +184,25 @@ def test_a_planted_bug_is_caught(monkeypatch, bug):
     assert (error > 1e-2) if bug else (error < 1e-5)
 
 
+def scanned(model: LanguageModel, tokens: jax.Array) -> jax.Array:
+    """Logits of every position, token by token."""
+
+    def step(cache, token):
+        logits, cache = model.decode_step(token, cache)
+        return cache, logits
+
+    return eqx.filter_jit(lambda cache, tokens: jax.lax.scan(step, cache, tokens)[1])(model.init_cache(), tokens)
+
+
 @pytest.mark.slow
 def test_five_thousand_steps_past_the_window():
     config = dataclasses.replace(CONFIG, window=512, num_meta_tokens=2, pattern=("local",))
-    length = 512 + 5000
+    tokens = tokens_of(512 + 5000)
     with jax.enable_x64(True):
         model = random_model(config, "float64")
-        tokens = tokens_of(length)
         whole = eqx.filter_jit(model)(tokens)
-        step = lambda cache, token: model.decode_step(token, cache)[::-1]
-        _, got = eqx.filter_jit(lambda cache, tokens: jax.lax.scan(step, cache, tokens))(model.init_cache(), tokens)
-        assert relative_rms(got, whole) < 1e-10
-    model = random_model(config, "float32")
-    step = lambda cache, token: model.decode_step(token, cache)[::-1]
-    _, got = eqx.filter_jit(lambda cache, tokens: jax.lax.scan(step, cache, tokens))(model.init_cache(), tokens)
+        assert relative_rms(scanned(model, tokens), whole) < 1e-10
+    got = scanned(random_model(config, "float32"), tokens)
     assert max(relative_rms(x, y) for x, y in zip(got[::97], whole[::97], strict=True)) < 1e-4
 
 

@@ -1,6 +1,7 @@
 """One token at a time is the whole sequence: values and state, at windows that are empty, turning, and never full."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,5 +105,8 @@ def test_gradients_of_a_step_are_those_of_the_sequence():
             total = total + jnp.square(out).sum()
         return total
 
-    whole = lambda k: jnp.square(pallas.rattention(q, k, v, window=2, swa_gain=gain, rla_gain=gain)).sum()
+    def whole(k):
+        out: Any = pallas.rattention(q, k, v, window=2, swa_gain=gain, rla_gain=gain)
+        return jnp.square(out).sum()
+
     np.testing.assert_allclose(jax.jit(jax.grad(by_steps))(k), jax.jit(jax.grad(whole))(k), rtol=1e-3, atol=1e-4)
