@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.model.presets import paper_3b, tiny
 
 STEPS = 32  # that one call decodes, on the device
+TOGETHER = 8  # programs that are compiled side by side
 
 
 def kinds(config: ModelConfig, window: int) -> dict[str, ModelConfig]:
@@ -133,6 +135,16 @@ def compiled(model: LanguageModel, jobs: list[Job], options: argparse.Namespace)
         return dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
 
 
+def some_by_some(model: LanguageModel, jobs: list[Job], options: argparse.Namespace) -> Iterator[tuple[Job, Any]]:
+    """The programs of all jobs; those of the next few are compiled when the last few have been timed."""
+    for first in range(0, len(jobs), TOGETHER):
+        some = jobs[first : first + TOGETHER]
+        started = time.monotonic()
+        programs = compiled(model, some, options)
+        print(f"{len(some)} programs compiled in {time.monotonic() - started:.0f} s", flush=True)
+        yield from programs.items()
+
+
 def time_decode(model: LanguageModel, job: Job, run: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a step of a batch, its bytes, and memory."""
     cache = filled(model, job.batch, job.context, job.room(options.samples), options.dtype)
@@ -211,10 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, config in kinds(base, options.plain_window).items():
         if not any(word in name.lower() for word in options.only.lower().split(",")):
             continue
-        model, started = build(config, options.dtype), time.monotonic()
-        programs = compiled(model, jobs, options)
-        print(f"{name}: {len(jobs)} programs compiled in {time.monotonic() - started:.0f} s", flush=True)
-        for job, run in programs.items():
+        model = build(config, options.dtype)
+        for job, run in some_by_some(model, jobs, options):
             line: dict[str, Any] = dict(kind=job.kind, attention=name, context=job.context, batch=job.batch)
             line |= dict(dtype=options.dtype, config=dataclasses.asdict(config))
             shown = f"{job.kind:8}{name:16}{job.batch:4} x {job.context:7,}  "
