@@ -1,8 +1,9 @@
-"""One token of a whole layer and batch in two launches: both branches of `rattention_step`, their norms and their sum.
+"""One token of a whole layer and batch in two launches: both branches of `rattention_step`, or the window alone.
 
-The first has many small blocks of two kinds. One kind adds the key that leaves the ring to a tile of the state and
-multiplies phi(q) by the sum; the other reads a part of the ring (step_window.py). The second launch adds up what they
-found, and puts the new token into the ring, which no block reads any more.
+The first has many small blocks of two kinds, several of which share a multiprocessor and wait for memory in turn. One
+kind adds the key that leaves the ring to a tile of the state and multiplies phi(q) by the sum; the other reads a part
+of the ring (step_window.py). The second launch adds up what they found, and puts the new token into the ring, which no
+block reads any more.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.block_sizes import round_up
 from pallas.feature_map import IN_KERNELS, KernelMap
 from pallas.hopper.step_window import (
     Cut,
@@ -23,14 +25,12 @@ from pallas.hopper.step_window import (
     attend,
     beside,
     column_of,
-    columns_for,
+    merged,
     put_transposed,
     row,
-    turn_ring,
     window_scratch,
 )
 from pallas.hopper.warpgroup import (
-    MASKED,
     PER_COLUMN,
     ROWS,
     across,
@@ -57,7 +57,7 @@ class StepPlan:
     num_kv_heads: int
     head_size: int  # of q, k and v after padding: 64 or 128
     value_size: int  # of v before padding, over which the norms average
-    num_features: int  # a multiple of ROWS
+    num_features: int  # a multiple of ROWS; 0: the window alone, without a norm
     map_name: str | None  # a key of feature_map.IN_KERNELS, or None: XLA computes phi, and features are operands
     scale: float
     eps: float
@@ -69,7 +69,7 @@ class StepPlan:
 
     @property
     def columns(self) -> int:
-        return columns_for(self.group)
+        return round_up(self.group, 8)
 
     @property
     def tiles(self) -> int:
@@ -90,7 +90,7 @@ class StepInputs:
     features_q: Any = None  # [b, h, f] float32: phi(q_rla), likewise
     k: Any = None  # [b, kv, d], without a ring None
     k_rla: Any = None  # [b, kv, d], where it is not k
-    length: Any = None  # [b] int32
+    length: Any = None  # [b] int32: tokens before this one
     q: Any = None  # [b, h, d]
     q_rla: Any = None  # [b, h, d], of a feature map that the kernel computes
     rla_gain: Any = None  # [b or 1, h, d] float32
@@ -101,7 +101,7 @@ class StepInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What the kernels change in place. Without a ring, the state alone."""
+    """What the kernels change in place: a ring, a state or both."""
 
     keys: Any = None  # [b, slots, kv, d]; slots: the window, at least ROWS
     keys_rla: Any = None
@@ -118,51 +118,60 @@ class Memory:
 class Found:
     """By the blocks of the first launch."""
 
-    rla: Any  # [b, tiles, kv, d, columns] float32: phi(q) times a tile of the state
+    rla: Any = None  # [b, tiles, kv, d, columns] float32: phi(q) times a tile of the state
     swa: Any = None  # Parts
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepOutputs:
+    length: Any  # [b] int32
+    out: Any  # [b, h, d]
+
+
 def step(plan: StepPlan, inputs: StepInputs, memory: Memory):
-    """(out [b, h, d], the memory after the token)."""
+    """(outputs, the memory after the token)."""
     (batch, kv, d), h, n = inputs.v.shape, plan.num_heads, plan.columns
-    ring, state = dataclasses.replace(memory, state=None), memory.state
-    cut = Cut.of(memory.keys.shape[1], batch * kv) if plan.window else None
-    of_state = {
-        "state": tile(ROWS, d, dtype=jnp.float32),
-        "halves": [tile(ROWS, d), tile(ROWS, d)],
-        "phi_tile": tile(n, ROWS),
-    }
-    kinds = [of_state] if cut is None else [of_state, window_scratch(plan, cut)]
-    scratch = {"kinds": plgpu.RefUnion(*kinds), "landed": plgpu.Barrier(num_barriers=2)}
-    found = Found(jax.ShapeDtypeStruct((batch, plan.tiles, kv, d, n), jnp.float32))
-    if cut is not None:
-        found = dataclasses.replace(found, swa=Parts.shapes(plan, batch, cut.parts))
+    ring, state, shape = dataclasses.replace(memory, state=None), memory.state, jax.ShapeDtypeStruct
+    cut, kinds, found = None, {}, {}
+    if plan.tiles:
+        halves = [tile(ROWS, d), tile(ROWS, d)]
+        kinds["of_state"] = dict(state=tile(ROWS, d, dtype=jnp.float32), halves=halves, phi_tile=tile(n, ROWS))
+        found["rla"] = shape((batch, plan.tiles, kv, d, n), jnp.float32)
+    if plan.window:
+        cut = Cut.of(memory.keys.shape[1], batch * kv)
+        kinds["of_window"] = window_scratch(plan, cut)
+        found["swa"] = Parts.shapes(plan, batch, cut.parts)
     settings: Any = dict(warpgroups=1, interpret=plan.interpret)
-    body = functools.partial(_step_block, plan=plan, cut=cut)
-    grid = {"kv_head": kv, "item": plan.tiles + (0 if cut is None else cut.parts), "batch": batch}
-    found, state = launch(body, (inputs, ring), found, scratch, in_place=state, grid=grid, **settings)
-    body, grid = functools.partial(_step_sum, plan=plan), {"kv_head": kv, "batch": batch}
-    out = jax.ShapeDtypeStruct((batch, h, d), jnp.bfloat16)
-    results = launch(body, (inputs, found), out, {}, in_place=ring if plan.window else None, grid=grid, **settings)
-    out, ring = results if plan.window else (results, ring)
-    return out, dataclasses.replace(ring, state=state)
+    grid = {"kv_head": kv, "item": plan.tiles + (cut.parts if cut else 0), "batch": batch}
+    body = functools.partial(_step_block, plan=plan, cut=cut, names=tuple(kinds))
+    scratch = {"kinds": plgpu.RefUnion(*kinds.values()), "landed": plgpu.Barrier(num_barriers=2)}
+    found = launch(body, (inputs, ring), Found(**found), scratch, in_place=state, grid=grid, **settings)
+    found, state = found if plan.tiles else (found, None)
+    grid = {"kv_head": kv, "batch": batch}
+    outputs = StepOutputs(shape((batch,), jnp.int32), shape((batch, h, d), jnp.bfloat16))
+    body = functools.partial(_step_sum, plan=plan)
+    outputs = launch(body, (inputs, found), outputs, {}, in_place=ring if plan.window else None, grid=grid, **settings)
+    outputs, ring = outputs if plan.window else (outputs, ring)
+    return outputs, dataclasses.replace(ring, state=state)
 
 
-def _step_block(read, found: Found, state, *, plan: StepPlan, cut: Cut | None, kinds, landed) -> None:
+def _step_block(read, found: Found, memory=None, *, plan: StepPlan, cut: Cut | None, names, kinds, landed) -> None:
     inputs, ring = read
     batch, kv_head, item = (axis_index(name) for name in ("batch", "kv_head", "item"))
-    of_state, *of_window = kinds
+    scratch = dict(zip(names, kinds, strict=True))
+    if plan.tiles:
 
-    @pl.when(item < plan.tiles)
-    def _():
-        _state_tile(plan, inputs, ring, state, batch, kv_head, item, found.rla, landed.at[0], **of_state)
+        @pl.when(item < plan.tiles)
+        def _():
+            _state_tile(plan, inputs, ring, memory, batch, kv_head, item, found.rla, landed.at[0], **scratch["of_state"])
 
     if cut is not None:
 
         @pl.when(item >= plan.tiles)
         def _():
             part = item - plan.tiles
-            out, lse = attend(plan, inputs, ring, cut, batch, kv_head, part, landed, **of_window[0])
+            out, lse = attend(plan, inputs, ring, cut, batch, kv_head, part, landed, **scratch["of_window"])
             found.swa.out.at[batch, part, kv_head][...] = out
             found.swa.lse.at[batch, part, kv_head][...] = lse
 
@@ -187,7 +196,7 @@ def _state_tile(plan: StepPlan, inputs, ring, memory, batch, kv_head, i, out, la
         phi = beside(ROWS, n, group, lambda g: row(inputs.features_q.at[batch, kv_head * group + g, rows]))
         added = row(inputs.features_k.at[batch, kv_head, rows])
     else:
-        wide = columns_for(group + 1)  # the key that leaves is one more column
+        wide = round_up(group + 1, 8)  # the key that leaves is one more column
         x = beside(d, wide, group, lambda g: row(inputs.q_rla.at[batch, kv_head * group + g]))
         x = jnp.where(iota(d, wide, 1) == group, across(row(key), wide), x)
         in_slice = d // ROWS  # tiles
@@ -206,39 +215,52 @@ def _state_tile(plan: StepPlan, inputs, ring, memory, batch, kv_head, i, out, la
     plgpu.copy_smem_to_gmem(state, here)
     products = [(half.transpose((1, 0)), phi_tile.transpose((1, 0))) for half in halves]
     out.at[batch, i, kv_head][...] = multiply_add(plan.interpret, ((d, n), products))
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _step_sum(read, out, ring=None, *, plan: StepPlan) -> None:
-    """Both branches of a group's heads from what was found, normed and added."""
+def _step_sum(read, outputs: StepOutputs, ring=None, *, plan: StepPlan) -> None:
+    """The output of a group's heads from what was found."""
     inputs, found = read
     batch, kv_head = axis_index("batch"), axis_index("kv_head")
-    d, n, group = plan.head_size, plan.columns, plan.group
-    load = lambda ref, i: to_registers(ref.at[batch, i, kv_head], optimized=False)
-
-    def normed(x, gain):
-        """gain * x / rms(x)"""
-        r = lax.rsqrt((x * x).sum(axis=0) * (1.0 / plan.value_size) + plan.eps)
-        of_batch = gain.at[0 if gain.shape[0] == 1 else batch]
-        return x * down(r, d) * beside(d, n, group, lambda g: row(of_batch.at[kv_head * group + g]))
-
-    total = accumulate(plan.tiles, lambda i, x: x + load(found.rla, i), zeros(d, n))
-    total = normed(total, inputs.rla_gain)
+    d, group = plan.head_size, plan.group
+    outputs.length[batch] = inputs.length[batch] + 1
+    total = zeros(d, plan.columns)
     if plan.window:
-        parts = found.swa.lse.shape[1]
-        lse = lambda i: row(found.swa.lse.at[batch, i, kv_head], PER_COLUMN)
-        none = plgpu.layout_cast(jnp.full((n,), MASKED, jnp.float32), PER_COLUMN)
-        highest = accumulate(parts, lambda i, x: jnp.maximum(x, lse(i)), none)
-
-        def add(i, sums):
-            share = jnp.exp2(lse(i) - highest)
-            return sums[0] + load(found.swa.out, i) * down(share, d), sums[1] + share
-
-        o_swa, shares = accumulate(parts, add, (zeros(d, n), none * 0.0))
-        total += normed(o_swa * down(1.0 / shares, d), inputs.swa_gain)
+        gain = _gain_of(plan, inputs.swa_gain, batch, kv_head)
         turn_ring(plan, inputs, ring, batch, kv_head)
+        o_swa = merged(plan, found.swa, batch, kv_head)
+        total += _normed(plan, o_swa, gain) if plan.tiles else o_swa
+    if plan.tiles:
+        gain = _gain_of(plan, inputs.rla_gain, batch, kv_head)
 
-    def put(g, _):
-        out.at[batch, kv_head * group + g][...] = column_of(total, g).astype(jnp.bfloat16)
+        def add(indices, x):
+            return sum([to_registers(found.rla.at[batch, i, kv_head], optimized=False) for i in indices], start=x)
+
+        total += _normed(plan, accumulate(plan.tiles, add, zeros(d, plan.columns)), gain)
+
+    def put(indices, _):
+        for i in indices:
+            outputs.out.at[batch, kv_head * group + i][...] = column_of(total, i).astype(jnp.bfloat16)
 
     accumulate(group, put, None)
+
+
+def turn_ring(plan: StepPlan, inputs, ring, batch, kv_head) -> None:
+    """The new token takes its slot."""
+    place = batch, lax.rem(inputs.length[batch], jnp.int32(plan.window)), kv_head
+    for old, new in ((ring.keys, inputs.k), (ring.values, inputs.v), (ring.keys_rla, inputs.k_rla)):
+        if old is not None:
+            old.at[place][...] = row(new.at[batch, kv_head]).astype(jnp.bfloat16)
+
+
+def _gain_of(plan: StepPlan, gain, batch, kv_head):
+    if gain is None:
+        return None
+    of_batch = gain.at[0 if gain.shape[0] == 1 else batch]
+    return beside(plan.head_size, plan.columns, plan.group, lambda i: row(of_batch.at[kv_head * plan.group + i]))
+
+
+def _normed(plan: StepPlan, x, gain):
+    """gain * x / rms(x)"""
+    r = lax.rsqrt((x * x).sum(axis=0) * (1.0 / plan.value_size) + plan.eps)
+    return gain * x * down(r, plan.head_size)

@@ -1,9 +1,8 @@
-"""The window of one token: softmax attention of a group's heads to a ring, and the kernel of that alone.
+"""The window of one token: softmax attention of a group's heads to a ring, cut into parts, each a block's.
 
 Everything is transposed: heads are columns, of which a product may have as few as 8, and slots or channels are rows. The
 online softmax begins at the new token's own key, which need not be in the ring for that; the slot that it takes is left
-out. Rings are cut into parts, each a block's, several of which share a multiprocessor and wait for memory in turn; XLA
-merges the parts.
+out.
 """
 
 import dataclasses
@@ -25,10 +24,8 @@ from pallas.hopper.warpgroup import (
     PER_ROW,
     ROWS,
     across,
-    axis_index,
     down,
     iota,
-    launch,
     multiply_add,
     tile,
     to_registers,
@@ -36,51 +33,7 @@ from pallas.hopper.warpgroup import (
 )
 
 BLOCKS = 2048  # with fewer, a ring is cut into more parts
-UNROLLED = 8  # terms of a loop
-
-
-@dataclasses.dataclass(frozen=True)
-class WindowPlan:
-    """Static facts of a call."""
-
-    window: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int  # of q, k and v after padding: 64 or 128
-    scale: float
-    interpret: bool
-
-    @property
-    def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def columns(self) -> int:
-        return columns_for(self.group)
-
-
-def columns_for(count: int) -> int:
-    return cdiv(count, 8) * 8
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Token:
-    """Fields are in the order of the kernel's operands."""
-
-    k: Any = None  # [b, kv, d]
-    length: Any = None  # [b] int32: tokens before this one
-    q: Any = None  # [b, h, d]
-    v: Any = None  # [b, kv, d]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Ring:
-    """Slots: the window, or more, at least ROWS and a multiple of 8."""
-
-    keys: Any = None  # [b, slots, kv, d]
-    values: Any = None
+UNROLLED = 8  # terms of a loop, whose loads do not wait for one another
 
 
 @jax.tree_util.register_dataclass
@@ -128,10 +81,10 @@ def window_scratch(plan, cut: Cut) -> dict:
     }
 
 
-def attend(plan, token, ring, cut: Cut, batch, kv_head, part, landed, *, keys, values, q_tile, weights):
-    """(out [d, columns], log2 of the sum of exp2 of the logits [columns]) of a part; part 0 has the new token.
+def attend(plan, inputs, ring, cut: Cut, batch, kv_head, part, landed, *, keys, values, q_tile, weights):
+    """(out [d, columns], log2 of the sum of exp2 of the logits [columns]) of a part; part 0 has the new inputs.
 
-    token, ring: refs of the names of Token and Ring. landed: two barriers; the rest is `window_scratch`.
+    landed: two barriers; what follows is `window_scratch`.
     """
     d, n, chunk, scale = plan.head_size, plan.columns, cut.chunk, plan.scale * LOG2E
     here = batch, kv_head
@@ -143,7 +96,7 @@ def attend(plan, token, ring, cut: Cut, batch, kv_head, part, landed, *, keys, v
     begin = part * cut.most
     copy(begin, 0)
     copy(begin, 1)
-    length = token.length[batch]
+    length = inputs.length[batch]
     held, leaving = jnp.minimum(length, plan.window), lax.rem(length, jnp.int32(plan.window))
     end = jnp.maximum(jnp.minimum(cdiv(held, chunk), begin + cut.most), begin + 1)
 
@@ -153,14 +106,14 @@ def attend(plan, token, ring, cut: Cut, batch, kv_head, part, landed, *, keys, v
             plgpu.commit_smem()
             pl.when(j + 1 < end)(lambda: copy(j + 1, which))
 
-    q = beside(d, n, plan.group, lambda i: row(token.q.at[batch, kv_head * plan.group + i]))
+    q = beside(d, n, plan.group, lambda i: row(inputs.q.at[batch, kv_head * plan.group + i]))
     put_transposed(q, q_tile)
     plgpu.commit_smem()
     has_token = lax.convert_element_type(part == 0, jnp.float32)
-    own = (q * across(row(token.k.at[here]), n)).sum(axis=0) * scale
+    own = (q * across(row(inputs.k.at[here]), n)).sum(axis=0) * scale
     highest = own * has_token + MASKED * (1.0 - has_token)
-    total = plgpu.layout_cast(jnp.zeros((n,), jnp.float32), PER_COLUMN) + has_token
-    out = across(row(token.v.at[here]), n) * has_token
+    total = per_column(n, 0.0) + has_token
+    out = across(row(inputs.v.at[here]), n) * has_token
 
     def block(j, carry):
         out, highest, total = carry
@@ -200,19 +153,24 @@ def row(ref, layout: Any = PER_ROW):
     return to_registers(ref, layout, optimized=False).astype(jnp.float32)
 
 
-def accumulate(count: int, step: Callable, x):
-    """step(i, x) for each i, by loads that do not wait for one another, unless there are many."""
-    if count > UNROLLED:
-        return lax.fori_loop(0, count, step, x)
-    for i in range(count):
-        x = step(i, x)
-    return x
+def accumulate(count: int, some: Callable, x):
+    """some(indices, x) for 0 to count, UNROLLED at a time."""
+    rounds = count // UNROLLED
+    if rounds > 1:
+        x = lax.fori_loop(0, rounds, lambda i, x: some([i * UNROLLED + j for j in range(UNROLLED)], x), x)
+    rest = list(range(rounds * UNROLLED if rounds > 1 else 0, count))
+    return some(rest, x) if rest else x
 
 
 def beside(rows: int, columns: int, count: int, column: Callable):
     """[rows, columns] of float32: column(i) [rows] for i < count, then zeros."""
-    put = lambda i, x: jnp.where(iota(rows, columns, 1) == i, across(column(i), columns), x)
-    return accumulate(count, put, zeros(rows, columns))
+
+    def some(indices, x):
+        for i, one in [(i, column(i)) for i in indices]:
+            x = jnp.where(iota(rows, columns, 1) == i, across(one, columns), x)
+        return x
+
+    return accumulate(count, some, zeros(rows, columns))
 
 
 def column_of(x, i):
@@ -225,32 +183,27 @@ def put_transposed(x, ref) -> None:
     ref.transpose((1, 0))[...] = plgpu.layout_cast(x.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
 
 
-def window_step(plan: WindowPlan, token: Token, ring: Ring):
-    """(out [b, h, d], the ring after the token)."""
-    (batch, h, d), kv = token.q.shape, plan.num_kv_heads
-    cut = Cut.of(ring.keys.shape[1], batch * kv)
-    scratch = {"landed": plgpu.Barrier(num_barriers=2)} | window_scratch(plan, cut)
-    grid = {"kv_head": kv, "part": cut.parts, "batch": batch}
-    body = functools.partial(_window_step_part, plan=plan, cut=cut)
-    settings: Any = dict(grid=grid, warpgroups=1, interpret=plan.interpret)
-    parts, ring = launch(body, token, Parts.shapes(plan, batch, cut.parts), scratch, in_place=ring, **settings)
-    weights = jnp.exp2(parts.lse - parts.lse.max(axis=1, keepdims=True))
-    out = (weights[..., None, :] * parts.out).sum(axis=1) / weights.sum(axis=1)[..., None, :]
-    return out[..., : plan.group].swapaxes(-1, -2).reshape(batch, h, d).astype(jnp.bfloat16), ring
+def merged(plan, parts: Parts, batch, kv_head):
+    """out [d, columns] of all parts."""
+    d, n = plan.head_size, plan.columns
+
+    def some(indices, carry):
+        out, highest, total = carry
+        at = [(batch, i, kv_head) for i in indices]
+        lses = [row(parts.lse.at[i], PER_COLUMN) for i in at]
+        outs = [to_registers(parts.out.at[i], optimized=False) for i in at]
+        higher = functools.reduce(jnp.maximum, lses, highest)
+        shrink = jnp.exp2(highest - higher)
+        out, total = out * down(shrink, d), total * shrink
+        for lse, x in zip(lses, outs, strict=True):
+            share = jnp.exp2(lse - higher)
+            out, total = out + x * down(share, d), total + share
+        return out, higher, total
+
+    none = per_column(n, 0.0)
+    out, _, total = accumulate(parts.lse.shape[1], some, (zeros(d, n), none + MASKED, none))
+    return out * down(1.0 / total, d)
 
 
-def _window_step_part(token: Token, parts: Parts, ring: Ring, *, plan: WindowPlan, cut: Cut, landed, **scratch) -> None:
-    batch, kv_head, part = (axis_index(name) for name in ("batch", "kv_head", "part"))
-    out, lse = attend(plan, token, ring, cut, batch, kv_head, part, landed, **scratch)
-    parts.out.at[batch, part, kv_head][...] = out
-    parts.lse.at[batch, part, kv_head][...] = lse
-    pl.when(part == 0)(lambda: turn_ring(plan, token, ring, batch, kv_head))
-
-
-def turn_ring(plan, token, ring, batch, kv_head) -> None:
-    """The new token takes its slot."""
-    place = batch, lax.rem(token.length[batch], jnp.int32(plan.window)), kv_head
-    for name in ("keys", "values", "keys_rla"):
-        if getattr(ring, name, None) is not None:
-            new = getattr(token, {"keys": "k", "values": "v", "keys_rla": "k_rla"}[name])
-            getattr(ring, name).at[place][...] = row(new.at[batch, kv_head]).astype(jnp.bfloat16)
+def per_column(columns: int, value: float):
+    return plgpu.layout_cast(jnp.full((columns,), value, jnp.float32), PER_COLUMN)

@@ -121,7 +121,7 @@ def test_a_long_ring_is_cut_only_where_the_batch_is_small(monkeypatch):
     [
         ("step_window", "(place != leaving)", "(place != leaving + 1)"),
         ("step_window", "first + chunk > held", "first > held"),
-        ("step_window", "lax.rem(token.length[batch],", "lax.rem(token.length[batch] + 1,"),
+        ("step", "batch, lax.rem(inputs.length[batch],", "batch, lax.rem(inputs.length[batch] + 1,"),
         ("step", "length >= plan.window", "length > plan.window"),
     ],
 )  # fmt: skip
