@@ -219,43 +219,38 @@ def _state_tile(plan: StepPlan, inputs, ring, memory, batch, kv_head, i, out, la
 
 
 def _step_sum(read, outputs: StepOutputs, ring=None, *, plan: StepPlan) -> None:
-    """The output of a group's heads from what was found."""
+    """The output of a group's heads from what was found. All loads come before the first store, for which they wait."""
     inputs, found = read
-    batch, kv_head = axis_index("batch"), axis_index("kv_head")
+    batch, kv_head = here = axis_index("batch"), axis_index("kv_head")
     d, group = plan.head_size, plan.group
-    outputs.length[batch] = inputs.length[batch] + 1
-    total = zeros(d, plan.columns)
-    if plan.window:
-        gain = _gain_of(plan, inputs.swa_gain, batch, kv_head)
-        turn_ring(plan, inputs, ring, batch, kv_head)
-        o_swa = merged(plan, found.swa, batch, kv_head)
-        total += _normed(plan, o_swa, gain) if plan.tiles else o_swa
+    length, total, turned = inputs.length[batch], zeros(d, plan.columns), []
     if plan.tiles:
         gain = _gain_of(plan, inputs.rla_gain, batch, kv_head)
 
         def add(indices, x):
             return sum([to_registers(found.rla.at[batch, i, kv_head], optimized=False) for i in indices], start=x)
 
-        total += _normed(plan, accumulate(plan.tiles, add, zeros(d, plan.columns)), gain)
+        o_rla = accumulate(plan.tiles, add, zeros(d, plan.columns))
+        total += _normed(plan, o_rla, gain)
+    if plan.window:
+        slot = batch, lax.rem(length, jnp.int32(plan.window)), kv_head
+        pairs = ((ring.keys, inputs.k), (ring.values, inputs.v), (ring.keys_rla, inputs.k_rla))
+        turned = [(old.at[slot], row(new.at[here])) for old, new in pairs if old is not None]
+        gain = _gain_of(plan, inputs.swa_gain, batch, kv_head) if plan.tiles else None
+        o_swa = merged(plan, found.swa, batch, kv_head)
+        total += _normed(plan, o_swa, gain) if plan.tiles else o_swa
 
     def put(indices, _):
         for i in indices:
             outputs.out.at[batch, kv_head * group + i][...] = column_of(total, i).astype(jnp.bfloat16)
 
     accumulate(group, put, None)
-
-
-def turn_ring(plan: StepPlan, inputs, ring, batch, kv_head) -> None:
-    """The new token takes its slot."""
-    place = batch, lax.rem(inputs.length[batch], jnp.int32(plan.window)), kv_head
-    for old, new in ((ring.keys, inputs.k), (ring.values, inputs.v), (ring.keys_rla, inputs.k_rla)):
-        if old is not None:
-            old.at[place][...] = row(new.at[batch, kv_head]).astype(jnp.bfloat16)
+    for old, new in turned:
+        old[...] = new.astype(jnp.bfloat16)
+    outputs.length[batch] = length + 1
 
 
 def _gain_of(plan: StepPlan, gain, batch, kv_head):
-    if gain is None:
-        return None
     of_batch = gain.at[0 if gain.shape[0] == 1 else batch]
     return beside(plan.head_size, plan.columns, plan.group, lambda i: row(of_batch.at[kv_head * plan.group + i]))
 

@@ -33,6 +33,7 @@ from pallas.hopper.warpgroup import (
 )
 
 BLOCKS = 2048  # with fewer, a ring is cut into more parts
+MOST_PARTS = 32
 UNROLLED = 8  # terms of a loop, whose loads do not wait for one another
 
 
@@ -64,7 +65,7 @@ class Cut:
     def of(slots: int, rings: int) -> "Cut":
         chunk = min(slots // ROWS, 2) * ROWS
         chunks = cdiv(slots, chunk)
-        most = cdiv(chunks, max(1, BLOCKS // rings))
+        most = cdiv(chunks, min(MOST_PARTS, max(1, BLOCKS // rings)))
         return Cut(slots, chunk, most, cdiv(chunks, most))
 
     def first_of(self, j):
@@ -87,7 +88,6 @@ def attend(plan, inputs, ring, cut: Cut, batch, kv_head, part, landed, *, keys, 
     landed: two barriers; what follows is `window_scratch`.
     """
     d, n, chunk, scale = plan.head_size, plan.columns, cut.chunk, plan.scale * LOG2E
-    here = batch, kv_head
 
     def copy(j, which: int) -> None:
         source = (ring.keys, ring.values)[which].at[batch, pl.ds(cut.first_of(j), chunk), kv_head]
@@ -107,13 +107,14 @@ def attend(plan, inputs, ring, cut: Cut, batch, kv_head, part, landed, *, keys, 
             pl.when(j + 1 < end)(lambda: copy(j + 1, which))
 
     q = beside(d, n, plan.group, lambda i: row(inputs.q.at[batch, kv_head * plan.group + i]))
+    k, v = (across(row(x.at[batch, kv_head]), n) for x in (inputs.k, inputs.v))
     put_transposed(q, q_tile)
     plgpu.commit_smem()
     has_token = lax.convert_element_type(part == 0, jnp.float32)
-    own = (q * across(row(inputs.k.at[here]), n)).sum(axis=0) * scale
+    own = (q * k).sum(axis=0) * scale
     highest = own * has_token + MASKED * (1.0 - has_token)
     total = per_column(n, 0.0) + has_token
-    out = across(row(inputs.v.at[here]), n) * has_token
+    out = v * has_token
 
     def block(j, carry):
         out, highest, total = carry

@@ -121,7 +121,7 @@ def test_a_long_ring_is_cut_only_where_the_batch_is_small(monkeypatch):
     [
         ("step_window", "(place != leaving)", "(place != leaving + 1)"),
         ("step_window", "first + chunk > held", "first > held"),
-        ("step", "batch, lax.rem(inputs.length[batch],", "batch, lax.rem(inputs.length[batch] + 1,"),
+        ("step", "batch, lax.rem(length, jnp.int32(plan.window)), kv_head\n        pairs", "batch, lax.rem(length + 1, jnp.int32(plan.window)), kv_head\n        pairs"),
         ("step", "length >= plan.window", "length > plan.window"),
     ],
 )  # fmt: skip
