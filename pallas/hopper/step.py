@@ -223,22 +223,21 @@ def _step_sum(read, outputs: StepOutputs, ring=None, *, plan: StepPlan) -> None:
     inputs, found = read
     batch, kv_head = here = axis_index("batch"), axis_index("kv_head")
     d, group = plan.head_size, plan.group
-    length, total, turned = inputs.length[batch], zeros(d, plan.columns), []
+    length, branches, turned = inputs.length[batch], [], []
     if plan.tiles:
-        gain = _gain_of(plan, inputs.rla_gain, batch, kv_head)
 
         def add(indices, x):
             return sum([to_registers(found.rla.at[batch, i, kv_head], optimized=False) for i in indices], start=x)
 
-        o_rla = accumulate(plan.tiles, add, zeros(d, plan.columns))
-        total += _normed(plan, o_rla, gain)
+        gain = _gain_of(plan, inputs.rla_gain, batch, kv_head)
+        branches.append((accumulate(plan.tiles, add, zeros(d, plan.columns)), gain))
     if plan.window:
         slot = batch, lax.rem(length, jnp.int32(plan.window)), kv_head
         pairs = ((ring.keys, inputs.k), (ring.values, inputs.v), (ring.keys_rla, inputs.k_rla))
         turned = [(old.at[slot], row(new.at[here])) for old, new in pairs if old is not None]
         gain = _gain_of(plan, inputs.swa_gain, batch, kv_head) if plan.tiles else None
-        o_swa = merged(plan, found.swa, batch, kv_head)
-        total += _normed(plan, o_swa, gain) if plan.tiles else o_swa
+        branches.append((merged(plan, found.swa, batch, kv_head), gain))
+    total = functools.reduce(jnp.add, [x if gain is None else _normed(plan, x, gain) for x, gain in branches])
 
     def put(indices, _):
         for i in indices:
