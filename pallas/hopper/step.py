@@ -164,7 +164,9 @@ def _step_block(read, found: Found, memory=None, *, plan: StepPlan, cut: Cut | N
 
         @pl.when(item < plan.tiles)
         def _():
-            _state_tile(plan, inputs, ring, memory, batch, kv_head, item, found.rla, landed.at[0], **scratch["of_state"])
+            _state_tile(
+                plan, inputs, ring, memory, batch, kv_head, item, found.rla, landed.at[0], **scratch["of_state"]
+            )
 
     if cut is not None:
 
@@ -230,7 +232,7 @@ def _step_sum(read, outputs: StepOutputs, ring=None, *, plan: StepPlan) -> None:
             return sum([to_registers(found.rla.at[batch, i, kv_head], optimized=False) for i in indices], start=x)
 
         gain = _gain_of(plan, inputs.rla_gain, batch, kv_head)
-        branches.append((accumulate(plan.tiles, add, zeros(d, plan.columns)), gain))
+        branches.append((accumulate(plan.tiles, add, zeros(d, plan.columns), plan.columns), gain))
     if plan.window:
         slot = batch, lax.rem(length, jnp.int32(plan.window)), kv_head
         pairs = ((ring.keys, inputs.k), (ring.values, inputs.v), (ring.keys_rla, inputs.k_rla))

@@ -1,6 +1,6 @@
 """The window of one token: softmax attention of a group's heads to a ring, cut into parts, each a block's.
 
-Everything is transposed: heads are columns, of which a product may have as few as 8, and slots or channels are rows. The
+Everything is transposed: heads are columns, of which a product may have as few as 8; slots or channels are rows. The
 online softmax begins at the new token's own key, which need not be in the ring for that; the slot that it takes is left
 out.
 """
@@ -32,9 +32,9 @@ from pallas.hopper.warpgroup import (
     zeros,
 )
 
-BLOCKS = 2048  # with fewer, a ring is cut into more parts
-MOST_PARTS = 32
-UNROLLED = 8  # terms of a loop, whose loads do not wait for one another
+BLOCKS = 256  # with fewer, rings are cut into parts: two for each multiprocessor
+MOST_PARTS = 32  # of a ring: the second launch reads them one after the other
+UNROLLED = 8  # terms of a sum: their loads do not wait for one another
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +54,7 @@ class Parts:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Of a ring: `parts` parts of up to `most` chunks of `chunk` slots, the last of which may overlap that before it."""
+    """Of a ring: parts of up to `most` chunks of `chunk` slots, the last of which may overlap that before it."""
 
     slots: int
     chunk: int
@@ -83,7 +83,7 @@ def window_scratch(plan, cut: Cut) -> dict:
 
 
 def attend(plan, inputs, ring, cut: Cut, batch, kv_head, part, landed, *, keys, values, q_tile, weights):
-    """(out [d, columns], log2 of the sum of exp2 of the logits [columns]) of a part; part 0 has the new inputs.
+    """(out [d, columns], log2 of the sum of exp2 of the logits [columns]) of a part; part 0 has the new token.
 
     landed: two barriers; what follows is `window_scratch`.
     """
@@ -154,12 +154,13 @@ def row(ref, layout: Any = PER_ROW):
     return to_registers(ref, layout, optimized=False).astype(jnp.float32)
 
 
-def accumulate(count: int, some: Callable, x):
-    """some(indices, x) for 0 to count, UNROLLED at a time."""
-    rounds = count // UNROLLED
+def accumulate(count: int, some: Callable, x, columns: int = 8):
+    """some(indices, x) for 0 to count: as many at a time as registers hold of as many columns."""
+    at_once = max(1, UNROLLED * 8 // columns)
+    rounds = count // at_once
     if rounds > 1:
-        x = lax.fori_loop(0, rounds, lambda i, x: some([i * UNROLLED + j for j in range(UNROLLED)], x), x)
-    rest = list(range(rounds * UNROLLED if rounds > 1 else 0, count))
+        x = lax.fori_loop(0, rounds, lambda i, x: some([i * at_once + j for j in range(at_once)], x), x)
+    rest = list(range(rounds * at_once if rounds > 1 else 0, count))
     return some(rest, x) if rest else x
 
 
@@ -202,7 +203,7 @@ def merged(plan, parts: Parts, batch, kv_head):
         return out, higher, total
 
     none = per_column(n, 0.0)
-    out, _, total = accumulate(parts.lse.shape[1], some, (zeros(d, n), none + MASKED, none))
+    out, _, total = accumulate(parts.lse.shape[1], some, (zeros(d, n), none + MASKED, none), n)
     return out * down(1.0 / total, d)
 
 
