@@ -135,7 +135,7 @@ def rattention_step(q, k, v, cache, *, q_rla, k_rla, swa_gain, rla_gain, eps, sc
 
 
 def _step(inputs: StepInputs, cache: StepCache, row: KernelMap | None = None, *, scale: float, eps: float = 0.0):
-    """(output, memory of the next token); the inputs are not padded yet and have no length.
+    """(output, memory of the next token); the inputs are not padded yet.
 
     Sizes that are no multiple of the kernel's are padded, which copies what the cache holds.
     """
@@ -146,7 +146,7 @@ def _step(inputs: StepInputs, cache: StepCache, row: KernelMap | None = None, *,
     sizes = {name: (h, size) for name in ("q", "q_rla", "rla_gain", "swa_gain")}
     sizes |= {name: (kv, size) for name in ("k", "k_rla", "v")} | dict(features_k=(kv, f), features_q=(h, f))
     padded = {name: _widened(getattr(inputs, name), *shape) for name, shape in sizes.items()}
-    inputs = StepInputs(**padded, length=cache.length.astype(jnp.int32))
+    inputs = StepInputs(**padded)
     slots = max(round_up(window, 8), ROWS)
     memory = {name: _widened(getattr(cache, name), slots, kv, size) for name in ("keys", "keys_rla", "values")}
     state = None if cache.state is None else _widened(cache.state.astype(jnp.float32), kv, f, size)
@@ -163,10 +163,11 @@ def _step(inputs: StepInputs, cache: StepCache, row: KernelMap | None = None, *,
         interpret=interpreted(),
     )
     of_layer = lambda path: str(path[-1]).endswith("_gain")
-    memory = Memory(**memory if window else {}, state=state)
-    outputs, memory = batched(functools.partial(step, plan), inputs, memory, one_of=of_layer)
+    memory = Memory(**memory if window else {}, length=cache.length.astype(jnp.int32), state=state)
+    out, memory = batched(functools.partial(step, plan), inputs, memory, one_of=of_layer)
     after = {name: _narrowed(getattr(memory, name), getattr(cache, name)) for name in vars(memory)}
-    return outputs.out[:, :dv], StepCache(length=outputs.length.astype(cache.length.dtype), **after)
+    after["length"] = after["length"].astype(cache.length.dtype)
+    return out[:, :dv], StepCache(**after)
 
 
 def _widened(x, *sizes: int) -> Any:

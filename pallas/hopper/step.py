@@ -90,7 +90,6 @@ class StepInputs:
     features_q: Any = None  # [b, h, f] float32: phi(q_rla), likewise
     k: Any = None  # [b, kv, d], without a ring None
     k_rla: Any = None  # [b, kv, d], where it is not k
-    length: Any = None  # [b] int32: tokens before this one
     q: Any = None  # [b, h, d]
     q_rla: Any = None  # [b, h, d], of a feature map that the kernel computes
     rla_gain: Any = None  # [b or 1, h, d] float32
@@ -101,10 +100,11 @@ class StepInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What the kernels change in place: a ring, a state or both."""
+    """What the kernels change in place: the length and a ring, a state or both."""
 
     keys: Any = None  # [b, slots, kv, d]; slots: the window, at least ROWS
     keys_rla: Any = None
+    length: Any = None  # [b] int32: tokens before this one
     state: Any = None  # [b, kv, f, d] float32
     values: Any = None
 
@@ -118,22 +118,16 @@ class Memory:
 class Found:
     """By the blocks of the first launch."""
 
+    length: Any  # [b] int32: what it was, since the second launch changes it
     rla: Any = None  # [b, tiles, kv, d, columns] float32: phi(q) times a tile of the state
     swa: Any = None  # Parts
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StepOutputs:
-    length: Any  # [b] int32
-    out: Any  # [b, h, d]
-
-
 def step(plan: StepPlan, inputs: StepInputs, memory: Memory):
-    """(outputs, the memory after the token)."""
+    """(out [b, h, d], the memory after the token)."""
     (batch, kv, d), h, n = inputs.v.shape, plan.num_heads, plan.columns
-    ring, state, shape = dataclasses.replace(memory, state=None), memory.state, jax.ShapeDtypeStruct
-    cut, kinds, found = None, {}, {}
+    rest, state, shape = dataclasses.replace(memory, state=None), memory.state, jax.ShapeDtypeStruct
+    cut, kinds, found = None, {}, {"length": shape((batch,), jnp.int32)}
     if plan.tiles:
         halves = [tile(ROWS, d), tile(ROWS, d)]
         kinds["of_state"] = dict(state=tile(ROWS, d, dtype=jnp.float32), halves=halves, phi_tile=tile(n, ROWS))
@@ -146,20 +140,24 @@ def step(plan: StepPlan, inputs: StepInputs, memory: Memory):
     grid = {"kv_head": kv, "item": plan.tiles + (cut.parts if cut else 0), "batch": batch}
     body = functools.partial(_step_block, plan=plan, cut=cut, names=tuple(kinds))
     scratch = {"kinds": plgpu.RefUnion(*kinds.values()), "landed": plgpu.Barrier(num_barriers=2)}
-    found = launch(body, (inputs, ring), Found(**found), scratch, in_place=state, grid=grid, **settings)
+    found = launch(body, (inputs, rest), Found(**found), scratch, in_place=state, grid=grid, **settings)
     found, state = found if plan.tiles else (found, None)
     grid = {"kv_head": kv, "batch": batch}
-    outputs = StepOutputs(shape((batch,), jnp.int32), shape((batch, h, d), jnp.bfloat16))
-    body = functools.partial(_step_sum, plan=plan)
-    outputs = launch(body, (inputs, found), outputs, {}, in_place=ring if plan.window else None, grid=grid, **settings)
-    outputs, ring = outputs if plan.window else (outputs, ring)
-    return outputs, dataclasses.replace(ring, state=state)
+    unread = dict.fromkeys(("features_k", "features_q", "q", "q_rla"))
+    body, read = functools.partial(_step_sum, plan=plan), (dataclasses.replace(inputs, **unread), found)
+    out, rest = launch(body, read, shape((batch, h, d), jnp.bfloat16), {}, in_place=rest, grid=grid, **settings)
+    return out, dataclasses.replace(rest, state=state)
 
 
 def _step_block(read, found: Found, memory=None, *, plan: StepPlan, cut: Cut | None, names, kinds, landed) -> None:
     inputs, ring = read
     batch, kv_head, item = (axis_index(name) for name in ("batch", "kv_head", "item"))
     scratch = dict(zip(names, kinds, strict=True))
+
+    @pl.when((kv_head == 0) & (item == 0))
+    def _():
+        found.length[batch] = ring.length[batch]
+
     if plan.tiles:
 
         @pl.when(item < plan.tiles)
@@ -184,7 +182,7 @@ def _state_tile(plan: StepPlan, inputs, ring, memory, batch, kv_head, i, out, la
     here = memory.at[batch, kv_head, pl.ds(i * ROWS, ROWS)]
     plgpu.copy_gmem_to_smem(here, state, landed)
     if plan.window:
-        length = inputs.length[batch]
+        length = ring.length[batch]
         slot = batch, lax.rem(length, jnp.int32(plan.window)), kv_head
         value, key = ring.values.at[slot], ring.ring_rla.at[slot]
         leaves = length >= plan.window
@@ -220,12 +218,12 @@ def _state_tile(plan: StepPlan, inputs, ring, memory, batch, kv_head, i, out, la
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _step_sum(read, outputs: StepOutputs, ring=None, *, plan: StepPlan) -> None:
+def _step_sum(read, out, memory, *, plan: StepPlan) -> None:
     """The output of a group's heads from what was found. All loads come before the first store, for which they wait."""
     inputs, found = read
     batch, kv_head = here = axis_index("batch"), axis_index("kv_head")
     d, group = plan.head_size, plan.group
-    length, branches, turned = inputs.length[batch], [], []
+    length, branches, turned = found.length[batch], [], []
     if plan.tiles:
 
         def add(indices, x):
@@ -235,7 +233,7 @@ def _step_sum(read, outputs: StepOutputs, ring=None, *, plan: StepPlan) -> None:
         branches.append((accumulate(plan.tiles, add, zeros(d, plan.columns), plan.columns), gain))
     if plan.window:
         slot = batch, lax.rem(length, jnp.int32(plan.window)), kv_head
-        pairs = ((ring.keys, inputs.k), (ring.values, inputs.v), (ring.keys_rla, inputs.k_rla))
+        pairs = ((memory.keys, inputs.k), (memory.values, inputs.v), (memory.keys_rla, inputs.k_rla))
         turned = [(old.at[slot], row(new.at[here])) for old, new in pairs if old is not None]
         gain = _gain_of(plan, inputs.swa_gain, batch, kv_head) if plan.tiles else None
         branches.append((merged(plan, found.swa, batch, kv_head), gain))
@@ -243,12 +241,12 @@ def _step_sum(read, outputs: StepOutputs, ring=None, *, plan: StepPlan) -> None:
 
     def put(indices, _):
         for i in indices:
-            outputs.out.at[batch, kv_head * group + i][...] = column_of(total, i).astype(jnp.bfloat16)
+            out.at[batch, kv_head * group + i][...] = column_of(total, i).astype(jnp.bfloat16)
 
     accumulate(group, put, None)
     for old, new in turned:
         old[...] = new.astype(jnp.bfloat16)
-    outputs.length[batch] = length + 1
+    memory.length[batch] = length + 1
 
 
 def _gain_of(plan: StepPlan, gain, batch, kv_head):

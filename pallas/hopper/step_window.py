@@ -96,7 +96,7 @@ def attend(plan, inputs, ring, cut: Cut, batch, kv_head, part, landed, *, keys, 
     begin = part * cut.most
     copy(begin, 0)
     copy(begin, 1)
-    length = inputs.length[batch]
+    length = ring.length[batch]
     held, leaving = jnp.minimum(length, plan.window), lax.rem(length, jnp.int32(plan.window))
     end = jnp.maximum(jnp.minimum(cdiv(held, chunk), begin + cut.most), begin + 1)
 
