@@ -20,7 +20,6 @@ from pallas.hopper import gradients
 from pallas.hopper.arrays import Inputs, Segments
 from pallas.hopper.plan import Plan, cdiv
 from pallas.hopper.step import Memory, StepInputs, StepPlan, step
-from pallas.hopper.step_window import Ring, Token, WindowPlan, window_step
 from pallas.hopper.warpgroup import ROWS
 from pallas.segments import starts
 from pallas.step_cache import StepCache
@@ -102,27 +101,14 @@ def rattention(
 
 
 def sliding_window_attention_step(q, k, v, cache, *, scale):
-    """Softmax attention to the ring, in as many parts as fill the GPU."""
-    (h, d), (kv, dv), window = q.shape, v.shape, cache.window
-    size, slots = _head_size(d, dv), max(round_up(window, 8), ROWS)
-    token = Token(
-        k=_widened(k, kv, size), length=cache.length.astype(jnp.int32), q=_widened(q, h, size), v=_widened(v, kv, size)
-    )
-    ring = Ring(_widened(cache.keys, slots, kv, size), _widened(cache.values, slots, kv, size))
-    plan = WindowPlan(window, h, kv, size, float(scale), interpreted())
-    out, ring = batched(functools.partial(window_step, plan), token, ring)
-    keys, values = _narrowed(ring.keys, cache.keys), _narrowed(ring.values, cache.values)
-    return out[:, :dv], StepCache(keys, None, values, None, cache.length + 1)
+    """Softmax attention to the ring."""
+    return _step(StepInputs(k=k, q=q, v=v), cache, scale=scale)
 
 
 def rattention_step(q, k, v, cache, *, q_rla, k_rla, swa_gain, rla_gain, eps, scale, feature_map):
-    """Both branches, normed and added, and the memory of the next token: one launch for a layer, where sizes allow.
-
-    Sizes that are no multiple of the kernel's are padded, which copies what the cache holds.
-    """
-    (h, d), (kv, dv), window = q.shape, v.shape, cache.window
-    size = _head_size(d, dv)
-    row = in_kernels(feature_map, d) if d == size else None
+    """Both branches, normed and added, and the memory of the next token."""
+    d, dv, window = q.shape[1], v.shape[1], cache.window
+    row = in_kernels(feature_map, d) if d == _head_size(d, dv) else None
     features_q = features_k = None
     if row is None:
         phi_q, phi_k = as_pair(feature_map)
@@ -133,28 +119,37 @@ def rattention_step(q, k, v, cache, *, q_rla, k_rla, swa_gain, rla_gain, eps, sc
         )
         if window:  # a slot that holds no token may be NaN
             features_k = jnp.where(cache.length >= window, features_k, 0.0)
-    f = row.slices * size if row is not None else round_up(features_q.shape[1], ROWS)
-    slots = max(round_up(window, 8), ROWS) if window else 0
-
     own_key = cache.keys_rla is not None or window == 0
     inputs = StepInputs(
-        features_k=_widened(features_k, kv, f),
-        features_q=_widened(features_q, h, f),
-        k=_widened(k, kv, size) if window else None,
-        k_rla=_widened(k_rla, kv, size) if own_key and (window or row is not None) else None,
-        length=cache.length.astype(jnp.int32) if window else None,
-        q=_widened(q, h, size) if window else None,
-        q_rla=_widened(q_rla, h, size) if row is not None else None,
-        rla_gain=_widened(rla_gain.astype(jnp.float32), h, size),
-        swa_gain=_widened(swa_gain.astype(jnp.float32), h, size) if window else None,
-        v=_widened(v, kv, size),
+        features_k=features_k,
+        features_q=features_q,
+        k=k if window else None,
+        k_rla=k_rla if own_key and (window or row is not None) else None,
+        q=q if window else None,
+        q_rla=q_rla if row is not None else None,
+        rla_gain=rla_gain.astype(jnp.float32),
+        swa_gain=swa_gain.astype(jnp.float32) if window else None,
+        v=v,
     )
-    memory = Memory(
-        keys=_widened(cache.keys, slots, kv, size) if window else None,
-        keys_rla=_widened(cache.keys_rla, slots, kv, size) if window else None,
-        state=_widened(cache.state.astype(jnp.float32), kv, f, size),
-        values=_widened(cache.values, slots, kv, size) if window else None,
-    )
+    return _step(inputs, cache, row, scale=scale, eps=eps)
+
+
+def _step(inputs: StepInputs, cache: StepCache, row: KernelMap | None = None, *, scale: float, eps: float = 0.0):
+    """(output, memory of the next token); the inputs are not padded yet.
+
+    Sizes that are no multiple of the kernel's are padded, which copies what the cache holds.
+    """
+    (kv, dv), window = inputs.v.shape, cache.window
+    queries = next(x for x in (inputs.q, inputs.q_rla, inputs.features_q) if x is not None)
+    h, size = queries.shape[0], _head_size(cache.keys.shape[2], dv)
+    f = 0 if cache.state is None else round_up(cache.state.shape[1], ROWS)
+    sizes = {name: (h, size) for name in ("q", "q_rla", "rla_gain", "swa_gain")}
+    sizes |= {name: (kv, size) for name in ("k", "k_rla", "v")} | dict(features_k=(kv, f), features_q=(h, f))
+    padded = {name: _widened(getattr(inputs, name), *shape) for name, shape in sizes.items()}
+    inputs = StepInputs(**padded)
+    slots = max(round_up(window, 8), ROWS)
+    memory = {name: _widened(getattr(cache, name), slots, kv, size) for name in ("keys", "keys_rla", "values")}
+    state = None if cache.state is None else _widened(cache.state.astype(jnp.float32), kv, f, size)
     plan = StepPlan(
         window=window,
         num_heads=h,
@@ -168,9 +163,11 @@ def rattention_step(q, k, v, cache, *, q_rla, k_rla, swa_gain, rla_gain, eps, sc
         interpret=interpreted(),
     )
     of_layer = lambda path: str(path[-1]).endswith("_gain")
+    memory = Memory(**memory if window else {}, length=cache.length.astype(jnp.int32), state=state)
     out, memory = batched(functools.partial(step, plan), inputs, memory, one_of=of_layer)
     after = {name: _narrowed(getattr(memory, name), getattr(cache, name)) for name in vars(memory)}
-    return out[:, :dv], StepCache(length=cache.length + 1, **after)
+    after["length"] = after["length"].astype(cache.length.dtype)
+    return out[:, :dv], StepCache(**after)
 
 
 def _widened(x, *sizes: int) -> Any:

@@ -1,7 +1,8 @@
-"""The window of one token: softmax attention of a group's heads to a ring, and the kernel of that alone.
+"""The window of one token: softmax attention of a group's heads to a ring, cut into parts, each a block's.
 
-The online softmax begins at the new token's own key, which need not be in the ring for that; the slot that it takes is
-left out. Long rings are cut into parts, each a block's, so that a small batch fills the GPU; XLA merges them.
+Everything is transposed: heads are columns, of which a product may have as few as 8; slots or channels are rows. The
+online softmax begins at the new token's own key, which need not be in the ring for that; the slot that it takes is left
+out.
 """
 
 import dataclasses
@@ -20,277 +21,191 @@ from pallas.hopper.warpgroup import (
     LOG2E,
     MASKED,
     PER_COLUMN,
+    PER_ROW,
     ROWS,
     across,
-    axis_index,
     down,
     iota,
-    launch,
     multiply_add,
     tile,
     to_registers,
-    zero_rows,
     zeros,
 )
-from pallas.numerics import split
 
-PAIRS = 2  # tiles of keys and as many of values in flight
-BLOCKS = 256  # with fewer, a ring is cut into parts: two for each multiprocessor
-LEAST_PART = 2  # tiles
-MOST_STAGED = 8  # heads of a group
-
-
-@dataclasses.dataclass(frozen=True)
-class WindowPlan:
-    """Static facts of a call."""
-
-    window: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int  # of q, k and v after padding: 64 or 128
-    scale: float
-    interpret: bool
-
-    @property
-    def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def staged(self) -> bool:
-        """Do rows of a group come by TMA, all at once? There is no room for many."""
-        return self.group <= MOST_STAGED
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Token:
-    """Fields are in the order of the kernel's operands."""
-
-    k: Any = None  # [b, kv, d]
-    length: Any = None  # [b] int32: tokens before this one
-    q: Any = None  # [b, h, d]
-    v: Any = None  # [b, kv, d]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Ring:
-    """Changed in place. Slots: the window, or more, at least ROWS and a multiple of 8."""
-
-    keys: Any = None  # [b, slots, kv, d]
-    values: Any = None
+BLOCKS = 256  # with fewer, rings are cut into parts: two for each multiprocessor
+MOST_PARTS = 32  # of a ring: the second launch reads them one after the other
+UNROLLED = 8  # terms of a sum: their loads do not wait for one another
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Of each part of the ring, if there is more than one."""
+    """Of each part of the ring; columns beyond a group's heads hold anything."""
 
-    out: Any  # [b, parts, 2, h, d] bfloat16: hi and lo
-    lse: Any  # [b, parts, kv, ROWS] float32: log2 of the sum of exp2 of the logits, of a group's heads and more
+    lse: Any = None  # [b, parts, kv, columns] float32: log2 of the sum of exp2 of the logits
+    out: Any = None  # [b, parts, kv, d, columns] float32
+
+    @staticmethod
+    def shapes(plan, batch: int, parts: int) -> "Parts":
+        lse = batch, parts, plan.num_kv_heads, plan.columns
+        out = *lse[:-1], plan.head_size, plan.columns
+        return Parts(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (lse, out)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
-    """A warpgroup that reads a ring, and its memory."""
+class Cut:
+    """Of a ring: parts of up to `most` chunks of `chunk` slots, the last of which may overlap that before it."""
 
-    token: Any  # refs of the names of Token
-    memory: Any  # of Ring
-    plan: Any  # with the fields of WindowPlan
-    batch: Any
-    kv_head: Any
-    q_tile: Any
-    ring: Any  # keys in even slots, values in odd ones
-    landed: Any
-    new_rows: Any  # [2, d]: k and v
-    q_rows: Any  # [group, d], if they are staged
-    token_landed: Any
+    slots: int
+    chunk: int
+    most: int
+    parts: int
 
     @staticmethod
-    def scratch(plan) -> dict:
-        d = plan.head_size
-        return {
-            "q_tile": tile(ROWS, d),
-            "ring": tile(2 * PAIRS, ROWS, d),
-            "landed": plgpu.Barrier(num_barriers=2 * PAIRS),
-            "new_rows": plgpu.SMEM((2, d), jnp.bfloat16),
-            "q_rows": plgpu.SMEM((plan.group if plan.staged else 1, d), jnp.bfloat16),
-            "token_landed": plgpu.Barrier(num_arrivals=2 + plan.staged),
-        }
-
-    @property
-    def tiles(self) -> int:
-        return cdiv(self.memory.keys.shape[1], ROWS)
+    def of(slots: int, rings: int) -> "Cut":
+        chunk = min(slots // ROWS, 2) * ROWS
+        chunks = cdiv(slots, chunk)
+        most = cdiv(chunks, min(MOST_PARTS, max(1, BLOCKS // rings)))
+        return Cut(slots, chunk, most, cdiv(chunks, most))
 
     def first_of(self, j):
-        """The first slot of a tile: the last one may overlap that before it."""
-        slots = self.memory.keys.shape[1]
-        return j * ROWS if slots % ROWS == 0 else jnp.minimum(j * ROWS, slots - ROWS)
+        return j * self.chunk if self.slots % self.chunk == 0 else jnp.minimum(j * self.chunk, self.slots - self.chunk)
 
-    def copy(self, j, which: int) -> None:
-        rows = pl.ds(self.first_of(j), ROWS)
-        source = (self.memory.keys, self.memory.values)[which].at[self.batch, rows, self.kv_head]
-        slot = lax.rem(2 * j, jnp.int32(2 * PAIRS)) + which
-        plgpu.copy_gmem_to_smem(source, self.ring.at[slot], self.landed.at[slot])
 
-    def ahead(self, part, parts: int, action: Callable) -> None:
-        """action(tile, 0 for keys or 1 for values) for the tiles that are copied before it is known what they hold."""
-        most = cdiv(self.tiles, parts)
-        for i in range(min(PAIRS, most)):
-            tile = jnp.int32(part * most + i)
+def window_scratch(plan, cut: Cut) -> dict:
+    d = plan.head_size
+    return {
+        "keys": tile(cut.chunk, d),
+        "values": tile(cut.chunk, d),
+        "q_tile": tile(plan.columns, d),
+        "weights": tile(plan.columns, cut.chunk),
+    }
 
-            @pl.when(tile < self.tiles)
-            def _(tile=tile):
-                action(tile, 0)
-                action(tile, 1)
 
-    def start(self, part, parts: int) -> None:
-        """The copies that `attend` counts on; all threads have read what was there."""
-        plgpu.commit_smem()
-        self.ahead(part, parts, self.copy)
-        token, place = self.token, (self.batch, self.kv_head)
-        if self.plan.staged:
-            plgpu.copy_gmem_to_smem(
-                heads_of(self.plan, token.q.at[self.batch], self.kv_head), self.q_rows, self.token_landed
-            )
-        for i, x in enumerate((token.k, token.v)):
-            plgpu.copy_gmem_to_smem(x.at[place], self.new_rows.at[i], self.token_landed)
+def attend(plan, inputs, ring, cut: Cut, batch, kv_head, part, landed, *, keys, values, q_tile, weights):
+    """(out [d, columns], log2 of the sum of exp2 of the logits [columns]) of a part; part 0 has the new token.
 
-    def attend(self, part, parts: int, length):
-        """(out [ROWS, d], log2 of the sum of exp2 of the logits [ROWS]) of a part; part 0 has the new token."""
-        plan, token, batch, kv_head = self.plan, self.token, self.batch, self.kv_head
-        d, scale = plan.head_size, plan.scale * LOG2E
-        most = cdiv(self.tiles, parts)
-        begin = jnp.int32(part * most)
-        held, leaving = jnp.minimum(length, plan.window), lax.rem(length, jnp.int32(plan.window))
-        end = jnp.minimum(cdiv(held, ROWS), begin + most)
+    landed: two barriers; what follows is `window_scratch`.
+    """
+    d, n, chunk, scale = plan.head_size, plan.columns, cut.chunk, plan.scale * LOG2E
 
-        def await_unread(j, which: int) -> None:
-            slot = lax.rem(2 * j, jnp.int32(2 * PAIRS)) + which
-            pl.when(j >= end)(lambda: plgpu.barrier_wait(self.landed.at[slot]))
+    def copy(j, which: int) -> None:
+        source = (ring.keys, ring.values)[which].at[batch, pl.ds(cut.first_of(j), chunk), kv_head]
+        plgpu.copy_gmem_to_smem(source, (keys, values)[which], landed.at[which])
 
-        def copy_next(j, which: int):
-            """Over the tile of j, which all threads have read."""
+    begin = part * cut.most
+    copy(begin, 0)
+    copy(begin, 1)
+    length = ring.length[batch]
+    held, leaving = jnp.minimum(length, plan.window), lax.rem(length, jnp.int32(plan.window))
+    end = jnp.maximum(jnp.minimum(cdiv(held, chunk), begin + cut.most), begin + 1)
+
+    def copy_next(j, which: int) -> None:
+        """Over the chunk j, which all threads have read."""
+        if cut.most > 1:
             plgpu.commit_smem()
-            pl.when(j + PAIRS < end)(lambda: self.copy(j + PAIRS, which))
+            pl.when(j + 1 < end)(lambda: copy(j + 1, which))
 
-        plgpu.barrier_wait(self.token_landed)
-        q = rows_of(plan, self.q_rows) if plan.staged else of_group(plan, kv_head, token.q.at[batch])
-        self.q_tile[...] = q.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        highest = (q * down(vector(self.new_rows.at[0]), ROWS)).sum(axis=1) * scale
-        out, total = zeros(ROWS, d) + down(vector(self.new_rows.at[1]), ROWS), zero_rows(ROWS, 1.0)
-        if parts > 1:
-            has_token = lax.convert_element_type(part == 0, jnp.float32)
-            highest, total, out = highest * has_token + MASKED * (1.0 - has_token), total * has_token, out * has_token
-
-        def block(j, carry):
-            out, highest, total = carry
-            slot, first = lax.rem(2 * j, jnp.int32(2 * PAIRS)), self.first_of(j)
-            keys, values = self.ring.at[slot], self.ring.at[slot + 1]
-            plgpu.barrier_wait(self.landed.at[slot])
-            logits = multiply_add(plan.interpret, ((ROWS, ROWS), [(self.q_tile, keys.transpose((1, 0)))]))
-            copy_next(j, 0)
-            place = iota(ROWS, ROWS, 1) + first
-            seen = (place >= j * ROWS) & (place < held) & (place != leaving)
-            logits = jnp.where(seen, logits * scale, MASKED)
-            higher = jnp.maximum(highest, logits.max(axis=1))
-            shrink = jnp.exp2(highest - higher)
-            weights = jnp.exp2(logits - across(higher, ROWS))
-            if parts > 1:
-                weights = jnp.where(seen, weights, 0.0)  # no key may have been seen yet
-            total = total * shrink + weights.sum(axis=1)
-            out *= across(shrink, d)
-            plgpu.barrier_wait(self.landed.at[slot + 1])
-
-            @pl.when(first + ROWS > held)
-            def _():  # what no document holds may be NaN
-                rows = to_registers(values).astype(jnp.float32)
-                values[...] = jnp.where(iota(ROWS, d, 0) + first < held, rows, 0.0).astype(jnp.bfloat16)
-                plgpu.commit_smem()
-
-            out = multiply_add(plan.interpret, (out, [(weights.astype(jnp.bfloat16), values)]))
-            copy_next(j, 1)
-            return out, higher, total
-
-        out, highest, total = lax.fori_loop(begin, end, block, (out, highest, total))
-        self.ahead(part, parts, await_unread)
-        if parts > 1:
-            total = jnp.maximum(total, 1e-30)
-        return out * across(1.0 / total, d), highest + jnp.log2(total)
-
-
-def vector(ref):
-    """A row in float32, as long as a tile has columns."""
-    return to_registers(ref, PER_COLUMN, optimized=False).astype(jnp.float32)
-
-
-def heads_of(plan, ref, kv_head):
-    """Of a ref [heads, columns] the group's."""
-    return ref.at[pl.ds(kv_head * plan.group, plan.group)]
-
-
-def of_group(plan, kv_head, ref):
-    """`rows_of` the group's heads of a ref [heads, columns] in device memory, by loads that wait for one another."""
-    return rows_of(plan, heads_of(plan, ref, kv_head))
-
-
-def rows_of(plan, *refs):
-    """[ROWS, columns] of float32: the sum of refs [group, columns], then zeros."""
-    columns = refs[0].shape[-1]
-    rows = zeros(ROWS, columns)
-    for i in range(plan.group):
-        row = sum((vector(ref.at[i]) for ref in refs[1:]), start=vector(refs[0].at[i]))
-        rows = jnp.where(iota(ROWS, columns, 0) == i, down(row, ROWS), rows)
-    return rows
-
-
-def put_group(plan, stage, x, out, kv_head) -> None:
-    """The group's heads of x [ROWS, columns] to a ref [heads, columns], by a copy that is not awaited."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    stage[...] = x.astype(stage.dtype)
+    q = beside(d, n, plan.group, lambda i: row(inputs.q.at[batch, kv_head * plan.group + i]))
+    k, v = (across(row(x.at[batch, kv_head]), n) for x in (inputs.k, inputs.v))
+    put_transposed(q, q_tile)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(stage.at[pl.ds(0, plan.group)], heads_of(plan, out, kv_head))
+    has_token = lax.convert_element_type(part == 0, jnp.float32)
+    own = (q * k).sum(axis=0) * scale
+    highest = own * has_token + MASKED * (1.0 - has_token)
+    total = per_column(n, 0.0) + has_token
+    out = v * has_token
+
+    def block(j, carry):
+        out, highest, total = carry
+        first = cut.first_of(j)
+        plgpu.barrier_wait(landed.at[0])
+        logits = multiply_add(plan.interpret, ((chunk, n), [(keys, q_tile.transpose((1, 0)))]))
+        copy_next(j, 0)
+        place = iota(chunk, n, 0) + first
+        seen = (place >= j * chunk) & (place < held) & (place != leaving)
+        logits = jnp.where(seen, logits * scale, MASKED)
+        higher = jnp.maximum(highest, logits.max(axis=0))
+        shrink, shares = jnp.exp2(highest - higher), jnp.exp2(logits - down(higher, chunk))
+        total = total * shrink + shares.sum(axis=0)
+        put_transposed(shares, weights)
+        plgpu.barrier_wait(landed.at[1])
+
+        @pl.when(first + chunk > held)
+        def _():  # what no document holds may be NaN
+            for i in range(0, chunk, ROWS):
+                some = values.at[pl.ds(i, ROWS)]
+                rows = to_registers(some).astype(jnp.float32)
+                some[...] = jnp.where(iota(ROWS, d, 0) + (first + i) < held, rows, 0.0).astype(jnp.bfloat16)
+
+        plgpu.commit_smem()
+        products = [(values.transpose((1, 0)), weights.transpose((1, 0)))]
+        out = multiply_add(plan.interpret, (out * down(shrink, d), products))
+        copy_next(j, 1)
+        return out, higher, total
+
+    carry = out, highest, total
+    out, highest, total = block(begin, carry) if cut.most == 1 else lax.fori_loop(begin, end, block, carry)
+    return out * down(1.0 / total, d), highest + jnp.log2(total)
 
 
-def window_step(plan: WindowPlan, token: Token, ring: Ring):
-    """(out [b, h, d], the ring after the token)."""
-    (batch, h, d), tiles = token.q.shape, cdiv(ring.keys.shape[1], ROWS)
-    parts = max(1, min(BLOCKS // (batch * plan.num_kv_heads), tiles // LEAST_PART))
-    shape = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
-    out: Any = shape((batch, h, d), jnp.bfloat16)
-    if parts > 1:
-        lse = shape((batch, parts, plan.num_kv_heads, ROWS), jnp.float32)
-        out = Parts(shape((batch, parts, 2, h, d), jnp.bfloat16), lse)
-    scratch = Reader.scratch(plan) | {"stage": plgpu.SMEM((ROWS, d), jnp.bfloat16)}
-    grid = {"kv_head": plan.num_kv_heads, "part": parts, "batch": batch}
-    body = functools.partial(_window_step_part, plan=plan, parts=parts)
-    settings: Any = dict(grid=grid, warpgroups=1, interpret=plan.interpret, reduction_bytes=0)
-    out, ring = launch(body, token, out, scratch, in_place=ring, **settings)
-    if parts > 1:
-        lse = out.lse[..., : plan.group].reshape(batch, parts, h, 1)
-        weights = jnp.exp2(lse - lse.max(axis=1, keepdims=True))
-        out = out.out.astype(jnp.float32).sum(axis=2)
-        out = ((weights * out).sum(axis=1) / weights.sum(axis=1)).astype(jnp.bfloat16)
-    return out, ring
+def row(ref, layout: Any = PER_ROW):
+    """A row in float32, from device memory."""
+    return to_registers(ref, layout, optimized=False).astype(jnp.float32)
 
 
-def _window_step_part(token: Token, out, memory: Ring, *, plan: WindowPlan, parts: int, stage, **scratch) -> None:
-    batch, kv_head, part = (axis_index(name) for name in ("batch", "kv_head", "part"))
-    reader = Reader(token, memory, plan, batch, kv_head, **scratch)
-    reader.start(part, parts)
-    result, lse = reader.attend(part, parts, token.length[batch])
-    if parts > 1:
-        out.lse.at[batch, part, kv_head][...] = lse
-        for i, half in enumerate(split(result, True)):
-            put_group(plan, stage, half, out.out.at[batch, part, i], kv_head)
-    else:
-        put_group(plan, stage, result, out.at[batch], kv_head)
+def accumulate(count: int, some: Callable, x, columns: int = 8):
+    """some(indices, x) for 0 to count: as many at a time as registers hold of as many columns."""
+    at_once = max(1, UNROLLED * 8 // columns)
+    rounds = count // at_once
+    if rounds > 1:
+        x = lax.fori_loop(0, rounds, lambda i, x: some([i * at_once + j for j in range(at_once)], x), x)
+    rest = list(range(rounds * at_once if rounds > 1 else 0, count))
+    return some(rest, x) if rest else x
 
-    @pl.when(part == 0)
-    def _():
-        place = batch, lax.rem(token.length[batch], jnp.int32(plan.window)), kv_head
-        plgpu.copy_smem_to_gmem(reader.new_rows.at[0], memory.keys.at[place])
-        plgpu.copy_smem_to_gmem(reader.new_rows.at[1], memory.values.at[place])
 
-    plgpu.wait_smem_to_gmem(0)
+def beside(rows: int, columns: int, count: int, column: Callable):
+    """[rows, columns] of float32: column(i) [rows] for i < count, then zeros."""
+
+    def some(indices, x):
+        for i, one in [(i, column(i)) for i in indices]:
+            x = jnp.where(iota(rows, columns, 1) == i, across(one, columns), x)
+        return x
+
+    return accumulate(count, some, zeros(rows, columns))
+
+
+def column_of(x, i):
+    """[rows] of [rows, columns]"""
+    return jnp.where(iota(*x.shape, 1) == i, x, 0.0).sum(axis=1)
+
+
+def put_transposed(x, ref) -> None:
+    """x [rows, columns] in bfloat16 to a tile [columns, rows]."""
+    ref.transpose((1, 0))[...] = plgpu.layout_cast(x.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
+
+
+def merged(plan, parts: Parts, batch, kv_head):
+    """out [d, columns] of all parts."""
+    d, n = plan.head_size, plan.columns
+
+    def some(indices, carry):
+        out, highest, total = carry
+        at = [(batch, i, kv_head) for i in indices]
+        lses = [row(parts.lse.at[i], PER_COLUMN) for i in at]
+        outs = [to_registers(parts.out.at[i], optimized=False) for i in at]
+        higher = functools.reduce(jnp.maximum, lses, highest)
+        shrink = jnp.exp2(highest - higher)
+        out, total = out * down(shrink, d), total * shrink
+        for lse, x in zip(lses, outs, strict=True):
+            share = jnp.exp2(lse - higher)
+            out, total = out + x * down(share, d), total + share
+        return out, higher, total
+
+    none = per_column(n, 0.0)
+    out, _, total = accumulate(parts.lse.shape[1], some, (zeros(d, n), none + MASKED, none), n)
+    return out * down(1.0 / total, d)
+
+
+def per_column(columns: int, value: float):
+    return plgpu.layout_cast(jnp.full((columns,), value, jnp.float32), PER_COLUMN)

@@ -199,9 +199,9 @@ class Ring:
         lax.fori_loop(jnp.maximum(uses - self.size, 0), uses, one, None)
 
 
-def slice_of(row: KernelMap, x):
-    """A slice of phi(x), [rows, d] in registers. x: already multiplied by `sign_of` the slice."""
-    return _softmax(x) if row is softmax else row.value(x)
+def slice_of(row: KernelMap, x, axis: int = 1):
+    """A slice of phi(x) in registers, channels along this axis. x: already multiplied by `sign_of` the slice."""
+    return _softmax(x, axis) if row is softmax else row.value(x)
 
 
 def pull_back(row: KernelMap, x, phi, g):
@@ -209,11 +209,11 @@ def pull_back(row: KernelMap, x, phi, g):
     return _softmax_pull_back(phi, g) if row is softmax else row.pull_back(x, phi, g)
 
 
-def _softmax(x):  # Mosaic's reductions drop the axis: no keepdims
-    columns = x.shape[1]
+def _softmax(x, axis: int):  # Mosaic's reductions drop the axis: no keepdims
+    spread, size = (down if axis == 0 else across), x.shape[axis]
     x = x * LOG2E
-    weights = jnp.exp2(x - across(x.max(axis=1), columns))
-    return weights * across(1.0 / weights.sum(axis=1), columns)
+    weights = jnp.exp2(x - spread(x.max(axis=axis), size))
+    return weights * spread(1.0 / weights.sum(axis=axis), size)
 
 
 def _softmax_pull_back(phi, g):
@@ -315,7 +315,6 @@ def launch(
     interpret: bool,
     reduction_bytes: int = 2048,
     in_place: Any = None,
-    cluster: dict[str, int] | None = None,
 ) -> Any:
     """Run a kernel: `body(inputs, outputs, **scratch)` with refs for arrays. The results, in the place of their shapes.
 
@@ -324,7 +323,6 @@ def launch(
     in_place: a pytree of arrays that the kernel reads and writes; the call is then `body(inputs, outputs, in_place,
     **scratch)`, and returns (results, in_place as it is then). The arrays given stay as they were: XLA copies one that
     is read later, and no other.
-    cluster: the axes of a cluster of blocks.
     """
     # XLA would hand over a view of another array, or take one for the result, where a caller cuts along the first
     # axis or writes into it; TMA needs arrays of their own, which begin at multiples of 256 bytes.
@@ -347,8 +345,6 @@ def launch(
     mesh: dict[str, Any] = dict(
         grid=tuple(grid.values()),
         grid_names=tuple(map(axis, grid)),
-        cluster=tuple((cluster or {}).values()),
-        cluster_names=tuple(map(axis, cluster or {})),
         num_threads=warpgroups,
         thread_name=axis("warpgroup"),
     )

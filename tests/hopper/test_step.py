@@ -12,7 +12,7 @@ from test_hopper_planted import plant  # noqa: F401 (a fixture)
 
 import pallas
 from pallas import StepCache, feature_map, rattention_step, sliding_window_attention_step
-from pallas.hopper import step, step_window
+from pallas.hopper import step_window
 from pallas.numerics import relative_rms
 from pallas.ops import choose
 from pallas.tools.cases import precision
@@ -93,13 +93,13 @@ class Steps:
         return found
 
 
-CLUSTER = Steps(130, (131, 129, 0, 70), sizes=(3, 1, 64, 64))  # two blocks share each sequence
 CASES = [
-    CLUSTER,
+    Steps(130, (131, 129, 0, 70), sizes=(3, 1, 64, 64)),
     Steps(64, (64, 63, 200), sizes=(4, 1, 128, 128)),
     Steps(0, (0, 5), sizes=(2, 1, 64, 64), tokens=1),
     Steps(1, (0, 1), sizes=(1, 1, 64, 48), own_key=False),
     Steps(63, (62, 63), sizes=(4, 2, 40, 56)),
+    Steps(70, (71, 69), sizes=(17, 1, 64, 64), tokens=1),
     Steps(72, (300, 71), map=feature_map.elu_plus_one),
     Steps(64, (64, 5), sizes=(2, 1, 16, 16), map=feature_map.taylor),
     Steps(300, (301, 70, 0), sizes=(3, 1, 64, 64), residual=False),  # in two parts
@@ -112,11 +112,6 @@ def test_conforms(case):
     assert case.failures() == []
 
 
-def test_a_block_takes_one_sequence_after_the_other(monkeypatch):
-    monkeypatch.setattr(step, "PARTS", ())
-    assert Steps(130, (131, 70, 0, 129), sizes=(4, 2, 64, 64)).failures() == []  # eight heads for three blocks
-
-
 def test_a_long_ring_is_cut_only_where_the_batch_is_small(monkeypatch):
     monkeypatch.setattr(step_window, "BLOCKS", 1)
     assert Steps(300, (301, 70), residual=False, tokens=1).failures() == []
@@ -126,9 +121,9 @@ def test_a_long_ring_is_cut_only_where_the_batch_is_small(monkeypatch):
     ("name", "right", "wrong"),
     [
         ("step_window", "(place != leaving)", "(place != leaving + 1)"),
-        ("step_window", "first + ROWS > held", "first > held"),
-        ("step", "self.length >= self.plan.window", "self.length > self.plan.window"),
-        ("step", "lax.rem(self.length,", "lax.rem(self.length + 1,"),
+        ("step_window", "first + chunk > held", "first > held"),
+        ("step", "lax.rem(length,", "lax.rem(length + 1,"),
+        ("step", "length >= plan.window", "length > plan.window"),
     ],
 )  # fmt: skip
 def test_a_planted_bug_is_seen(plant, name, right, wrong):  # noqa: F811
