@@ -3,7 +3,7 @@
 The model has the paper's 3B width and eight of its layers, three local to one global, with random parameters and caches
 filled with random numbers. Its local layers are RATTENTION with a window of 512, or a plain window of 4,096 keys, or
 every layer is global. Beside each time stands the floor: the bytes that a step must move, at the bandwidth of a copy
-that was measured in the same process.
+that was measured in the same process. `python -m rattn_eqx.figures.inference` draws what `--out` wrote.
 """
 
 import argparse
@@ -156,7 +156,6 @@ def parse(arguments: list[str], on_gpu: bool) -> argparse.Namespace:
     add("--only", default="", help="kinds of attention whose name holds one of these words, comma-separated")
     add("--samples", type=int, default=5 if on_gpu else 2, help="calls of 32 steps that the median is over")
     add("--out", type=Path, help="file that one JSON object a row is added to")
-    add("--plot", type=Path, help="picture of the rows of --out")
     add("--commit", help="written beside the numbers; default: what git says")
     return parser.parse_args(arguments)
 
@@ -194,11 +193,6 @@ def main(arguments: list[str] | None = None) -> int:
             save(line | timed)
             print(f"{what:8}{name:16}{batch:4} x {context:7,}  {described(what, context, batch, timed, ceilings)}",
                   flush=True)  # fmt: skip
-    if options.plot and options.out:
-        from rattn_eqx.figures import curves
-        from rattn_eqx.inference.bench_plot import read_rows, step_times
-
-        curves.save(step_times(read_rows(options.out)), options.plot)
     return 0
 
 
