@@ -15,7 +15,7 @@ from matplotlib.ticker import NullLocator
 
 from pallas.tools.provenance import in_words
 from rattn_eqx.figures.curves import ticks_at, save
-from rattn_eqx.figures.names import label, legend
+from rattn_eqx.figures.names import shown
 
 Row = dict[str, Any]
 # As in the notebooks: RATTENTION orange, a plain window blue, full attention black; a second of a kind is paler.
@@ -109,7 +109,7 @@ def _colours(rows: list[Row]) -> dict[str, str]:
 def _draw(axes: Axes, curve: list[Row], name: str, colour: str, number: int) -> None:
     """Times by context; later ones have smaller markers, so that equal ones show."""
     style: dict[str, Any] = {"marker": "osD^v"[number % 5], "markersize": 8 - 2 * (number % 3), "color": colour}
-    axes.plot([row["context"] for row in curve], [1e3 * row["median"] for row in curve], label=label(name), **style)
+    axes.plot([row["context"] for row in curve], [1e3 * row["median"] for row in curve], label=shown(name), **style)
 
 
 def _by_context(axes: Axes, rows: list[Row]) -> None:
