@@ -11,10 +11,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from pallas.tools.provenance import in_words
-from rattn_eqx.figures.curves import ticks_at, save
+from rattn_eqx.figures.curves import save, ticks_at
 from rattn_eqx.figures.names import shown
 
 Row = dict[str, Any]

@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments, on_gpu)
     base = dataclasses.replace(paper_3b if on_gpu else tiny, num_layers=options.layers, window=options.window)
     ceilings = measure_ceilings(on_gpu, samples=5 if on_gpu else 2, seconds=0.05 if on_gpu else 0.0)
-    about = facts(options.commit) | {"bandwidth": ceilings.bandwidth}
+    about: dict[str, Any] = facts(options.commit) | {"bandwidth": ceilings.bandwidth}
     save = saver(options.out, about)
     print(f"{about['device']}, {about['date']}, commit {about['commit']}, jax {about['versions']['jax']}")
     print(f"width {base.model_width}, {base.num_layers} layers, {options.dtype}; a copy moves "
@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
         for what, context, batch in work:
             if what not in options.what.split(","):
                 continue
-            line = dict(kind=what, attention=name, context=context, batch=batch, dtype=options.dtype)
+            line: dict[str, Any] = dict(kind=what, attention=name, context=context, batch=batch, dtype=options.dtype)
             line["config"] = dataclasses.asdict(config)
             try:
                 timed = time_decode(model, batch, context, options) if what == "decode" else time_prefill(
