@@ -45,7 +45,7 @@ def loss_curves(
         dashes = ("--", ":", "-.")[style % 3]
         axes.axhline(value, color="black", linestyle=dashes, linewidth=1, label=label(f"{name}: {value:.2f}"))
     axes.set(xlabel="optimiser step", ylabel="bits per byte (log scale)", yscale="log")
-    _ticks_at(axes.yaxis, [1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10])
+    ticks_at(axes.yaxis, [1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10])
     axes.grid(alpha=0.3)
     if axes.has_data():
         legend(axes)
@@ -143,7 +143,7 @@ def _by_window(axes: Axes, rows: list[dict[str, Any]], metric: str) -> None:
         axes.axhspan(mean - half_width, mean + half_width, color="black", alpha=0.08)
         axes.plot([0.985] * len(full), full, "k.", alpha=0.5, transform=axes.get_yaxis_transform())
     axes.set(xlabel="window of the local layers, in tokens", ylabel=_metric_name(metric), xscale="log")
-    _ticks_at(axes.xaxis, sorted({window for _, window in groups}))
+    ticks_at(axes.xaxis, sorted({window for _, window in groups}))
     axes.grid(alpha=0.3)
 
 
@@ -198,7 +198,7 @@ def by_length(rows: dict[str, list[dict[str, Any]]], trained: int) -> Figure:
         _dots(axes, lengths, seen, f"C{number}")
     axes.axvline(trained, color="black", linestyle="--", linewidth=1, label="length of training")
     axes.set(xlabel="length of the test, in tokens", ylabel="share of answers right", xscale="log", ylim=(-0.03, 1.05))
-    _ticks_at(axes.xaxis, lengths, lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}")
+    ticks_at(axes.xaxis, lengths, lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}")
     axes.grid(alpha=0.3)
     legend(axes)
     return figure
@@ -216,7 +216,7 @@ def _column(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarr
     return np.asarray(steps), np.asarray(values, float)
 
 
-def _ticks_at(axis: Axis, places: Sequence[float], form: str | Callable = "{x:g}") -> None:
+def ticks_at(axis: Axis, places: Sequence[float], form: str | Callable = "{x:g}") -> None:
     """Of a logarithmic axis: these and no others."""
     axis.set_major_locator(FixedLocator(places))
     axis.set_major_formatter(form)
