@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas.block_sizes import round_up
 from pallas.feature_map import IN_KERNELS, KernelMap
 from pallas.hopper.step_window import (
+    BLOCKS,
     Cut,
     Parts,
     accumulate,
@@ -127,13 +128,14 @@ def step(plan: StepPlan, inputs: StepInputs, memory: Memory):
     """(out [b, h, d], the memory after the token)."""
     (batch, kv, d), h, n = inputs.v.shape, plan.num_heads, plan.columns
     rest, state, shape = dataclasses.replace(memory, state=None), memory.state, jax.ShapeDtypeStruct
-    cut, kinds, found = None, {}, {"length": shape((batch,), jnp.int32)}
+    cut, kinds = None, {}
+    found: Any = {"length": shape((batch,), jnp.int32)}
     if plan.tiles:
         halves = [tile(ROWS, d), tile(ROWS, d)]
         kinds["of_state"] = dict(state=tile(ROWS, d, dtype=jnp.float32), halves=halves, phi_tile=tile(n, ROWS))
         found["rla"] = shape((batch, plan.tiles, kv, d, n), jnp.float32)
     if plan.window:
-        cut = Cut.of(memory.keys.shape[1], batch * kv)
+        cut = Cut.of(memory.keys.shape[1], batch * kv, BLOCKS * (4 if plan.tiles else 1))
         kinds["of_window"] = window_scratch(plan, cut)
         found["swa"] = Parts.shapes(plan, batch, cut.parts)
     settings: Any = dict(warpgroups=1, interpret=plan.interpret)

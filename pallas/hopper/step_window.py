@@ -32,7 +32,7 @@ from pallas.hopper.warpgroup import (
     zeros,
 )
 
-BLOCKS = 256  # with fewer, rings are cut into parts: two for each multiprocessor
+BLOCKS = 256  # with fewer, rings are cut into parts: two for each multiprocessor, beside a state more and shorter ones
 MOST_PARTS = 32  # of a ring: the second launch reads them one after the other
 UNROLLED = 8  # terms of a sum: their loads do not wait for one another
 
@@ -62,10 +62,10 @@ class Cut:
     parts: int
 
     @staticmethod
-    def of(slots: int, rings: int) -> "Cut":
+    def of(slots: int, rings: int, blocks: int) -> "Cut":
         chunk = min(slots // ROWS, 2) * ROWS
         chunks = cdiv(slots, chunk)
-        most = cdiv(chunks, min(MOST_PARTS, max(1, BLOCKS // rings)))
+        most = cdiv(chunks, min(MOST_PARTS, max(1, blocks // rings)))
         return Cut(slots, chunk, most, cdiv(chunks, most))
 
     def first_of(self, j):
@@ -177,7 +177,7 @@ def beside(rows: int, columns: int, count: int, column: Callable):
 
 def column_of(x, i):
     """[rows] of [rows, columns]"""
-    return jnp.where(iota(*x.shape, 1) == i, x, 0.0).sum(axis=1)
+    return jnp.where(iota(x.shape[0], x.shape[1], 1) == i, x, 0.0).sum(axis=1)
 
 
 def put_transposed(x, ref) -> None:

@@ -12,7 +12,7 @@ from test_hopper_planted import plant  # noqa: F401 (a fixture)
 
 import pallas
 from pallas import StepCache, feature_map, rattention_step, sliding_window_attention_step
-from pallas.hopper import step_window
+from pallas.hopper import step
 from pallas.numerics import relative_rms
 from pallas.ops import choose
 from pallas.tools.cases import precision
@@ -113,7 +113,7 @@ def test_conforms(case):
 
 
 def test_a_long_ring_is_cut_only_where_the_batch_is_small(monkeypatch):
-    monkeypatch.setattr(step_window, "BLOCKS", 1)
+    monkeypatch.setattr(step, "BLOCKS", 1)
     assert Steps(300, (301, 70), residual=False, tokens=1).failures() == []
 
 
