@@ -124,6 +124,7 @@ class Found:
     swa: Any = None  # Parts
 
 
+@functools.partial(jax.jit, static_argnums=0)  # alike layers share one program, whose kernels are made once
 def step(plan: StepPlan, inputs: StepInputs, memory: Memory):
     """(out [b, h, d], the memory after the token)."""
     (batch, kv, d), h, n = inputs.v.shape, plan.num_heads, plan.columns
