@@ -31,7 +31,7 @@ def test_a_hundred_thousand_steps():
     model = LanguageModel(tiny, key=KEY)
     compiled: list[str] = []
 
-    def heard(event: str, seconds: float, **about: str | int) -> None:
+    def heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
         compiled.extend([event] if event.endswith("backend_compile_duration") else [])
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
