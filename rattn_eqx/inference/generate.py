@@ -182,14 +182,14 @@ def _texts(
     if not active.any():
         return
     logits, cache = read_prompts(model, ids, cache)
+    given = (model, keys, sampling, jnp.asarray(ends), jnp.asarray(counts, jnp.int32))
     while active.any():
         index = max(len(text) for text, alive in zip(texts, active, strict=True) if alive)
         wanted = min(steps, int((counts[active] - index).max()))
-        state = (logits, cache)
-        given = (model, keys, sampling, jnp.asarray(ends), jnp.asarray(counts, jnp.int32))
-        numbers = [jnp.asarray(x, jnp.int32) for x in (index, wanted)]  # a Python number would be compiled in
-        (logits, cache), tokens, scores = _draw(given, state, jnp.asarray(active), *numbers)
-        tokens, scores, drawn = np.asarray(tokens), np.asarray(scores), []
+        numbers = jnp.asarray([index, wanted], jnp.int32)  # Python's numbers would be compiled in
+        (logits, cache), tokens, scores = _draw(given, (logits, cache), jnp.asarray(active), numbers)
+        tokens, drawn = np.asarray(tokens), []
+        scores = np.asarray(scores) if sampling.log_probabilities else scores
         for row in np.flatnonzero(active):
             for i in range(wanted):
                 token = int(tokens[row, i])
@@ -243,15 +243,16 @@ def _draw(
     given: tuple,
     state: tuple[Array, Cache],
     active: Bool[Array, "batch"],
-    index: Int[Array, ""],
-    wanted: Int[Array, ""],
+    numbers: Int[Array, "2"],
 ):
-    """Up to STEPS tokens of each text, `wanted` at most, until all have ended: the state, tokens and log-probabilities.
+    """Up to STEPS tokens of each text, until all have ended: the state, tokens and log-probabilities.
+
+    numbers: tokens drawn before, and how many to draw at most.
 
     The model's own copy of the cache is written in place.
     """
     model, keys, sampling, ends, counts = given
-    batch = active.shape[0]
+    batch, (index, wanted) = active.shape[0], numbers
 
     def one(logits, key, number):
         finite = jnp.isfinite(logits).all()
