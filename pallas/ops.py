@@ -349,10 +349,10 @@ def _rings(cache: StepCache) -> tuple[Array, ...]:
 
 def _step(op: str, chosen: str, v: Array, cache: StepCache, *, scale: float | int | None, **options: Any) -> Any:
     """What a step's public op returns. k and v are rounded as the ring holds them, so that it does not matter when."""
-    rounded = lambda x: x.astype(cache.keys.dtype).astype(x.dtype)
-    options |= {name: rounded(options[name]) for name in ("k", "k_rla") if name in options}
+    rounded = lambda x, ring: x.astype(ring.dtype).astype(x.dtype)
+    options |= {name: rounded(options[name], cache.keys) for name in ("k", "k_rla") if name in options}
     scale = options["q"].shape[-1] ** -0.5 if scale is None else scale
-    out, after = getattr(_module(chosen), op)(v=rounded(v), cache=cache, scale=scale, **options)
+    out, after = getattr(_module(chosen), op)(v=rounded(v, cache.values), cache=cache, scale=scale, **options)
     if after.state is not None:
         after = dataclasses.replace(after, state=after.state.astype(cache.residual_state.dtype))
     return out.astype(v.dtype), after

@@ -354,6 +354,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     if (options.task is None) is (options.perplexity is None):
         given = "neither" if options.task is None else "both"
         raise ValueError(f"evaluate: --task or --perplexity must be given, and one of them; got {given}")
+    if options.perplexity is not None and (options.text is not None or options.attribution or options.option):
+        raise ValueError("evaluate: --text, --attribution and --option belong to --task; got them with --perplexity")
     lengths, task_options = parse_lengths(options.lengths), parse_options(options.option or [])
     if options.text is not None:
         task_options = {"haystack": "corpus", **task_options, "text": files.read_bytes(options.text, 2**30)}

@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jaxtyping import TypeCheckError
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
@@ -29,7 +30,7 @@ def save_cache(path: Path | str, cache: Cache, model: LanguageModel) -> None:
     Raises:
       ValueError: for a cache of another model.
     """
-    check_cache(model, _one_of(cache))
+    check_cache("save_cache", model, _one_of(cache))
     arrays, room = _named(cache), json.dumps(cache.room)
     metadata = {"format": FORMAT, "room": room, "model": fingerprint(model), "digest": _digest(arrays, room)}
     with files.new_file(Path(path)) as file:
@@ -58,9 +59,18 @@ def load_cache(path: Path | str, model: LanguageModel) -> Cache:
     room = metadata.get("room", "")
     if metadata.get("digest") != _digest(arrays, room):
         raise ValueError(f"load_cache: {path} is damaged: its content is not what was written; {again}")
-    like = eqx.filter_eval_shape(model.init_cache, json.loads(room), arrays["layers.0.keys"].dtype)
-    cache = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in _named(like)])
-    check_cache(model, _one_of(cache))
+    try:  # a digest can be made to fit
+        like = eqx.filter_eval_shape(model.init_cache, json.loads(room), arrays["layers.0.keys"].dtype)
+        if set(arrays) != set(_named(like)):
+            raise ValueError("it has other arrays")
+        cache = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in _named(like)])
+        check_cache("load_cache", model, _one_of(cache))
+        lengths = np.stack([np.asarray(layer.length) for layer in cache.layers])
+        most = 2**31 - 1 if cache.room is None else cache.room
+        if (lengths != lengths[0]).any() or (lengths < 0).any() or (lengths > most).any():
+            raise ValueError("its lengths cannot be")
+    except (ValueError, TypeError, KeyError, IndexError, TypeCheckError) as error:
+        raise ValueError(f"load_cache: {path} is damaged ({error!s:.200}); {again}") from error
     return cache
 
 

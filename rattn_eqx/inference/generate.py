@@ -107,7 +107,7 @@ def generate_batch(
       An iterator over lists: what was drawn of the texts that had not ended, in the order of prompts, then of tokens.
 
     Raises:
-      FloatingPointError: at the token whose logits are not all finite.
+      FloatingPointError: at the token whose logits are not all finite, which ends the texts beside it too.
       ValueError: at the call, before anything is computed: an empty prompt, token ids outside the vocabulary, nothing
         left to sample, no room, or a size or sampling option out of range.
     """
@@ -131,7 +131,7 @@ def generate_batch(
     if key.shape not in ((), (batch,)):
         raise ValueError(f"generate: key must be one, or one for each of {batch} prompts; got {key.shape}")
     if cache is not None:
-        check_cache(model, cache)
+        check_cache("generate", model, cache)
     before = 0 if cache is None else int(cache.length)
     needed = before + max(len(row) + int(count) for row, count in zip(ids, counts, strict=True))
     if cache is None:
@@ -352,6 +352,8 @@ def generate_texts(
     Raises:
       ValueError: as `generate_batch`, and for an empty string in `stop`.
     """
+    if isinstance(prompts, str):
+        raise ValueError(f"generate: prompts must be a list of texts; got one text, {prompts!r:.60}")
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"generate: stop must be strings of at least one character; got {stop!r:.80}")
     begun = [np.concatenate([[tokenizer.document], tokenizer.encode(prompt.encode())]) for prompt in prompts]

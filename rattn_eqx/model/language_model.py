@@ -111,6 +111,7 @@ class LanguageModel(eqx.Module):
         """The stream that the first block reads, in `compute_dtype`."""
         return self.embedding[tokens].astype(jnp.dtype(self.compute_dtype)) * self.config.model_width**0.5
 
+    @checked
     def init_cache(self, max_length: int | None = None, dtype: Any = None) -> Cache:
         """The cache of one sequence before its first token. `jax.vmap` of what continues it batches.
 
@@ -128,6 +129,8 @@ class LanguageModel(eqx.Module):
         if max_length is not None and max_length < 1:
             raise ValueError(f"init_cache: max_length must be at least 1; got {max_length}")
         dtype = jnp.dtype(self.compute_dtype if dtype is None else dtype)
+        if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
+            raise ValueError(f"init_cache: dtype must be a float of 16, 32 or 64 bits; got {dtype}")
         for block in self.blocks:
             if not hasattr(block.attention, "init_cache"):
                 raise NotImplementedError(
@@ -155,15 +158,18 @@ class LanguageModel(eqx.Module):
           cache: after those before them; it stays as it was.
           segment_ids: as of a call: a token whose id is not that of the token before begins a document. None: no token
             begins one.
-          count: how many of the tokens are real, if not all: those after are padding, which changes nothing.
+          count: how many of the tokens are real, if not all: those after are padding, which changes nothing. Of none
+            the logits are NaN, and the cache stays what it was.
 
         Raises:
-          ValueError: for an empty piece, ids outside the vocabulary, a cache of another model, and a document longer
-            than the cache has room for. Of traced numbers, whose values are not known, the logits are then NaN.
+          ValueError: for an empty piece, ids outside the vocabulary, a count that is not of the piece, a cache of
+            another model, and a document longer than the cache has room for. Of traced numbers, whose values are not
+            known, the logits are then NaN.
         """
         stream, cache = self.extend(tokens, cache, segment_ids, count=count)
-        last = tokens.shape[0] - 1 if count is None else count - 1
-        return self.logits(stream[last]), cache
+        if count is None:
+            return self.logits(stream[-1]), cache
+        return jnp.where(jnp.asarray(count) > 0, self.logits(stream[jnp.asarray(count) - 1]), jnp.nan), cache
 
     @checked
     def extend(
@@ -180,14 +186,16 @@ class LanguageModel(eqx.Module):
             raise ValueError("prefill: tokens must be at least one; got none; a document marker begins an empty text")
         length = t if count is None else count
         count = None if count is None else jnp.asarray(count, jnp.int32)
-        check_cache(self, cache)
+        check_cache("prefill", self, cache)
         runs, segment_id = jnp.zeros((t,), jnp.int32), cache.segment_id
         if segment_ids is not None:
             segment_ids = segment_ids.astype(segment_id.dtype)
-            cache = self._begun(cache, segment_ids[0] != segment_id)
-            runs, segment_id = segments.runs(segment_ids), segment_ids[length - 1]
+            some = jnp.asarray(length) > 0
+            cache = self._begun(cache, (segment_ids[0] != segment_id) & some)
+            runs = segments.runs(segment_ids)
+            segment_id = jnp.where(some, segment_ids[jnp.maximum(length - 1, 0)], segment_id)
         piece = Piece(runs, count, segment_ids is None)
-        valid = check_tokens(self, tokens[: length if isinstance(length, int) else t], cache, piece)
+        valid = check_tokens("prefill", self, tokens, cache, piece)
         x, layers = self.embed(tokens), []
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x, layer = block.extend(x, layer, piece)
@@ -204,11 +212,11 @@ class LanguageModel(eqx.Module):
 
         Args, Raises: as of `prefill`.
         """
-        check_cache(self, cache)
+        check_cache("decode_step", self, cache)
         segment_id = cache.segment_id if segment_id is None else segment_id.astype(cache.segment_id.dtype)
         if segment_id is not cache.segment_id:
             cache = self._begun(cache, segment_id != cache.segment_id)
-        valid = check_tokens(self, token[None], cache, Piece(jnp.zeros((1,), jnp.int32), None, True))
+        valid = check_tokens("decode_step", self, token[None], cache, Piece(jnp.zeros((1,), jnp.int32), None, True))
         x, layers = self.embed(token[None])[0], []
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x, layer = block.step(x, layer)
@@ -224,15 +232,20 @@ class LanguageModel(eqx.Module):
         return Cache(chosen, cache.segment_id, cache.room)
 
 
-def check_cache(model: LanguageModel, cache: Cache) -> None:
+def check_cache(function: str, model: LanguageModel, cache: Cache) -> None:
     """A cache must be one that the model would make.
 
     Raises:
-      ValueError: names the first array that is another.
+      ValueError: names the function that was given it, and the first array that is another.
     """
+    if cache.room is None and "global" in model.config.layer_kinds:
+        raise ValueError(
+            f"{function}: the cache must be of this model, whose global layers need room; got one without; "
+            "model.init_cache makes one"
+        )
     expected = eqx.filter_eval_shape(model.init_cache, cache.room, cache.dtype)
     if len(expected.layers) != len(cache.layers):
-        raise ValueError(f"prefill: the cache must be of this model, of {len(expected.layers)} layers; got one of "
+        raise ValueError(f"{function}: the cache must be of this model, of {len(expected.layers)} layers; got one of "
                          f"{len(cache.layers)}; model.init_cache makes one")  # fmt: skip
     pairs = zip(
         jax.tree_util.tree_leaves_with_path(expected, is_leaf=lambda x: x is None),
@@ -243,33 +256,37 @@ def check_cache(model: LanguageModel, cache: Cache) -> None:
         described = [None if x is None else f"{x.dtype}{list(x.shape)}" for x in (shape, array)]
         if described[0] != described[1]:
             raise ValueError(
-                f"prefill: the cache must be of this model and unbatched; {jax.tree_util.keystr(path)} must be "
+                f"{function}: the cache must be of this model and unbatched; {jax.tree_util.keystr(path)} must be "
                 f"{described[0]}; got {described[1]}; model.init_cache makes one, and jax.vmap batches"
             )
 
 
-def check_tokens(model: LanguageModel, tokens: Array, cache: Cache, piece: Piece) -> Array | None:
+def check_tokens(function: str, model: LanguageModel, tokens: Array, cache: Cache, piece: Piece) -> Array | None:
     """Whether the tokens are of the vocabulary and find room, where that is only known when the program runs.
 
     Raises:
       ValueError: where it is known, and is not so.
     """
     vocabulary = model.config.vocabulary_size
-    inside = ((tokens >= 0) & (tokens < vocabulary)) | ~piece.is_real()[: tokens.shape[0]]
+    t, count = tokens.shape[0], piece.count
+    counted = jnp.array(True) if count is None else (count >= 0) & (count <= t)
+    inside = ((tokens >= 0) & (tokens < vocabulary)) | ~piece.is_real()
     # The longest document that the piece makes: of the one that it continues, and of each that begins in it.
     longest = jnp.where(piece.is_real(), piece.positions(cache.length) + 1, 0).max()
     fits = jnp.array(True) if cache.room is None else longest <= cache.room
     try:
-        known = bool(inside.all()), bool(fits)
+        known = bool(counted), bool(inside.all()), bool(fits)
     except jax.errors.ConcretizationTypeError:  # they are traced
-        return inside.all() & fits
+        return counted & inside.all() & fits
     if not known[0]:
-        raise ValueError(
-            f"prefill: tokens must be ids below vocabulary_size={vocabulary}; got {tokens[jnp.argmin(inside)]}"
-        )
+        raise ValueError(f"{function}: count must be 0 to the {t} tokens of the piece; got {count}")
     if not known[1]:
         raise ValueError(
-            f"prefill: a document must fit in the cache's room={cache.room}; got {longest} tokens, "
+            f"{function}: tokens must be ids below vocabulary_size={vocabulary}; got {tokens[jnp.argmin(inside)]}"
+        )
+    if not known[2]:
+        raise ValueError(
+            f"{function}: a document must fit in the cache's room={cache.room}; got {longest} tokens, "
             f"{cache.length} of them read before; give init_cache a larger max_length"
         )
     return None

@@ -14,8 +14,8 @@ NEAR = 4096  # positions whose angles float32 holds well enough
 def rotary(x: Float[Array, "t h d"], positions: Int[Array, "t"], *, theta: float | int = 5e5) -> Float[Array, "t h d"]:
     """Turn channel pair (i, i + d / 2) of every head by the angle position / theta^(2 i / d).
 
-    A product of two turned vectors depends on the difference of their positions only. Angles are in radians, computed
-    in float32 (float64 for float64 x) to within 3e-4 whatever the position; the result has x's dtype.
+    A product of two turned vectors depends on the difference of their positions only, at any position: whole turns are
+    taken off exactly. Angles are in radians, computed in float32 (float64 for float64 x); the result has x's dtype.
 
     Raises:
       ValueError: if d is odd.

@@ -159,7 +159,7 @@ def test_what_does_not_fit_a_cache_is_told_and_the_cache_unharmed(model):
         ),
         r"unbatched; .*layers\[0\].keys must be .*; got float32\[2, 3, 1, 4\]": (model, batched, {}),
         r"unbatched; .*layers\[0\].keys must be .*; got float32\[1, 3, 1, 4\]": (model, one, {}),
-        "max_length must be given for a model with global layers": (
+        "generate: the cache must be of this model, whose global layers need room": (
             model,
             other(pattern=("local",), num_meta_tokens=0).init_cache(),
             {},

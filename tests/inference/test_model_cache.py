@@ -235,6 +235,8 @@ def test_shapes_without_memory():
         ({"tokens": jnp.array([1, 31])}, "tokens must be ids below vocabulary_size=31; got 31"),
         ({"tokens": jnp.array([-1])}, "got -1"),
         ({"tokens": jnp.zeros((13,), jnp.int32)}, "must fit in the cache's room=12; got 13 tokens, 0 of them read"),
+        ({"tokens": jnp.zeros((2,), jnp.int32), "count": 3}, "count must be 0 to the 2 tokens of the piece; got 3"),
+        ({"tokens": jnp.zeros((2,), jnp.int32), "count": -1}, "count must be 0 to the 2 tokens of the piece; got -1"),
         ({"config": {"num_layers": 3}}, "of this model, of 3 layers; got one of 2"),
         ({"config": {"window": 3}}, r"\.layers\[0\]\.keys must be float32\[3, 2, 8\]; got float32\[7, 2, 8\]"),
         ({"config": {"residual": False}}, r"\.layers\[0\]\.keys_rla must be None; got float32"),
@@ -249,13 +251,24 @@ def test_what_does_not_fit_is_told_and_the_cache_is_unharmed(changes, message):
     if "config" in changes:
         model = random_model(dataclasses.replace(CONFIG, **changes["config"]), "float32")
     with pytest.raises(ValueError, match=message):
-        model.prefill(changes.get("tokens", tokens_of(2)), cache)
+        model.prefill(changes.get("tokens", tokens_of(2)), cache, count=changes.get("count"))
     if "tokens" in changes:  # what cannot be raised where numbers are traced is NaN, not a wrong number
         if changes["tokens"].size:
-            logits, _ = eqx.filter_jit(model.prefill)(changes["tokens"], cache)
+            count = jnp.asarray(changes["count"]) if "count" in changes else None
+            logits, _ = eqx.filter_jit(model.prefill)(changes["tokens"], cache, count=count)
             assert jnp.isnan(logits).all()
         logits, _ = model.prefill(tokens_of(12), cache)
         assert jnp.isfinite(logits).all()
+
+
+def test_a_piece_of_padding_changes_nothing():
+    model = random_model(CONFIG, "float32")
+    _, cache = model.prefill(tokens_of(9), model.init_cache(32))
+    for ids in (None, jnp.full(4, 5)):
+        logits, after = eqx.filter_jit(model.prefill)(tokens_of(4), cache, ids, count=jnp.asarray(0))
+        assert jnp.isnan(logits).all()
+        for x, y in zip(jax.tree.leaves(cache), jax.tree.leaves(after), strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 def test_a_layer_without_a_cache_and_no_room():

@@ -196,6 +196,17 @@ def test_rotary_products_depend_on_the_distance_alone():
     assert abs(product(7, 3) - product(3, 7)) > 0.1
 
 
+@pytest.mark.parametrize("position", [4_093, 100_000, 1_000_000, 100_000_000])
+def test_rotary_products_are_exact_at_any_position(position):
+    generator = np.random.default_rng(0)
+    q, k = (jnp.asarray(generator.standard_normal((1, 1, 48)), jnp.float32) for _ in range(2))
+    product = lambda at: float(jnp.vdot(rotary(q, jnp.asarray([at + 37])), rotary(k, jnp.asarray([at]))))
+    with jax.enable_x64(True):
+        wide = [rotary(jnp.asarray(np.asarray(x), jnp.float64), jnp.asarray([at])) for x, at in ((q, 37), (k, 0))]
+        expected = float(jnp.vdot(*wide))
+    assert abs(product(position) - expected) < 1e-5 * abs(expected) + 1e-4
+
+
 def test_rotary_joins_nothing():
     """XLA of jax 0.11.2 may compute a norm and then a concatenate wrong on an H100: LOG.md, 2026-11-28."""
     assert "concatenate" not in str(jax.make_jaxpr(rotary)(jnp.ones((2, 3, 4)), jnp.arange(2)))
