@@ -21,8 +21,7 @@ def check_attention(op: str, q: Array, k: Array, window: int, segment_ids: Array
         raise ValueError(
             f"{op}: keys must be at least as many as queries; got t={t}, s={s}; queries are the last t of s"
         )
-    if kv < 1 or h % kv:
-        raise ValueError(f"{op}: h must be a multiple of kv; got h={h}, kv={kv}")
+    check_heads(op, h, kv)
     if window < 0:
         raise ValueError(
             f"{op}: window must be at least 0; got window={window}; it counts keys, the query's own included"
@@ -32,6 +31,12 @@ def check_attention(op: str, q: Array, k: Array, window: int, segment_ids: Array
             f"{op}: segment_ids must have one id for each of the s keys; got {segment_ids.shape}, s={s}; "
             "with more keys than queries, pass the ids of the keys"
         )
+
+
+def check_heads(op: str, h: int, kv: int) -> None:
+    """Each key/value head serves an equal group of query heads."""
+    if kv < 1 or h % kv:
+        raise ValueError(f"{op}: h must be a multiple of kv; got h={h}, kv={kv}")
 
 
 def check_states(op: str, feature_map: FeatureMap, k: Array, v: Array, **states: Array | None) -> None:
@@ -50,8 +55,7 @@ def check_step(
 ) -> None:
     """One token and the cache before it. feature_map: None for an op without the residual branch."""
     (h, d), (kv, dv) = q.shape, v.shape
-    if kv < 1 or h % kv:
-        raise ValueError(f"{op}: h must be a multiple of kv; got h={h}, kv={kv}")
+    check_heads(op, h, kv)
     expected = {"keys": (cache.window, kv, d), "values": (cache.window, kv, dv)}
     if feature_map is not None:
         expected["state"] = (kv, check_feature_map(op, feature_map, d, accumulation_dtype(k, v)), dv)

@@ -155,8 +155,7 @@ def rattention_step(
 ) -> tuple[Float[Array, "h dv"], StepCache]:
     """The whole-sequence op on the tokens of the ring, in their order, and the new one; its final state is kept."""
     after, *_ = turned(cache, k, k_rla, v)
-    ring_rla = cache.keys if cache.keys_rla is None else cache.keys_rla
-    rows = dict(k=(cache.keys, k), v=(cache.values, v), k_rla=(ring_rla, k_rla))
+    rows = dict(k=(cache.keys, k), v=(cache.values, v), k_rla=(cache.ring_rla, k_rla))
     keys, values, keys_rla, ids = _ordered(cache, **rows)
     states = dict(initial_state=cache.state, segment_state=cache.state)  # of a short document: still what it began with
     out, state = rattention(

@@ -30,6 +30,11 @@ class StepCache(eqx.Module):
     length: Int[Array, ""]
 
     @property
+    def ring_rla(self) -> Float[Array, "window kv d"]:
+        """The keys as the residual branch reads them."""
+        return self.keys if self.keys_rla is None else self.keys_rla
+
+    @property
     def residual_state(self) -> Float[Array, "kv f dv"]:
         """state, of a cache that has one."""
         if self.state is None:
@@ -58,7 +63,6 @@ def turned(
 ) -> tuple[StepCache, Array, Array, Array]:
     """The ring after one more token, with the old state, and what leaves it: (key as the residual branch reads it,
     value, does a token leave?)."""
-    ours = cache.keys if cache.keys_rla is None else cache.keys_rla
     new = k if k_rla is None else k_rla
     length = cache.length + 1
     if cache.window == 0:
@@ -68,7 +72,7 @@ def turned(
     put = lambda ring, row: jax.lax.dynamic_update_index_in_dim(ring, row.astype(ring.dtype), slot, 0)
     keys_rla = None if cache.keys_rla is None else put(cache.keys_rla, new)
     after = StepCache(put(cache.keys, k), keys_rla, put(cache.values, v), cache.state, length)
-    return after, ours[slot], cache.values[slot], leaves
+    return after, cache.ring_rla[slot], cache.values[slot], leaves
 
 
 def in_order(ring: Float[Array, "window kv d"], length: Int[Array, ""]) -> Float[Array, "window kv d"]:

@@ -112,8 +112,7 @@ def rattention_step(q, k, v, cache, *, q_rla, k_rla, swa_gain, rla_gain, eps, sc
     features_q = features_k = None
     if row is None:
         phi_q, phi_k = as_pair(feature_map)
-        ring = cache.keys if cache.keys_rla is None else cache.keys_rla
-        leaving = ring[cache.length % window] if window else k_rla
+        leaving = cache.ring_rla[cache.length % window] if window else k_rla
         features_q, features_k = (
             phi(x.astype(jnp.float32)).astype(jnp.float32) for phi, x in ((phi_q, q_rla), (phi_k, leaving))
         )

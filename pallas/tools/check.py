@@ -297,7 +297,7 @@ def main(arguments: list[str]) -> int:
     where = "interpreted on a CPU" if interpreted else "on this device"
     facts: dict[str, Any] = dict(implementation=implementation, interpreted=interpreted, **machine)
     facts |= provenance.of_code(args.commit, provenance.versions(PACKAGES))
-    print(f"{machine['device']}, {facts['date']}, commit {facts['commit']}, jax {facts['versions']['jax']}")
+    print(provenance.heading(facts))
     print(f"{implementation}, {where}")
     if replayed is not None:
         return _replay(replayed, implementation)

@@ -58,6 +58,11 @@ def facts(known_commit: str | None) -> dict[str, Any]:
     return dict(device=device.device_kind, platform=device.platform) | of_code(known_commit, versions(PACKAGES))
 
 
+def heading(about: dict[str, Any]) -> str:
+    """Device, date, commit and jax of `facts`, in one line."""
+    return f"{about['device']}, {about['date']}, commit {about['commit']}, jax {about['versions']['jax']}"
+
+
 def saver(path: Path | None, about: dict[str, Any]) -> Save:
     """A function that adds a line to the file, if there is one, and returns it with `about`."""
 

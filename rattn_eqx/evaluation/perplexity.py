@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
@@ -13,13 +12,13 @@ from tqdm import tqdm
 from pallas.checked import checked
 from rattn_eqx.data import files
 from rattn_eqx.data.tokenizers import Tokenizer
+from rattn_eqx.evaluation.text import position_edges
 from rattn_eqx.inference.generate import in_compute_dtype
 from rattn_eqx.model.cache import Cache
-from rattn_eqx.model.language_model import LanguageModel
-from rattn_eqx.model.loss import bits_per_byte, log_likelihood
+from rattn_eqx.model.language_model import LanguageModel, by_token
+from rattn_eqx.model.loss import bits_per_byte, nats_of_tokens
 
 PIECE = 512  # tokens that are read at once
-FIRST = 128  # positions of the first bin; each bin is as long as all before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +74,8 @@ def text_perplexity(
     num_targets = len(tokens) - 1
     piece = min(piece, num_targets)
     model = in_compute_dtype(model)
-    cache = model.init_cache(num_targets if "global" in model.config.layer_kinds else None)
-    edges = [0, *(FIRST << i for i in range(64) if FIRST << i < num_targets), num_targets]
+    cache = model.init_cache(model.config.room(num_targets))
+    edges = position_edges(num_targets)
     nats, num_bytes = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1, np.int64)
     with tqdm(total=num_targets, unit="token", unit_scale=True, disable=not show_progress, dynamic_ncols=True) as bar:
         for start in range(0, num_targets, piece):
@@ -120,7 +119,4 @@ def _read(
     """The cache after a piece, and the loss of each of its targets, in nats."""
     model, tokens, targets, count = given
     stream, cache = model.extend(tokens, cache, count=count)
-    nats = lambda logits, targets: -log_likelihood(logits, targets, jnp.ones_like(targets, bool))
-    block = max(1, min(len(tokens), 2**24 // model.config.vocabulary_size))
-    losses = jax.lax.map(lambda x: nats(model.logits(x[0]), x[1]), (stream, targets), batch_size=block)
-    return cache, losses
+    return cache, by_token(nats_of_tokens, model, stream, targets)

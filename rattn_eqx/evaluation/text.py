@@ -1,6 +1,7 @@
 """How well a model predicts held-out text."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from pallas.checked import checked
 from rattn_eqx.data.batches import Batch
 from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.model.language_model import LanguageModel, map_logits
-from rattn_eqx.model.loss import bits_per_byte, log_likelihood, summed_nats
+from rattn_eqx.model.loss import bits_per_byte, nats_of_tokens, summed_nats
 from rattn_eqx.model.sharding import BATCH, batch_mesh, over_batch, replicate
 
 GAINS = {"window": "swa_gain", "residual": "rla_gain"}  # what scales a branch in a local layer, if it has two
@@ -69,18 +70,21 @@ def loss_by_position(
         return []
     nats = np.sum([np.asarray(_nats(model, jnp.asarray(x)), np.float64) for x in documents], axis=0)
     num_bytes = tokenizer.byte_lengths[documents[:, 1:]].sum(axis=0)
-    rows, low = [], 0
-    while low < len(num_bytes):
-        high = min(max(128, 2 * low), len(num_bytes))
-        rows.append((low, high, bits_per_byte(float(nats[low:high].sum()), int(num_bytes[low:high].sum()))))
-        low = high
-    return rows
+    bits = lambda low, high: bits_per_byte(float(nats[low:high].sum()), int(num_bytes[low:high].sum()))
+    return [(low, high, bits(low, high)) for low, high in itertools.pairwise(position_edges(len(num_bytes)))]
+
+
+def position_edges(count: int) -> list[int]:
+    """Where bins of `count` positions begin, and where the last ends: the first has 128, each as many as all before."""
+    edges = [0]
+    while edges[-1] < count:
+        edges.append(min(max(128, 2 * edges[-1]), count))
+    return edges
 
 
 @eqx.filter_jit
 def _nats(model: LanguageModel, document: Int[Array, "length"]) -> Float[Array, "length-1"]:
-    nats = lambda logits, targets: -log_likelihood(logits, targets, jnp.ones_like(targets, bool))
-    return map_logits(nats, model, document[None, :-1], None, document[None, 1:])[0]
+    return map_logits(nats_of_tokens, model, document[None, :-1], None, document[None, 1:])[0]
 
 
 def switch_off(model: LanguageModel, branch: Literal["window", "residual"]) -> LanguageModel:

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 
 from pallas.tools.provenance import in_words
 from rattn_eqx.figures.curves import save, ticks_at
-from rattn_eqx.figures.names import shown
+from rattn_eqx.figures.names import BLACK, BLUE, ORANGE, shown
 
 Row = dict[str, Any]
 # As in the notebooks: RATTENTION orange, a plain window blue, full attention black; a second of a kind is paler.
-COLOURS = {"RATTENTION": ("#E69F00", "#D55E00"), "window": ("#0072B2", "#56B4E9"), "full": ("#222222", "#777777")}
+COLOURS = {"RATTENTION": (ORANGE, "#D55E00"), "window": (BLUE, "#56B4E9"), "full": (BLACK, "#777777")}
 OTHERS = ("#009E73", "#CC79A7", "#F0E442")
 
 

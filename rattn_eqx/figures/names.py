@@ -4,6 +4,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+BLUE, ORANGE, BLACK = "#0072B2", "#E69F00", "#222222"  # a window, RATTENTION or its residual branch, full attention
 PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}  # of a matplotlib text that holds a name
 SEEN = "\u200b"  # matplotlib leaves labels that begin with "_" out of a legend
 

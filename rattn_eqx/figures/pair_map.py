@@ -22,9 +22,9 @@ from pallas.checked import checked
 from pallas.checks import check_feature_map
 from pallas.feature_map import FeatureMap, as_pair
 from pallas.numerics import accumulation_dtype
-from rattn_eqx.figures.names import PLAIN, shown
+from rattn_eqx.figures.names import BLUE, ORANGE, PLAIN, shown
 
-BLUE, ORANGE, GREY, FUTURE = "#0072B2", "#E69F00", "#777777", "#F2F2F2"
+GREY, FUTURE = "#777777", "#F2F2F2"
 
 
 @checked

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas.tools.bench import measure_ceilings, reason
-from pallas.tools.provenance import facts, saver
+from pallas.tools.provenance import facts, heading, saver
 from rattn_eqx.inference.cost import cache_bytes
 from rattn_eqx.inference.generate import in_compute_dtype
 from rattn_eqx.model.cache import Cache
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     ceilings = measure_ceilings(on_gpu, samples=5 if on_gpu else 2, seconds=0.05 if on_gpu else 0.0)
     about: dict[str, Any] = facts(options.commit) | {"bandwidth": ceilings.bandwidth}
     save = saver(options.out, about)
-    print(f"{about['device']}, {about['date']}, commit {about['commit']}, jax {about['versions']['jax']}")
+    print(heading(about))
     print(f"width {base.model_width}, {base.num_layers} layers, {options.dtype}; a copy moves "
           f"{ceilings.bandwidth / 1e12:.2f} TB/s, read and written")  # fmt: skip
     numbers = lambda text: [int(x) for x in text.split(",")]

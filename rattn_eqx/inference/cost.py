@@ -109,9 +109,7 @@ def cache_bytes(config: ModelConfig, context: int, *, dtype: str = "bfloat16") -
       ValueError: if context is below 1 or beyond 63 bits.
     """
     _require_positive("cache_bytes", context=context)
-    room = context if "global" in config.layer_kinds else None
-    make = lambda: eqx.filter_eval_shape(_shapes(config).init_cache, room, dtype)
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(make()))
+    return eqx.filter_eval_shape(_shapes(config).init_cache, config.room(context), dtype).num_bytes
 
 
 def kv_cache_saving(config: ModelConfig, context: int) -> float:

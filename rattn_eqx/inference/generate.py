@@ -302,7 +302,7 @@ def room(model: LanguageModel, needed: int, max_length: int | None) -> int | Non
     """The room of a new cache for texts of up to `needed` tokens: nothing but global layers needs any."""
     if max_length is not None and not 1 <= max_length < 2**31:
         raise ValueError(f"generate: max_length must be at least 1; got {max_length}; below 2**31")
-    if "global" not in model.config.layer_kinds:
+    if model.config.room(needed) is None:
         return None
     if max_length is None:
         return max(SHORTEST, 1 << (needed - 1).bit_length())

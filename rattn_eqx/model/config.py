@@ -45,6 +45,10 @@ class ModelConfig:
         """The kind of every layer, from the first to the last: the pattern, repeated."""
         return tuple(self.pattern[layer % len(self.pattern)] for layer in range(self.num_layers))
 
+    def room(self, length: int) -> int | None:
+        """What a cache needs for documents of that length: None where no layer keeps every token."""
+        return length if "global" in self.layer_kinds else None
+
     def __post_init__(self):
         settle(self)
         if not self.pattern:

@@ -313,14 +313,28 @@ def map_logits(
     Of up to MAX_LOGITS numbers the logits are formed at once: [batch, t, vocabulary]. Of more, by blocks of so many
     tokens that theirs are, and once more in the backward pass: [vocabulary], under `vmap`.
     """
-    block = max(1, MAX_LOGITS // model.config.vocabulary_size)
-    if tokens.size <= block:
+    if tokens.size <= _block(model):
         return function(batch_logits(model, tokens, segment_ids), *others)
-    block = 1 << block.bit_length() - 1  # a power of two: batches divide by it, and what is left is one more program
     stream = _each(model.final_stream, tokens, segment_ids)
     in_row = jax.tree.map(lambda x: x.reshape(tokens.size, *x.shape[2:]), (stream, *others))
+    return jax.tree.map(lambda x: x.reshape(tokens.shape), by_token(function, model, *in_row))
+
+
+def by_token(
+    function: Callable, model: LanguageModel, stream: Float[Array, "n m"], *others: Shaped[Array, "n"]
+) -> PyTree[Shaped[Array, "n"]]:
+    """`map_logits` of final streams in a row."""
+    block = _block(model)
+    if len(stream) <= block:
+        return function(model.logits(stream), *others)
+    block = 1 << block.bit_length() - 1  # a power of two: batches divide by it, and what is left is one more program
     of_token = jax.checkpoint(lambda token: function(model.logits(token[0]), *token[1:]), prevent_cse=False)
-    return jax.tree.map(lambda x: x.reshape(tokens.shape), jax.lax.map(of_token, in_row, batch_size=block))
+    return jax.lax.map(of_token, (stream, *others), batch_size=block)
+
+
+def _block(model: LanguageModel) -> int:
+    """Tokens whose logits are MAX_LOGITS numbers."""
+    return max(1, MAX_LOGITS // model.config.vocabulary_size)
 
 
 def _each(apply: Callable, tokens: Array, segment_ids: Array | None) -> Array:

@@ -30,6 +30,11 @@ def log_likelihood(
     return jnp.where(scored, chosen, 0.0)
 
 
+def nats_of_tokens(logits: Float[Array, "*batch vocabulary"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """-log softmax(logits)[target] at every position, in nats."""
+    return -log_likelihood(logits, targets, jnp.ones_like(targets, bool))
+
+
 def summed_nats(model: LanguageModel, batch: Mapping[str, Array], masks: Sequence[Array]) -> list[Array]:
     """`cross_entropy` of a batch of `tokens`, `targets` and, for packed documents, `segment_ids`, for each mask."""
     each = lambda logits, targets, *masks: [log_likelihood(logits, targets, mask) for mask in masks]

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from pallas.checked import checked
 from pallas.tools.bench import measure, measure_ceilings, reason, time_jax
 from pallas.tools.peers import Problem, Row, flops
-from pallas.tools.provenance import facts, saver
+from pallas.tools.provenance import facts, heading, saver
 from rattn_eqx.inference.cost import hardwares, parameters_by_part
 from rattn_eqx.model.attention import GlobalAttention, RAttention
 from rattn_eqx.model.config import ModelConfig
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     save = saver(options.out, about)
     device = jax.devices()[0].device_kind
     stated = next((hardware.flops for name, hardware in hardwares.items() if name in device.lower()), None)
-    print(f"{about['device']}, {about['date']}, commit {about['commit']}, jax {about['versions']['jax']}")
+    print(heading(about))
     print(f"width {config.model_width}, {config.num_layers} layers, {options.compute_dtype}, {options.implementation}")
     for shape in options.shapes.split():
         batch, length = (int(size) for size in shape.split("x"))
