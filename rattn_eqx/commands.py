@@ -269,7 +269,8 @@ def _generate(options: argparse.Namespace) -> None:
 
     import jax
 
-    from rattn_eqx.inference.generate import STEPS, generate_texts
+    from rattn_eqx.inference.generate import STEPS
+    from rattn_eqx.inference.text import generate_texts
     from rattn_eqx.training.loop import load_model
 
     prompts = _prompts(options)

@@ -16,7 +16,7 @@ from rattn_eqx.data.tokenizers import BYTE_VOCABULARY, BPETokenizer, ByteTokeniz
 from rattn_eqx.evaluation.text import without_residual
 from rattn_eqx.figures import curves
 from rattn_eqx.inference.cost import count_parameters, require_memory, training_bytes
-from rattn_eqx.inference.generate import generate_text
+from rattn_eqx.inference.text import generate_text
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.training.config import RunConfig, TrainConfig
 from rattn_eqx.training.loop import train, validation_loss

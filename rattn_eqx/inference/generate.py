@@ -1,10 +1,9 @@
-"""Text from a model: prompts are read in pieces, then each token costs one step, however long the text is.
+"""Tokens from a model: prompts are read in pieces, then each token costs one step, however long the text is.
 
 One program reads a piece and one draws tokens, for a model, a number of prompts and a `max_length`: neither depends on
 how long the prompts are, nor on how many tokens follow. Notebook 08 steps through both.
 """
 
-import codecs
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
@@ -17,7 +16,6 @@ from jaxtyping import Array, Bool, Int, Key, PRNGKeyArray
 
 from pallas.checked import checked
 from pallas.numerics import accumulation_dtype
-from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.inference.cost import require_memory
 from rattn_eqx.inference.sampling import check_sampling, sample_token
 from rattn_eqx.model.cache import Cache
@@ -62,7 +60,7 @@ def generate(model: LanguageModel, prompt: Ids, *, key: PRNGKeyArray, **options:
     >>> len(list(generate(model, [256, 100], num_tokens=3, key=jax.random.key(1))))
     3
     """
-    drawn = generate_batch(model, [prompt], key=_typed(key)[None], **options)
+    drawn = generate_batch(model, [prompt], key=typed_key(key)[None], **options)
     return (one.token for step in drawn for one in step)
 
 
@@ -127,7 +125,7 @@ def generate_batch(
     allowed, ends = ~chosen("forbid", forbid), chosen("end", end)
     if not allowed.any():
         raise ValueError(f"generate: forbid must leave a token to sample; got all {vocabulary_size}")
-    key = _typed(key)
+    key = typed_key(key)
     if key.shape not in ((), (batch,)):
         raise ValueError(f"generate: key must be one, or one for each of {batch} prompts; got {key.shape}")
     if cache is not None:
@@ -151,7 +149,7 @@ def generate_batch(
     return _texts(in_compute_dtype(model), ids, counts, ends, keys, sampling, cache, stop, 1 if stream else STEPS)
 
 
-def _typed(key: Array) -> Array:
+def typed_key(key: Array) -> Array:
     """A key of `jax.random.key`, also where it is of `jax.random.PRNGKey`."""
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
@@ -312,92 +310,6 @@ def room(model: LanguageModel, needed: int, max_length: int | None) -> int | Non
             "tokens; give a larger one, or fewer tokens"
         )
     return max_length
-
-
-def generate_text(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    key: PRNGKeyArray,
-    stop: Sequence[str] = (),
-    **options: Any,
-) -> Iterator[str]:
-    """What follows a prompt at the head of a document, in whole characters, each as soon as it is known.
-
-    Args, Raises: as of `generate_texts`.
-    """
-    return (
-        text for _, text, _ in generate_texts(model, tokenizer, [prompt], key=_typed(key)[None], stop=stop, **options)
-    )
-
-
-def generate_texts(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    *,
-    stop: Sequence[str] = (),
-    **options: Any,
-) -> Iterator[tuple[int, str, Ended | None]]:
-    """What follows prompts at the heads of documents: (the prompt's number, a piece of its text, why it ended or None).
-
-    Pieces are whole characters, though a character may be several tokens; what is no UTF-8 is replaced by U+FFFD. The
-    document marker and padding, which stand for no text, are never drawn.
-
-    Args:
-      stop: strings before which a text ends.
-      options: of `generate_batch`: num_tokens, key, temperature, top_k, top_p, max_length, stream.
-
-    Raises:
-      ValueError: as `generate_batch`, and for an empty string in `stop`.
-    """
-    if isinstance(prompts, str):
-        raise ValueError(f"generate: prompts must be a list of texts; got one text, {prompts!r:.60}")
-    if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"generate: stop must be strings of at least one character; got {stop!r:.80}")
-    begun = [np.concatenate([[tokenizer.document], tokenizer.encode(prompt.encode())]) for prompt in prompts]
-    readers = [_Reader(tokenizer, tuple(stop)) for _ in prompts]
-    drawn = generate_batch(
-        model,
-        begun,
-        forbid=(tokenizer.padding, tokenizer.document),
-        stop=lambda row, tokens: readers[row].read(tokens[-1]),
-        **options,
-    )
-    return (
-        (one.row, readers[one.row].taken(one.index, last=one.ended is not None), one.ended)
-        for step in drawn
-        for one in step
-    )
-
-
-class _Reader:
-    """The characters of one text, of which it is known that no stop string begins there."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.text, self.shown, self.stopped = "", 0, False
-        self.lengths: list[int] = []  # of the text, after each token
-
-    def read(self, token: int) -> bool:
-        """One more token: has a stop string come?"""
-        self.text += self.decoder.decode(self.tokenizer.decode(np.array([token])))
-        reach = max(map(len, self.stop), default=0)
-        found = [at for at in (self.text.find(x, max(0, self.shown)) for x in self.stop) if at >= 0]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
-        self.lengths.append(len(self.text) if found else max(0, len(self.text) - max(0, reach - 1)))
-        return self.stopped
-
-    def taken(self, index: int, last: bool) -> str:
-        """What can be shown after this token and was not yet; all of it after the last."""
-        if last and not self.stopped:
-            self.text += self.decoder.decode(b"", final=True)
-        until = len(self.text) if last else self.lengths[index]
-        piece, self.shown = self.text[self.shown : until], max(self.shown, until)
-        return piece
 
 
 def _ids(name: str, given: Any, vocabulary_size: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from scripted_model import Scripted
 
 from rattn_eqx.data.corpus import build_corpus
 from rattn_eqx.data.tokenizers import BPETokenizer, ByteTokenizer
-from rattn_eqx.inference.generate import generate_text, generate_texts
+from rattn_eqx.inference.text import generate_text, generate_texts
 
 KEY = jax.random.key(1)
 TOKENIZER = ByteTokenizer()
