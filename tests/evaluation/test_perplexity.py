@@ -8,26 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_model
 
 from rattn_eqx.data.tokenizers import ByteTokenizer
 from rattn_eqx.evaluation import perplexity
 from rattn_eqx.evaluation.perplexity import Bin, file_perplexity, text_perplexity
 from rattn_eqx.model.cache import Cache
-from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
 
-CONFIG = ModelConfig(
-    vocabulary_size=258,
-    model_width=8,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_size=4,
-    feed_forward_width=8,
-    window=5,
-    pattern=("local", "global"),
-    num_meta_tokens=2,
-)
+CONFIG = dataclasses.replace(small_model.CONFIG, vocabulary_size=258, window=5, num_meta_tokens=2)
 TOKENIZER = ByteTokenizer()
 TOKENS = np.array([256, *np.random.default_rng(0).integers(0, 256, 300)], np.uint16)
 TOKENS[150] = TOKENIZER.document  # of no bytes
@@ -35,14 +24,7 @@ TOKENS[150] = TOKENIZER.document  # of no bytes
 
 @pytest.fixture(scope="module")
 def model():
-    generator = np.random.default_rng(1)
-    shapes = eqx.filter_eval_shape(LanguageModel, CONFIG, key=jax.random.key(0))
-
-    def draw(leaf):
-        is_parameter = isinstance(leaf, jax.ShapeDtypeStruct)
-        return jnp.asarray(0.5 * generator.standard_normal(leaf.shape), leaf.dtype) if is_parameter else leaf
-
-    return jax.tree.map(draw, shapes)
+    return small_model.drawn(CONFIG, size=0.5, seed=1)
 
 
 def losses_of(model) -> np.ndarray:

@@ -17,23 +17,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.flax import save_file
+from small_model import CONFIG
 
 from rattn_eqx.inference.cache import load_cache, save_cache
 from rattn_eqx.inference.generate import generate
-from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
 
-CONFIG = ModelConfig(
-    vocabulary_size=11,
-    model_width=8,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_size=4,
-    feed_forward_width=8,
-    window=3,
-    pattern=("local", "global"),
-)
 KEY = jax.random.key(1)
 REMEDY = "read the text again with model.prefill"
 

@@ -8,39 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_model
 from jaxtyping import TypeCheckError
 from scripted_model import NOT_FINITE, Scripted
 
 from rattn_eqx.inference.generate import generate, generate_batch, room
 from rattn_eqx.inference.sampling import sample_token
-from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
 
-CONFIG = ModelConfig(
-    vocabulary_size=11,
-    model_width=8,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_size=4,
-    feed_forward_width=8,
-    window=2,
-    pattern=("local", "global"),
-)
+CONFIG = dataclasses.replace(small_model.CONFIG, window=2)
 KEY = jax.random.key(1)
 PROMPT = np.array([3, 1, 4], np.uint16)
 
 
 @pytest.fixture(scope="module")
 def model():
-    generator = np.random.default_rng(0)
-    shapes = eqx.filter_eval_shape(LanguageModel, CONFIG, implementation="reference", key=KEY)
-
-    def draw(leaf):
-        is_parameter = isinstance(leaf, jax.ShapeDtypeStruct)
-        return jnp.asarray(0.5 * generator.standard_normal(leaf.shape), leaf.dtype) if is_parameter else leaf
-
-    return jax.tree.map(draw, shapes)
+    return small_model.drawn(CONFIG, size=0.5, implementation="reference")
 
 
 @eqx.filter_jit

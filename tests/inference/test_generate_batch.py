@@ -8,38 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_model
 from scripted_model import Scripted
 
 from rattn_eqx.inference import generate as module
 from rattn_eqx.inference.generate import Drawn, generate, generate_batch
-from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
 
-CONFIG = ModelConfig(
-    vocabulary_size=11,
-    model_width=8,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_size=4,
-    feed_forward_width=8,
-    window=3,
-    pattern=("local", "global"),
-    num_meta_tokens=2,
-)
+CONFIG = dataclasses.replace(small_model.CONFIG, num_meta_tokens=2)
 KEY = jax.random.key(1)
 
 
 @pytest.fixture(scope="module")
 def model():
-    generator = np.random.default_rng(0)
-    shapes = eqx.filter_eval_shape(LanguageModel, CONFIG, implementation="chunked", key=KEY)
-
-    def draw(leaf):
-        is_parameter = isinstance(leaf, jax.ShapeDtypeStruct)
-        return jnp.asarray(0.7 * generator.standard_normal(leaf.shape), leaf.dtype) if is_parameter else leaf
-
-    return jax.tree.map(draw, shapes)
+    return small_model.drawn(CONFIG, size=0.7, implementation="chunked")
 
 
 @pytest.fixture
