@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 AGAIN = 0.2  # seconds from one KeyboardInterrupt to the next, until one arrives
-SOON = 0.02  # seconds from one look at an import that has to end first, to the next
+SOON = 0.02  # seconds to the next of one that a callback swallowed, and from one look at an import that must end first
 PATIENCE = 500  # such looks: an extension module whose import is cut short may crash
 _tries = 0
 
@@ -31,7 +31,14 @@ def insistent(*, for_good: bool = False) -> Iterator[None]:
         return
     hook, timers = sys.unraisablehook, hasattr(signal, "setitimer")
     alarm = signal.signal(signal.SIGALRM, _raise) if timers else None
-    sys.unraisablehook = lambda said: None if caused(said.exc_value) else hook(said)
+
+    def swallowed(said) -> None:
+        if not caused(said.exc_value):
+            hook(said)
+        elif timers and signal.getsignal(signal.SIGINT) is _raise:
+            signal.setitimer(signal.ITIMER_REAL, SOON)
+
+    sys.unraisablehook = swallowed
     _tries = 0
     signal.signal(signal.SIGINT, _raise)
     try:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import jax
@@ -566,6 +567,29 @@ def test_an_interrupt_that_is_swallowed_comes_again(monkeypatch, capsys):
     assert capsys.readouterr().err == "\nrattn: stopped\n"
     time.sleep(1.5 * interrupt.AGAIN)
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+def test_an_interrupt_that_a_callback_swallows_comes_again_at_once(monkeypatch, capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    def work(*_, **__):
+        collected = set()
+        watcher = weakref.ref(collected, interrupted)
+        del collected
+        time.sleep(5)
+        return watcher
+
+    monkeypatch.setattr(interrupt, "AGAIN", 60)
+    monkeypatch.setattr(cost, "describe_cost", work)
+    started = time.monotonic()
+    assert main(["cost"]) == 130
+    assert time.monotonic() - started < 3
+    assert capsys.readouterr().err == "\nrattn: stopped\n"
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_reader_that_goes_away_ends_it_quietly():
