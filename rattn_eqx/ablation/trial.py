@@ -91,10 +91,11 @@ class Trial:
 def migrated(values: dict[str, Any]) -> dict[str, Any]:
     """A trial's JSON as `Trial.to_json` gives it now, from a line of any age.
 
-    Departures were once fields of the model. One that is younger than the line has its default.
+    Departures were once fields of the model. One that is younger than the line has its default, as the model's fields.
     """
     names = [field.name for field in dataclasses.fields(Departures)]
     departures = {name: value for name, value in values["model"].items() if name in names}
     model = {name: value for name, value in values["model"].items() if name not in names}
+    model = json.loads(json.dumps(dataclasses.asdict(made(ModelConfig, model))))
     departures = made(Departures, dict(**departures, **values.get("departures", {})))
     return values | {"model": model, "departures": dataclasses.asdict(departures)}

@@ -67,13 +67,13 @@ def parameters_by_part(model: ModelConfig | LanguageModel) -> dict[str, int]:
     """
     if isinstance(model, ModelConfig):
         model = _shapes(model)
-    attention: dict[LayerKind, int] = {"local": 0, "global": 0}
+    attention: dict[LayerKind, int] = {"local": 0, "global": 0, "global_rope": 0}
     for kind, block in zip(model.config.layer_kinds, model.blocks, strict=True):
         attention[kind] += _size(block.attention)
     return {
         "embedding": _size(model.embedding),
         "local attention": attention["local"],
-        "global attention": attention["global"],
+        "global attention": attention["global"] + attention["global_rope"],
         "feed-forward": _size([block.feed_forward for block in model.blocks]),
         "norms": _size([(b.attention_norm, b.feed_forward_norm) for b in model.blocks]) + _size(model.final_norm),
         "head": _size(model.head),
@@ -95,7 +95,7 @@ def kv_cache_bytes(config: ModelConfig, context: int, *, bytes_per_element: int 
       ValueError: if context is below 1 or beyond 63 bits.
     """
     _require_positive("kv_cache_bytes", context=context)
-    tokens = sum(context if kind == "global" else min(config.window, context) for kind in config.layer_kinds)
+    tokens = sum(min(config.window, context) if kind == "local" else context for kind in config.layer_kinds)
     return tokens * 2 * config.num_kv_heads * config.head_size * bytes_per_element
 
 
@@ -195,6 +195,10 @@ def describe_cost(config: ModelConfig, *, context: int, batch: int, hardware: Ha
     if config.residual:
         local += f", residual branch with the {config.feature_map} map"
 
+    positions = "no positions"
+    if rotary := kinds.count("global_rope"):
+        positions = f"{rotary} with rotary positions" if "global" in kinds else "rotary positions"
+
     per_head = ""
     if config.residual:
         as_tokens = state_in_tokens(_features(config), config.head_size, config.head_size)
@@ -205,7 +209,7 @@ def describe_cost(config: ModelConfig, *, context: int, batch: int, hardware: Ha
     rows += [
         ("layers", f"{config.num_layers}", f"width {config.model_width}, feed-forward {config.feed_forward_width}"),
         ("  local", f"{kinds.count('local')}", local),
-        ("  global", f"{kinds.count('global')}", "every token, no positions"),
+        ("  global", f"{config.num_layers - kinds.count('local')}", f"every token, {positions}"),
         ("  heads", f"{config.num_heads}", f"{config.num_kv_heads} for keys and values, size {config.head_size}"),
         ("one sequence", f"{context:,}", "tokens of context"),
         ("  keys, values", _bytes(cache), "bfloat16"),

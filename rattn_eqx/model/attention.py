@@ -17,74 +17,8 @@ from pallas.feature_map import FeatureMap, as_pair, num_features
 from pallas.numerics import accumulation_dtype
 from rattn_eqx.model import few_rows
 from rattn_eqx.model.cache import Piece, join, keep
-from rattn_eqx.model.initialise import truncated_normal
-from rattn_eqx.model.norm import RMSNorm
-from rattn_eqx.model.rotary import rotary
-
-
-@checked
-class Projections(eqx.Module):
-    """Queries, keys and values of a sequence, and the way back from heads to the model width. No biases.
-
-    Raises:
-      ValueError: if num_heads is not a multiple of num_kv_heads.
-    """
-
-    query_weight: Float[Array, "m h d"]
-    key_weight: Float[Array, "m kv d"]
-    value_weight: Float[Array, "m kv d"]
-    out_weight: Float[Array, "h d m"]
-    query_norm: RMSNorm | None
-    key_norm: RMSNorm | None
-
-    def __init__(
-        self, model_width: int, num_heads: int, num_kv_heads: int, head_size: int, qk_norm: bool, *, key: PRNGKeyArray
-    ):
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(
-                f"attention: num_heads must be a multiple of num_kv_heads; got {num_heads} and {num_kv_heads}"
-            )
-        keys = jax.random.split(key, 4)
-        self.query_weight = truncated_normal(keys[0], (model_width, num_heads, head_size), model_width)
-        self.key_weight = truncated_normal(keys[1], (model_width, num_kv_heads, head_size), model_width)
-        self.value_weight = truncated_normal(keys[2], (model_width, num_kv_heads, head_size), model_width)
-        self.out_weight = truncated_normal(keys[3], (num_heads, head_size, model_width), num_heads * head_size)
-        self.query_norm = RMSNorm(head_size) if qk_norm else None
-        self.key_norm = RMSNorm(head_size) if qk_norm else None
-
-    @property
-    def model_width(self) -> int:
-        return self.query_weight.shape[0]
-
-    @checked
-    def project(
-        self, x: Float[Array, "t {self.model_width}"]
-    ) -> tuple[Float[Array, "t h d"], Float[Array, "t kv d"], Float[Array, "t kv d"]]:
-        """Queries, keys and values, in x's dtype, without norm or position."""
-        weights = (self.query_weight, self.key_weight, self.value_weight)
-        q, k, v = (jnp.einsum("tm,mhd->thd", x, w.astype(x.dtype)) for w in weights)
-        return q, k, v
-
-    @checked
-    def norm(
-        self, q: Float[Array, "t h {self.query_weight.shape[2]}"], k: Float[Array, "t kv {self.key_weight.shape[2]}"]
-    ) -> tuple[Float[Array, "t h d"], Float[Array, "t kv d"]]:
-        """An RMS norm of each head of q and k (qk-norm); nothing without it."""
-        if self.query_norm is None or self.key_norm is None:
-            return q, k
-        return self.query_norm(q), self.key_norm(k)
-
-    def init_cache(self, slots: int, dtype: Any) -> StepCache:
-        """A ring of so many slots that holds no token, without a state."""
-        ring = lambda weight: jnp.zeros((slots, *weight.shape[1:]), dtype)
-        return StepCache(ring(self.key_weight), None, ring(self.value_weight), None, jnp.array(0, jnp.int32))
-
-    @checked
-    def merge(
-        self, heads: Float[Array, "t {self.out_weight.shape[0]} {self.out_weight.shape[1]}"]
-    ) -> Float[Array, "t {self.model_width}"]:
-        """The sum over heads of each head's output projection."""
-        return jnp.einsum("thd,hdm->tm", heads, self.out_weight.astype(heads.dtype))
+from rattn_eqx.model.projections import Projections
+from rattn_eqx.model.rotary import RopeScaling, rotary
 
 
 @checked
@@ -137,6 +71,9 @@ class RAttention(eqx.Module):
       swa_gain, rla_gain: what the learned gains begin at. A small rla_gain lets the window's branch learn first.
       qk_norm: norm the window's q and k over each head's channels.
       rope_theta: base of the rotary embedding's wavelengths.
+      rope_scaling: of its frequencies.
+      qkv_bias: biases of queries, keys and values, for both branches.
+      norm_eps: of qk-norm.
       implementation: passed to the op.
 
     Raises:
@@ -152,6 +89,7 @@ class RAttention(eqx.Module):
     feature_map: FeatureMap
     window: int = eqx.field(static=True)
     rope_theta: float | int = eqx.field(static=True)
+    rope_scaling: RopeScaling | None = eqx.field(static=True)
     implementation: str | None = eqx.field(static=True)
 
     def __init__(
@@ -170,6 +108,9 @@ class RAttention(eqx.Module):
         rla_gain: float | int = 1.0,
         qk_norm: bool = True,
         rope_theta: float | int = 5e5,
+        rope_scaling: RopeScaling | None = None,
+        qkv_bias: bool = False,
+        norm_eps: float | int = 1e-6,
         implementation: str | None = None,
         key: PRNGKeyArray,
     ):
@@ -186,7 +127,9 @@ class RAttention(eqx.Module):
         if residual:
             check_feature_map("RAttention", feature_map, head_size)
         projections_key, meta_key = jax.random.split(key)
-        self.projections = Projections(model_width, num_heads, num_kv_heads, head_size, qk_norm, key=projections_key)
+        heads = (num_heads, num_kv_heads, head_size)
+        options: dict[str, Any] = dict(qkv_bias=qkv_bias, norm_eps=norm_eps)
+        self.projections = Projections(model_width, *heads, qk_norm, **options, key=projections_key)
         gains = (num_heads, head_size)
         self.swa_gain = jnp.full(gains, swa_gain, jnp.float32) if residual else None
         self.rla_gain = jnp.full(gains, rla_gain, jnp.float32) if residual else None
@@ -197,6 +140,7 @@ class RAttention(eqx.Module):
         self.feature_map = feature_map
         self.window = window
         self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
         self.implementation = implementation
 
     @checked
@@ -228,7 +172,8 @@ class RAttention(eqx.Module):
     def rotate(self, q: Array, k: Array, positions: Array | None = None) -> tuple[Array, Array]:
         """q and k with the rotary embedding of their positions."""
         positions = jnp.arange(q.shape[0]) if positions is None else positions
-        return rotary(q, positions, theta=self.rope_theta), rotary(k, positions, theta=self.rope_theta)
+        options: dict[str, Any] = dict(theta=self.rope_theta, scaling=self.rope_scaling)
+        return rotary(q, positions, **options), rotary(k, positions, **options)
 
     def scale(self, q: Array, k: Array) -> tuple[Array, Array]:
         """q and k with the residual branch's learned scale of each channel, if there is one."""
@@ -332,9 +277,14 @@ def cudnn_serves(q: Float[Array, "t h d"], v: Float[Array, "t kv dv"], piece: Pi
 
 @checked
 class GlobalAttention(eqx.Module):
-    """A global layer: full causal attention without positions (NoPE, arXiv 2305.19466)."""
+    """A global layer: full causal attention, without positions (NoPE, arXiv 2305.19466) or with rotary ones.
+
+    Args of the constructor: as of `RAttention`; rope_theta None is without positions.
+    """
 
     projections: Projections
+    rope_theta: float | int | None = eqx.field(static=True)
+    rope_scaling: RopeScaling | None = eqx.field(static=True)
     implementation: str | None = eqx.field(static=True)
 
     def __init__(
@@ -345,10 +295,18 @@ class GlobalAttention(eqx.Module):
         num_kv_heads: int,
         head_size: int,
         qk_norm: bool = True,
+        rope_theta: float | int | None = None,
+        rope_scaling: RopeScaling | None = None,
+        qkv_bias: bool = False,
+        norm_eps: float | int = 1e-6,
         implementation: str | None = None,
         key: PRNGKeyArray,
     ):
-        self.projections = Projections(model_width, num_heads, num_kv_heads, head_size, qk_norm, key=key)
+        heads = (num_heads, num_kv_heads, head_size)
+        options: dict[str, Any] = dict(qkv_bias=qkv_bias, norm_eps=norm_eps)
+        self.projections = Projections(model_width, *heads, qk_norm, **options, key=key)
+        self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
         self.implementation = implementation
 
     @checked
@@ -367,10 +325,21 @@ class GlobalAttention(eqx.Module):
         )
         return self.projections.merge(heads)
 
-    def inputs(self, x: Array) -> tuple[Array, Array, Array]:
-        """Queries and keys, with qk-norm, and values."""
+    def inputs(self, x: Array, positions: Array | None = None) -> tuple[Array, Array, Array]:
+        """Queries and keys, with qk-norm and rotary embedding if the layer has them, and values.
+
+        positions: 0, 1, 2, ... by default.
+        """
         q, k, v = self.projections.project(x)
-        return *self.projections.norm(q, k), v
+        return *self.rotate(*self.projections.norm(q, k), positions), v
+
+    def rotate(self, q: Array, k: Array, positions: Array | None = None) -> tuple[Array, Array]:
+        """As of `RAttention`; nothing without positions."""
+        if self.rope_theta is None:
+            return q, k
+        positions = jnp.arange(q.shape[0]) if positions is None else positions
+        options: dict[str, Any] = dict(theta=self.rope_theta, scaling=self.rope_scaling)
+        return rotary(q, positions, **options), rotary(k, positions, **options)
 
     def init_cache(self, room: int | None, dtype: Any) -> StepCache:
         """A document's, before its first token: room for all of it."""
@@ -386,7 +355,7 @@ class GlobalAttention(eqx.Module):
 
     def extend(self, x: Float[Array, "t m"], cache: StepCache, piece: Piece) -> tuple[Float[Array, "t m"], StepCache]:
         """As of `RAttention`."""
-        q, k, v = self.inputs(x)
+        q, k, v = self.inputs(x, piece.positions(cache.length))
         joined = join(cache, piece, k, None, v)
 
         def after_cache():
@@ -411,6 +380,6 @@ class GlobalAttention(eqx.Module):
     def step(self, x: Float[Array, "m"], cache: StepCache) -> tuple[Float[Array, "m"], StepCache]:
         """As of `RAttention`."""
         q, k, v = few_rows.apply(Projections.project, self.projections, x)
-        q, k = (y[0] for y in self.projections.norm(q[None], k[None]))
+        q, k = (y[0] for y in self.rotate(*self.projections.norm(q[None], k[None]), cache.length[None]))
         heads, cache = pallas.sliding_window_attention_step(q, k, v, cache, implementation=self.implementation)
         return few_rows.apply(Projections.merge, self.projections, heads), cache

@@ -44,16 +44,20 @@ class Block(eqx.Module):
             num_kv_heads=config.num_kv_heads,
             head_size=config.head_size,
             qk_norm=config.qk_norm,
+            qkv_bias=config.qkv_bias,
+            norm_eps=config.norm_eps,
+            rope_scaling=config.rope_scaling,
             implementation=implementation,
             key=attention_key,
         )
-        self.attention_norm = RMSNorm(config.model_width)
-        self.feed_forward_norm = RMSNorm(config.model_width)
+        self.attention_norm = RMSNorm(config.model_width, config.norm_eps)
+        self.feed_forward_norm = RMSNorm(config.model_width, config.norm_eps)
         self.feed_forward = FeedForward(
             config.model_width, config.feed_forward_width, config.gate, key=feed_forward_key
         )
-        if kind == "global":
-            self.attention = GlobalAttention(config.model_width, **heads)
+        if kind != "local":
+            theta = config.rope_theta if kind == "global_rope" else None
+            self.attention = GlobalAttention(config.model_width, rope_theta=theta, **heads)
             return
         if feature_map is None and config.feature_map == "learned":
             feature_map = Hedgehog(config.head_size, key=jax.random.fold_in(key, 2))  # 0 and 1 give the keys split off

@@ -5,19 +5,25 @@ from typing import Literal
 
 from pallas.feature_map import named
 from rattn_eqx.model.fields import settle
+from rattn_eqx.model.rotary import RopeScaling
 
-LayerKind = Literal["local", "global"]
+LayerKind = Literal["local", "global", "global_rope"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything that fixes a `LanguageModel`'s shapes and mathematics.
 
-    `pattern` is repeated down the layers: a "local" layer is `RAttention`, a "global" one is `GlobalAttention`.
+    `pattern` is repeated down the layers: a "local" layer is `RAttention`, a "global" one is `GlobalAttention` without
+    positions, "global_rope" one with rotary positions.
     `window` counts the keys that a local layer's query sees, itself included; 0 leaves linear attention alone.
     `residual=False` takes the residual branch away: a plain sliding-window layer.
     `swa_gain` and `rla_gain` are what the learned gains of the two branches begin at. `feature_map` is a named one of
     `pallas.feature_map`, or "learned": a `Hedgehog` of each local layer's own.
+
+    What models of other libraries have: `qkv_bias`, biases of queries, keys and values; `norm_eps`, of the stream's
+    norms and of qk-norm; `embedding_scale`, what embeddings are multiplied by (None: the square root of the width);
+    `rope_scaling`, slower rotary frequencies.
     """
 
     vocabulary_size: int
@@ -39,6 +45,10 @@ class ModelConfig:
     rope_theta: float | int = 5e5
     gate: Literal["gelu", "silu"] = "gelu"
     tie_embeddings: bool = True
+    qkv_bias: bool = False
+    norm_eps: float | int = 1e-6
+    embedding_scale: float | int | None = None
+    rope_scaling: RopeScaling | None = None
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -47,7 +57,7 @@ class ModelConfig:
 
     def room(self, length: int) -> int | None:
         """What a cache needs for documents of that length: None where no layer keeps every token."""
-        return length if "global" in self.layer_kinds else None
+        return length if set(self.layer_kinds) - {"local"} else None
 
     def __post_init__(self):
         settle(self)
@@ -70,6 +80,8 @@ class ModelConfig:
                 f"got num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}; "
                 "each key/value head serves an equal group of query heads"
             )
+        if self.norm_eps < 0:
+            raise ValueError(f"ModelConfig: norm_eps must be at least 0; got {self.norm_eps}")
         if self.head_size % 2:
             raise ValueError(f"ModelConfig: head_size must be even, for rotary embedding; got {self.head_size}")
         maps = (*named, "learned")

@@ -41,22 +41,11 @@ def made(kind: type, values: dict[str, Any]) -> Any:
 
 def _settled(name: str, value: Any, hint: Any) -> Any:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if value is None and types.NoneType in parts:
+        return None
     refusal = ValueError(f"{name} must be {_in_words(hint)}; got {value!r:.80}")
     if hint is bool or hint in (int, float) or (float in parts and int in parts):
-        if (type(value).__name__ in ("bool", "bool_")) is not (hint is bool):
-            raise refusal
-        try:
-            number = bool(value) if hint is bool else operator.index(value)
-        except TypeError:
-            if hint is int or isinstance(value, str | bytes):
-                raise refusal from None
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                raise refusal from None
-        if not (math.isfinite(number) if isinstance(number, float) else -(2**63) <= number < 2**63):
-            raise refusal
-        return number
+        return _number(value, hint, refusal)
     if origin is Literal:
         if not any(type(value) is type(part) and value == part for part in parts):
             raise refusal
@@ -70,15 +59,37 @@ def _settled(name: str, value: Any, hint: Any) -> Any:
             raise refusal
         return {key: _settled(f"{name}[{key!r}]", part, parts[1]) for key, part in value.items()}
     if origin is types.UnionType:
+        parts = [part for part in parts if part is not types.NoneType]
+        if len(parts) == 1:
+            return _settled(name, value, parts[0])
         for part in parts:
             try:
                 return _settled(name, value, part)
             except ValueError:
                 continue
         raise refusal
+    if hasattr(hint, "__dataclass_fields__") and isinstance(value, dict):
+        return made(hint, value)
     if not isinstance(value, hint):
         raise refusal
     return value
+
+
+def _number(value: Any, hint: Any, refusal: ValueError) -> bool | int | float:
+    if (type(value).__name__ in ("bool", "bool_")) is not (hint is bool):
+        raise refusal
+    try:
+        number = bool(value) if hint is bool else operator.index(value)
+    except TypeError:
+        if hint is int or isinstance(value, str | bytes):
+            raise refusal from None
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise refusal from None
+    if not (math.isfinite(number) if isinstance(number, float) else -(2**63) <= number < 2**63):
+        raise refusal
+    return number
 
 
 def _in_words(hint: Any) -> str:
@@ -88,8 +99,9 @@ def _in_words(hint: Any) -> str:
     if origin in (tuple, dict):
         return f"a {origin.__name__}, each {_in_words(parts[-1] if origin is dict else parts[0])}"
     if float in parts and int in parts:
-        return "a finite number"
+        return "a finite number" + (" or nothing" if types.NoneType in parts else "")
     if origin is types.UnionType:
         return " or ".join(map(_in_words, parts))
     names = {int: "an integer of at most 64 bits", float: "a finite number", bool: "true or false", str: "text"}
+    names[types.NoneType] = "nothing"
     return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -75,7 +75,7 @@ class LanguageModel(eqx.Module):
             )
             for kind, block_key in zip(config.layer_kinds, block_keys, strict=True)
         )
-        self.final_norm = RMSNorm(config.model_width)
+        self.final_norm = RMSNorm(config.model_width, config.norm_eps)
         shape = (config.model_width, config.vocabulary_size)
         self.head = None if config.tie_embeddings else truncated_normal(head_key, shape, config.model_width)
         self.config = config
@@ -109,7 +109,8 @@ class LanguageModel(eqx.Module):
     @checked
     def embed(self, tokens: Int[Array, "t"]) -> Float[Array, "t {self.config.model_width}"]:
         """The stream that the first block reads, in `compute_dtype`."""
-        return self.embedding[tokens].astype(jnp.dtype(self.compute_dtype)) * self.config.model_width**0.5
+        scale = self.config.model_width**0.5 if self.config.embedding_scale is None else self.config.embedding_scale
+        return self.embedding[tokens].astype(jnp.dtype(self.compute_dtype)) * scale
 
     @checked
     def init_cache(self, max_length: int | None = None, dtype: Any = None) -> Cache:
@@ -238,7 +239,7 @@ def check_cache(function: str, model: LanguageModel, cache: Cache) -> None:
     Raises:
       ValueError: names the function that was given it, and the first array that is another.
     """
-    if cache.room is None and "global" in model.config.layer_kinds:
+    if cache.room is None and model.config.room(1) is not None:
         raise ValueError(
             f"{function}: the cache must be of this model, whose global layers need room; got one without; "
             "model.init_cache makes one"

@@ -15,7 +15,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas.checked import checked
@@ -27,7 +26,6 @@ from rattn_eqx.model.attention import GlobalAttention, RAttention
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.model.presets import paper_3b, tiny
-from rattn_eqx.model.rotary import rotary
 from rattn_eqx.training.config import TrainConfig
 from rattn_eqx.training.step import build_model, make_optimizer, make_step
 
@@ -39,11 +37,9 @@ class CudnnAttention(eqx.Module):
 
     @checked
     def __call__(self, x: Float[Array, "t m"], segment_ids: None = None) -> Float[Array, "t m"]:
-        q, k, v = self.layer.projections.project(x)
-        q, k = self.layer.projections.norm(q, k)
+        q, k, *_, v = self.layer.inputs(x)
         window = None
         if isinstance(self.layer, RAttention):
-            q, k = (rotary(y, jnp.arange(x.shape[0]), theta=self.layer.rope_theta) for y in (q, k))
             window = (self.layer.window - 1, 0) if self.layer.window < x.shape[0] else None
         attend: Any = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
         return self.layer.projections.merge(attend(q, k, v, local_window_size=window))

@@ -86,6 +86,7 @@ CACHES = {
     "global alone": {"pattern": ("global",), "learned_feature_scale": False, "num_meta_tokens": 0},
     "without the residual branch": {"residual": False, "learned_feature_scale": False, "num_meta_tokens": 0},
     "window 0": {"window": 0},
+    "rotary global layers": {"pattern": ("local", "global_rope"), "qkv_bias": True},
     "window beyond the length": {"window": 1000},
     "window beyond the length, local alone": {"window": 1000, "pattern": ("local",)},
     "identity": {"feature_map": "identity"},
@@ -104,7 +105,7 @@ def test_the_bytes_of_a_cache_are_those_that_are_held(name):
     zeros = lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
     model = jax.tree.map(zeros, shapes)
     for dtype, length in itertools.product(("float32", "bfloat16"), (1, 40)):
-        cache = model.init_cache(length if "global" in config.layer_kinds else None, dtype)
+        cache = model.init_cache(config.room(length), dtype)
         held = sum(np.asarray(x).nbytes for x in jax.tree.leaves(cache))
         assert cost.cache_bytes(config, length, dtype=dtype) == held == cache.num_bytes
 

@@ -17,6 +17,7 @@ from rattn_eqx.model import few_rows
 from rattn_eqx.model.cache import Piece
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.model.rotary import RopeScaling
 
 CONFIG = ModelConfig(
     vocabulary_size=31,
@@ -72,6 +73,7 @@ def by_pieces(model: LanguageModel, tokens, ids, pieces=PIECES, room=LENGTH, cac
     return jnp.concatenate(found), cache
 
 
+SCALING = RopeScaling(factor=8, low_frequency_factor=1, high_frequency_factor=4, original_length=32)
 CASES = {
     "window 0": {"window": 0},
     "window 1, local alone": {"window": 1, "pattern": ("local",)},
@@ -80,6 +82,7 @@ CASES = {
     "window beyond the length": {"window": 512, "num_meta_tokens": 2},
     "no residual branch": {"residual": False},
     "learned map": {"feature_map": "learned"},
+    "rotary global layers": {"pattern": ("global_rope", "global"), "qkv_bias": True, "rope_scaling": SCALING},
 }
 BOUND = {"float32": 1e-4, "float64": 1e-10}
 

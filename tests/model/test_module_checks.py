@@ -13,11 +13,12 @@ from test_modules import CONFIG, SIZES
 
 from pallas.feature_map import Hedgehog
 from rattn_eqx.ablation.layer import Departures, ablate
-from rattn_eqx.model.attention import GlobalAttention, Projections, RAttention
+from rattn_eqx.model.attention import GlobalAttention, RAttention
 from rattn_eqx.model.block import Block
 from rattn_eqx.model.feed_forward import FeedForward
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.model.norm import RMSNorm
+from rattn_eqx.model.projections import Projections
 from rattn_eqx.model.rotary import rotary
 
 X, IDS, IDS_OF_3 = jnp.ones((5, 8)), jnp.zeros(5, jnp.int32), jnp.zeros(3, jnp.int32)
@@ -93,6 +94,9 @@ def test_options_that_do_not_fit_together(options, message):
         ({"gate": "relu"}, "gate must be 'gelu' or 'silu'; got 'relu'"),
         ({"feature_map": "sofmax"}, "feature_map must be one of softmax, .*; got 'sofmax'"),
         ({"head_size": 3}, "head_size must be even"),
+        ({"norm_eps": -1e-6}, "norm_eps must be at least 0; got -1e-06"),
+        ({"embedding_scale": "1"}, "embedding_scale must be a finite number or nothing; got '1'"),
+        ({"rope_scaling": 8.0}, "rope_scaling must be RopeScaling; got 8.0"),
     ],
 )
 def test_a_config_that_cannot_be_built_is_refused(changes, message):

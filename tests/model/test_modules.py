@@ -18,7 +18,7 @@ from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.feed_forward import FeedForward
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.model.presets import paper_3b, paper_12b
-from rattn_eqx.model.rotary import rotary
+from rattn_eqx.model.rotary import RopeScaling, rotary
 
 CONFIG = ModelConfig(
     vocabulary_size=13,
@@ -169,6 +169,22 @@ def test_global_attention_sees_everything_and_no_positions():
     assert relative_rms(run(layer, shuffled)[-1], run(layer, x)[-1]) < 1e-5
 
 
+def test_global_attention_with_positions_and_biases():
+    options: dict[str, Any] = dict(rope_theta=50.0, qkv_bias=True, norm_eps=0.1)
+    layer, x = make(lambda key: GlobalAttention(8, **SIZES, **options, key=key)), inputs()
+    projections = layer.projections
+    biases = (projections.query_bias, projections.key_bias, projections.value_bias)
+    q, k, v = (y + float64(bias) for y, bias in zip(projected_by_hand(projections, x), biases, strict=True))
+    normed = lambda norm, y: y / np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + 0.1) * float64(norm.weight)
+    q, k = (
+        rotated_by_hand(normed(projections.query_norm, q), 50.0),
+        rotated_by_hand(normed(projections.key_norm, k), 50.0),
+    )
+    for ids in (None, token_loop.segment_ids(5, 10)):
+        heads = token_loop.sliding_window_attention(q, k, v, window=15, segment_ids=ids)
+        assert relative_rms(run(layer, x, ids), merged_by_hand(projections, heads)) < 1e-5
+
+
 def test_only_the_residual_branch_reaches_beyond_the_window():
     x = inputs()
     changed = x.at[0].add(1.0)
@@ -183,6 +199,18 @@ def test_only_the_residual_branch_reaches_beyond_the_window():
 def test_rotary_by_complex_numbers():
     x = inputs(15, 24).reshape(15, 4, 6)
     np.testing.assert_allclose(rotary(x, jnp.arange(15), theta=50.0), rotated_by_hand(x, 50.0), atol=1e-5)
+
+
+def test_scaled_frequencies_keep_the_fast_and_slow_down_the_slow():
+    scaling = RopeScaling(factor=8, low_frequency_factor=1, high_frequency_factor=4, original_length=64)
+    turns = np.array([32.0, 4.0, 2.5, 1.0, 0.25])  # in 64 tokens
+    expected = turns * [1, 1, 0.5 + 0.5 / 8, 1 / 8, 1 / 8]
+    np.testing.assert_allclose(scaling.scaled(turns * 2 * np.pi / 64) * 64 / (2 * np.pi), expected, rtol=1e-12)
+    x, far = inputs(2, 24).reshape(2, 2, 12), jnp.asarray([3, 1_000_003])
+    got = rotary(x, far, theta=50.0, scaling=scaling)
+    frequency = scaling.scaled(50.0 ** (-np.arange(6) / 6))
+    turned = (float64(x)[..., :6] + 1j * float64(x)[..., 6:]) * np.exp(1j * np.asarray(far)[:, None, None] * frequency)
+    np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=2e-3)
 
 
 def test_rotary_products_depend_on_the_distance_alone():

@@ -15,6 +15,7 @@ from training_child import MODEL, training
 
 from rattn_eqx.data.files import write_text
 from rattn_eqx.data.tokenizers import BPETokenizer, ByteTokenizer, load_tokenizer
+from rattn_eqx.model.rotary import RopeScaling
 from rattn_eqx.training.config import RunConfig
 from rattn_eqx.training.run_folder import (
     Metrics,
@@ -54,6 +55,25 @@ def test_a_config_comes_back_from_json(tmp_path):
     written = (folder / "config.json").read_bytes()
     open_run(folder, CONFIG, ByteTokenizer())
     assert (folder / "config.json").read_bytes() == written
+
+
+def test_a_config_with_parts_comes_back_and_one_from_before_them_too(tmp_path):
+    open_run(tmp_path / "old", CONFIG, ByteTokenizer())
+    path = tmp_path / "old" / "config.json"
+    values = json.loads(path.read_text())
+    for name in ("qkv_bias", "norm_eps", "embedding_scale", "rope_scaling"):
+        del values["model"][name]
+    path.write_text(json.dumps(values))
+    assert load_config(tmp_path / "old") == CONFIG
+    changes: dict[str, Any] = {"rope_scaling": RopeScaling(8, 1, 4, 8192), "embedding_scale": 1}
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, pattern=("global_rope",), **changes))
+    open_run(tmp_path / "new", config, ByteTokenizer())
+    assert load_config(tmp_path / "new") == config
+    damaged = json.loads((tmp_path / "new" / "config.json").read_text())
+    damaged["model"]["rope_scaling"]["factor"] = 0.5
+    (tmp_path / "new" / "config.json").write_text(json.dumps(damaged))
+    with pytest.raises(ValueError, match=r"is damaged: RopeScaling: factor and original_length must be at least 1"):
+        load_config(tmp_path / "new")
 
 
 def test_a_config_from_when_models_had_departures_comes_back_unless_it_has_one(tmp_path):
