@@ -10,10 +10,11 @@ from typing import Any, SupportsIndex, final
 
 import grain
 import numpy as np
-from jaxtyping import Int32, UInt16
+from jaxtyping import Int32
 
 from pallas.checked import checked
 from rattn_eqx.data.files import DamagedError, open_regular
+from rattn_eqx.data.pretrained_tokenizer import Tokens
 from rattn_eqx.data.tokenizers import DOCUMENT
 
 Batch = dict[str, Int32[np.ndarray, "batch context"]]
@@ -153,7 +154,13 @@ def long_documents(path: Path, length: int, *, document: int = DOCUMENT) -> Int3
 
 
 def validation_batches(
-    path: Path, *, context: int, batch_size: int, document: int = DOCUMENT, max_tokens: int | None = None
+    path: Path,
+    *,
+    context: int,
+    batch_size: int,
+    document: int = DOCUMENT,
+    padding: int | None = None,
+    max_tokens: int | None = None,
 ) -> Iterator[Batch]:
     """Return batches that hold every target of a token file, or its first `max_tokens` targets, once and in order.
 
@@ -164,7 +171,8 @@ def validation_batches(
       path: a token file that `tokenize` wrote.
       context: tokens in a window.
       batch_size: windows in a batch.
-      document: the tokenizer's document marker; its padding is the token after it.
+      document: the tokenizer's document marker.
+      padding: its padding; None is the token after the document marker, as of bytes and our own byte pairs.
       max_tokens: the most targets to read; None reads all.
 
     Raises:
@@ -174,13 +182,14 @@ def validation_batches(
         if value is not None and value < 1:
             raise ValueError(f"validation_batches: {name} must be at least 1; got {value}")
     stream = _open_tokens(path, document)
+    padding = document + 1 if padding is None else padding
     num_targets = len(stream) - 1 if max_tokens is None else min(len(stream) - 1, max_tokens)
     if num_targets < 1:
         raise ValueError(f"validation_batches: {path} has no token after its document marker; give more text")
 
     def batches() -> Iterator[Batch]:
         for start in range(0, num_targets, batch_size * context):
-            tokens, targets = np.full((2, batch_size * context), document + 1, np.int32)
+            tokens, targets = np.full((2, batch_size * context), padding, np.int32)
             part = stream[start : min(start + batch_size * context, num_targets) + 1]
             tokens[: len(part) - 1], targets[: len(part) - 1] = part[:-1], part[1:]
             yield _window_items(tokens.reshape(-1, context), targets.reshape(-1, context), document)
@@ -202,7 +211,7 @@ _HEADER = re.compile(
 )
 
 
-def _open_tokens(path: Path, document: int) -> UInt16[np.ndarray, "tokens"]:
+def _open_tokens(path: Path, document: int) -> Tokens:
     """Map a token file into memory; its first token shows whether the caller knows its document marker.
 
     Raises:
@@ -215,20 +224,21 @@ def _open_tokens(path: Path, document: int) -> UInt16[np.ndarray, "tokens"]:
         if not magic.startswith(b"\x93NUMPY\x01\0") or header is None:
             raise DamagedError(f"token file: {path} must be a .npy file as NumPy writes it; write it with tokenize")
         kind, shape = header[1].decode(), tuple(int(size) for size in header[2].split(b",") if size.strip())
-        if kind != np.dtype(np.uint16).str or len(shape) != 1 or shape[0] == 0:
+        dtype = next((dtype for dtype in map(np.dtype, (np.uint16, np.uint32)) if dtype.str == kind), None)
+        if dtype is None or len(shape) != 1 or shape[0] == 0:
             with contextlib.suppress(TypeError, ValueError):  # such as "<u3"
                 kind = str(np.dtype(kind))
             raise ValueError(
-                f"token file: {path} must hold one dimension of uint16; got {kind} of shape {shape};"
+                f"token file: {path} must hold one dimension of uint16 or uint32; got {kind} of shape {shape};"
                 " write it with tokenize"
             )
         start, size = file.tell(), os.fstat(file.fileno()).st_size
-        if size != start + 2 * shape[0]:
+        if size != start + dtype.itemsize * shape[0]:
             raise DamagedError(
                 f"token file: {path} must hold the {shape[0]:,} tokens that it claims; got {size - start:,} bytes of"
                 " them; write it with tokenize"
             )
-        tokens = np.memmap(file, np.uint16, "r", start, shape)
+        tokens = np.memmap(file, dtype, "r", start, shape)
     if tokens[0] != document:
         raise ValueError(
             f"token file: {path} must begin with the document marker; got {tokens[0]} for document={document};"

@@ -1,4 +1,4 @@
-"""From text to tokens: bytes or byte pairs, and the token files that batches are read from."""
+"""From text to tokens: bytes, byte pairs or a checkpoint's own, and the token files that batches are read from."""
 
 import dataclasses
 import functools
@@ -15,10 +15,17 @@ from pallas.checked import checked
 from rattn_eqx.data.cache import TOKENS, check, digests, find, write_manifest
 from rattn_eqx.data.corpus import Corpus
 from rattn_eqx.data.files import DamagedError, new_folder, read_json, write_text
+from rattn_eqx.data.pretrained_tokenizer import (
+    PretrainedTokenizer,
+    from_json,
+    import_tokenizers,
+    read_definition,
+    require_in_vocabulary,
+)
 
 BYTE_VOCABULARY = 258
 DOCUMENT = 256  # stands before every document: it begins the sequence and separates documents
-PADDING = 257  # every tokenizer's padding follows its document marker
+PADDING = 257
 
 
 @final
@@ -29,6 +36,7 @@ class ByteTokenizer:
     vocabulary_size: int = dataclasses.field(default=BYTE_VOCABULARY, init=False)
     document: int = dataclasses.field(default=DOCUMENT, init=False)
     padding: int = dataclasses.field(default=PADDING, init=False)
+    ends: tuple[int, ...] = dataclasses.field(default=(), init=False)
 
     @property
     @checked
@@ -48,7 +56,7 @@ class ByteTokenizer:
         Raises:
           ValueError: a token outside the vocabulary.
         """
-        _require_in_vocabulary(tokens, self.vocabulary_size)
+        require_in_vocabulary(tokens, self.vocabulary_size)
         return tokens[tokens < DOCUMENT].astype(np.uint8).tobytes()
 
     def to_json(self) -> str:
@@ -82,6 +90,7 @@ class BPETokenizer:
         self.vocabulary_size = num_pieces + 2
         self.document = num_pieces
         self.padding = num_pieces + 1
+        self.ends: tuple[int, ...] = ()
 
     @classmethod
     def train(cls, corpus: Corpus, vocabulary_size: int) -> "BPETokenizer":
@@ -100,7 +109,7 @@ class BPETokenizer:
                 f"BPETokenizer.train: vocabulary_size must lie between {BYTE_VOCABULARY} and {2**16}, so that bytes,"
                 f" specials and uint16 suffice; got {vocabulary_size}"
             )
-        library = _tokenizers()
+        library = import_tokenizers("BPETokenizer", "bpe")
         tokenizer = _untrained(library)
         trainer = library.trainers.BpeTrainer(
             vocab_size=vocabulary_size - 2,
@@ -130,7 +139,7 @@ class BPETokenizer:
         Raises:
           ValueError: a token outside the vocabulary.
         """
-        _require_in_vocabulary(tokens, self.vocabulary_size)
+        require_in_vocabulary(tokens, self.vocabulary_size)
         return b"".join(self._pieces[token] for token in tokens.tolist() if token < self.document)
 
     def to_json(self) -> str:
@@ -142,7 +151,8 @@ class BPETokenizer:
         write_text(Path(path), self.to_json())
 
 
-Tokenizer = ByteTokenizer | BPETokenizer
+Tokenizer = ByteTokenizer | BPETokenizer | PretrainedTokenizer
+_KINDS = {ByteTokenizer: "byte", BPETokenizer: "bpe", PretrainedTokenizer: "pretrained"}
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -154,21 +164,24 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     remedy = "give a file that a tokenizer's save wrote"
     try:
-        content = read_json(Path(path), 2**24)  # of 65,536 pieces it is some 4 MB
+        content = read_json(Path(path), 2**25)  # of 65,536 pieces it is some 4 MB, of Llama 3's 128,256 some 10
     except DamagedError as error:
         raise DamagedError(f"load_tokenizer: {error}, or {remedy}") from error
     match content:
         case {"kind": "byte"}:
             return ByteTokenizer()
-        case {"kind": "bpe", "tokenizers": dict(definition)}:
+        case {"kind": "bpe" | "pretrained" as kind, "tokenizers": dict(definition)}:
             try:
+                if kind == "pretrained":
+                    return from_json(content)
                 tokenizer = BPETokenizer(json.dumps(definition))
                 _require_as_trained(tokenizer)
                 return tokenizer
             except (ValueError, RecursionError) as error:
                 raise DamagedError(f"load_tokenizer: {path}, key tokenizers: {error}; {remedy}") from error
     raise DamagedError(
-        f"load_tokenizer: {path} must have kind 'byte', or kind 'bpe' and tokenizers; got {content!r:.80}; {remedy}"
+        f"load_tokenizer: {path} must have kind 'byte', or kind 'bpe' or 'pretrained' and tokenizers; got "
+        f"{content!r:.80}; {remedy}"
     )
 
 
@@ -177,8 +190,9 @@ def tokenize(
 ) -> tuple[Path, Path]:
     """Write a corpus's two splits as token files, or find those that are already there.
 
-    A token file is a one-dimensional uint16 .npy to be memory-mapped: every document's tokens in order, the document
-    marker before each. The tokenizer is saved with them as `tokenizer.json`.
+    A token file is a one-dimensional .npy to be memory-mapped, of uint16, or of uint32 where the vocabulary has more
+    than 65,536 tokens: every document's tokens in order, the document marker before each. The tokenizer is saved with
+    them as `tokenizer.json`.
 
     Files that are found are held against their digests, some seconds for each GB; damaged ones are reported, removed
     and made again.
@@ -201,7 +215,7 @@ def tokenize(
             for split in ("train", "validation"):
                 _write_tokens(unfinished / f"{split}.npy", corpus.documents(split), tokenizer)
             tokenizer.save(unfinished / "tokenizer.json")
-            about = f"{'byte' if isinstance(tokenizer, ByteTokenizer) else 'bpe'} {tokenizer.vocabulary_size:,}"
+            about = f"{_KINDS[type(tokenizer)]} {tokenizer.vocabulary_size:,}"
             content = {"corpus": corpus.manifest["sha256"], "tokenizer": about, "digests": digests(unfinished, TOKENS)}
             write_manifest(unfinished, folder.name, content)
         check(folder, TOKENS)  # another process's, where that was quicker
@@ -210,22 +224,16 @@ def tokenize(
 
 def _write_tokens(path: Path, documents: list[bytes], tokenizer: Tokenizer) -> None:
     """Write one token file, one document's tokens in memory at a time."""
-    header: dict[str, Any] = {"descr": np.dtype(np.uint16).str, "fortran_order": False, "shape": (0,)}
+    dtype = tokenizer.encode(b"").dtype
+    header: dict[str, Any] = {"descr": dtype.str, "fortran_order": False, "shape": (0,)}
     with open(path, "xb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
         for text in documents:
-            file.write(np.append(np.uint16(tokenizer.document), tokenizer.encode(text)).tobytes())
-        header["shape"] = ((file.tell() - start) // 2,)
+            file.write(np.append(dtype.type(tokenizer.document), tokenizer.encode(text)).tobytes())
+        header["shape"] = ((file.tell() - start) // dtype.itemsize,)
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header)  # padded, so that any length fits
-
-
-def _require_in_vocabulary(tokens: Integer[np.ndarray, "tokens"], vocabulary_size: int) -> None:
-    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary_size:
-        raise ValueError(
-            f"decode: tokens must lie between 0 and {vocabulary_size - 1}; got {tokens.min()} to {tokens.max()}"
-        )
 
 
 def _untrained(library: Any) -> Any:
@@ -246,11 +254,7 @@ def _read_definition(definition: str) -> Any:
     Raises:
       ValueError: other text, or pieces that are not of bytes.
     """
-    library = _tokenizers()
-    try:
-        tokenizer = library.Tokenizer.from_str(definition)
-    except Exception as error:  # the library raises no narrower class
-        raise ValueError(f"BPETokenizer: not a definition of the tokenizers library: {str(error)!r:.120}") from error
+    tokenizer = read_definition("BPETokenizer", definition, "bpe")
     vocabulary = tokenizer.get_vocab()
     if sorted(vocabulary.values()) != list(range(len(vocabulary))) or len(vocabulary) > 2**16 - 2:
         raise ValueError("BPETokenizer: model.vocab must number at most 65,534 pieces from 0 on")
@@ -265,7 +269,7 @@ def _require_as_trained(tokenizer: BPETokenizer) -> None:
     Raises:
       ValueError: names the key.
     """
-    library = _tokenizers()
+    library = import_tokenizers("BPETokenizer", "bpe")
     given, expected = (_settings(json.loads(x.to_str())) for x in (tokenizer._tokenizer, _untrained(library)))
     for key in sorted(given.keys() | expected.keys()):
         if given.get(key) != expected.get(key):
@@ -280,11 +284,3 @@ def _settings(definition: dict[str, Any]) -> dict[str, Any]:
     for name, part in definition.items():
         flat |= {f"{name}.{key}": value for key, value in part.items()} if isinstance(part, dict) else {name: part}
     return {key: flat[key] for key in flat if key not in ("model.vocab", "model.merges", "pre_tokenizer.pattern")}
-
-
-def _tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError("BPETokenizer needs the tokenizers library: pip install 'rattn-eqx[bpe]'") from error
-    return tokenizers

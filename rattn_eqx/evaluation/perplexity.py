@@ -108,7 +108,7 @@ def file_perplexity(
     text = files.read_bytes(path, 2**33)
     if not text:
         raise ValueError(f"perplexity: {path} must have text; it is empty")
-    tokens = np.concatenate([np.array([tokenizer.document], np.uint16), tokenizer.encode(text)])
+    tokens = np.insert(tokenizer.encode(text), 0, tokenizer.document)
     return text_perplexity(model, tokens, tokenizer, show_progress=show_progress)
 
 

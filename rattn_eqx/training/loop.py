@@ -74,6 +74,7 @@ def validation_loss(model: LanguageModel, config: TrainConfig, validation_tokens
         context=config.context,
         batch_size=config.batch_size,
         document=tokenizer.document,
+        padding=tokenizer.padding,
         max_tokens=config.evaluation_tokens,
     )
     return evaluate(model, batches, tokenizer)

@@ -253,7 +253,7 @@ def test_what_is_no_token_file_or_too_short_is_an_error(token_file, tmp_path):
     with pytest.raises(ValueError, match="must begin with the document marker; got 256 for document=598"):
         TokenWindows(token_file, 10, document=598)
     np.save(tmp_path / "wide.npy", np.zeros((2, 2), np.int64))
-    with pytest.raises(ValueError, match=r"must hold one dimension of uint16; got int64 of shape \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"must hold one dimension of uint16 or uint32; got int64 of shape \(2, 2\)"):
         TokenWindows(tmp_path / "wide.npy", 1)
     with pytest.raises(ValueError, match="every process needs a window; got 20 windows and process_count=21"):
         training_batches(token_file, context=10, batch_size=1, seed=0, process_count=21)
