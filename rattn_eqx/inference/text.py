@@ -8,20 +8,23 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from rattn_eqx.data.tokenizers import Tokenizer
+from rattn_eqx.inference.chat import Message, chat_prompt
 from rattn_eqx.inference.generate import Ended, generate_batch, typed_key
 from rattn_eqx.model.language_model import LanguageModel
+
+Prompt = str | Sequence[Message]  # the head of a document, or a conversation, which the assistant goes on with
 
 
 def generate_text(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Prompt,
     *,
     key: PRNGKeyArray,
     stop: Sequence[str] = (),
     **options: Any,
 ) -> Iterator[str]:
-    """What follows a prompt at the head of a document, in whole characters, each as soon as it is known.
+    """What follows a prompt, in whole characters, each as soon as it is known.
 
     Args, Raises: as of `generate_texts`.
     """
@@ -34,41 +37,51 @@ def generate_text(
 def generate_texts(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     stop: Sequence[str] = (),
     **options: Any,
 ) -> Iterator[tuple[int, str, Ended | None]]:
-    """What follows prompts at the heads of documents: (the prompt's number, a piece of its text, why it ended or None).
+    """What follows prompts: (the prompt's number, a piece of its text, why it ended or None).
 
-    Pieces are whole characters, though a character may be several tokens; what is no UTF-8 is replaced by U+FFFD. The
-    document marker and padding, which stand for no text, are never drawn.
+    Pieces are whole characters, though a character may be several tokens; what is no UTF-8 is replaced by U+FFFD. A
+    checkpoint's own end tokens end a text. Else the document marker and padding, which stand for no text, are never
+    drawn.
 
     Args:
+      prompts: the head of a document each, or a conversation in the words of `chat_prompt`: a list of messages such as
+        {"role": "user", "content": "Hello"}.
       stop: strings before which a text ends.
       options: of `generate_batch`: num_tokens, key, temperature, top_k, top_p, max_length, stream.
 
     Raises:
-      ValueError: as `generate_batch`, and for an empty string in `stop`.
+      ValueError: as `generate_batch` and `chat_prompt`, and for an empty string in `stop`.
     """
     if isinstance(prompts, str):
         raise ValueError(f"generate: prompts must be a list of texts; got one text, {prompts!r:.60}")
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"generate: stop must be strings of at least one character; got {stop!r:.80}")
-    begun = [np.concatenate([[tokenizer.document], tokenizer.encode(prompt.encode())]) for prompt in prompts]
+    begun = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     readers = [_Reader(tokenizer, tuple(stop)) for _ in prompts]
     drawn = generate_batch(
         model,
         begun,
-        forbid=(tokenizer.padding, tokenizer.document),
+        forbid={tokenizer.padding, tokenizer.document} - {*tokenizer.ends},
         stop=lambda row, tokens: readers[row].read(tokens[-1]),
-        **options,
+        **{"end": tokenizer.ends, **options},
     )
     return (
         (one.row, readers[one.row].taken(one.index, last=one.ended is not None), one.ended)
         for step in drawn
         for one in step
     )
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> np.ndarray:
+    """The tokens of a prompt; the document marker stands before a text, and what the template writes before a chat."""
+    if isinstance(prompt, str):
+        return np.insert(tokenizer.encode(prompt.encode()), 0, tokenizer.document)
+    return chat_prompt(tokenizer, prompt)
 
 
 class _Reader:

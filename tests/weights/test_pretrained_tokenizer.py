@@ -3,12 +3,12 @@
 import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizer import make, metadata
 
 from rattn_eqx.data.batches import validation_batches
 from rattn_eqx.data.corpus import build_corpus
@@ -18,26 +18,6 @@ from rattn_eqx.data.tokenizers import load_tokenizer, tokenize
 from rattn_eqx.weights.foreign import Foreign
 from rattn_eqx.weights.gguf_tokenizer import tokenizer_json
 from rattn_eqx.weights.tokenizer import tokenizer_of
-
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-BYTES = [chr(x) for x in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]]  # as GPT-2 shows them
-MERGES = ["1 2", "12 3", "123 4", "h e", "l l", "he ll", "hell o", "\u0120 hello", "\u010a \u010a"]
-CONFIG = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-
-
-def metadata(words: str) -> dict[str, Any]:
-    tokens = [*SPECIALS, *BYTES, *(merge.replace(" ", "") for merge in MERGES), "<think>"]
-    kinds = np.array([3] * 3 + [1] * (len(tokens) - 4) + [4])
-    of = {"model": "gpt2", "pre": words, "tokens": tokens, "merges": MERGES, "token_type": kinds}
-    return {f"tokenizer.ggml.{name}": value for name, value in of.items()}
-
-
-def make(words: str = "smollm", vocabulary_size: int = 300, **config: Any) -> PretrainedTokenizer:
-    config = {**CONFIG, "vocab_size": vocabulary_size, **config}
-    foreign = Foreign(Path("x"), config, {}, lambda name: np.zeros(0), tokenizer_json(metadata(words)), "a template")
-    tokenizer = tokenizer_of(foreign)
-    assert tokenizer is not None
-    return tokenizer
 
 
 def pieces(tokenizer: PretrainedTokenizer, text: str, **options: bool) -> list[str]:
@@ -96,7 +76,7 @@ def test_what_tokens_mean():
 
 
 def test_saved_and_loaded(tmp_path):
-    tokenizer, path = make(), tmp_path / "tokenizer.json"
+    tokenizer, path = make(chat_template="a template"), tmp_path / "tokenizer.json"
     tokenizer.save(path)
     loaded = load_tokenizer(path)
     assert isinstance(loaded, PretrainedTokenizer)
