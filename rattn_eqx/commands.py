@@ -131,6 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", type=utf8, action="append", help="text to continue; given again, several texts, each written as a "
         "line of JSON when it is whole")  # fmt: skip
     add("--prompts", type=path, metavar="FILE", help="a prompt on each line of a file, or of the standard input (-)")
+    add("--chat", action="store_true", help="the prompt is a user's message, and the answer of a checkpoint that was "
+        "trained to chat is written, without the prompt")  # fmt: skip
     add("--num-tokens", type=whole(), default=300, help="most tokens to write, for each prompt")
     add("--stop", type=utf8, action="append", help="end before this text; may be given again")
     add("--max-length", type=whole(), help="tokens that global layers have room for; default: a power of two that fits")
@@ -274,12 +276,13 @@ def _generate(options: argparse.Namespace) -> None:
     from rattn_eqx.training.loop import load_model
 
     prompts = _prompts(options)
+    said = [[{"role": "user", "content": prompt}] if options.chat else prompt for prompt in prompts]
     model, tokenizer, _ = load_model(options.folder, report=say)
     keys = jax.random.key(options.seed)
     drawn = generate_texts(
         model,
         tokenizer,
-        prompts,
+        said,
         num_tokens=options.num_tokens,
         max_length=options.max_length,
         temperature=options.temperature,
@@ -290,7 +293,7 @@ def _generate(options: argparse.Namespace) -> None:
         key=keys[None] if len(prompts) == 1 else keys,
     )
     output, texts, many = sys.stdout.buffer, [""] * len(prompts), len(prompts) > 1 or options.prompts is not None
-    if not many:
+    if not many and not options.chat:
         output.write(prompts[0].encode("utf-8"))
 
     def write_line(row: int, ended: str) -> None:
@@ -316,7 +319,7 @@ def _generate(options: argparse.Namespace) -> None:
     later = sum(max(0, count - at_once) for count in counts)
     seconds = time.monotonic() - (started or 0)
     speed = f"{later / max(seconds, 1e-9):,.0f} tokens/s after the first {at_once}; " if later else ""
-    say(f"{sum(counts):,} tokens, {speed}caches of {_cache_in_words(model, tokenizer, prompts, options)}")
+    say(f"{sum(counts):,} tokens, {speed}caches of {_cache_in_words(model, tokenizer, said, options)}")
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -337,11 +340,12 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     return prompts or [""]
 
 
-def _cache_in_words(model, tokenizer, prompts: list[str], options: argparse.Namespace) -> str:
+def _cache_in_words(model, tokenizer, prompts: list, options: argparse.Namespace) -> str:
     from rattn_eqx.inference.cost import cache_bytes
     from rattn_eqx.inference.generate import room
+    from rattn_eqx.inference.text import prompt_tokens
 
-    longest = max(1 + len(tokenizer.encode(prompt.encode())) for prompt in prompts) + options.num_tokens
+    longest = max(len(prompt_tokens(tokenizer, prompt)) for prompt in prompts) + options.num_tokens
     each = cache_bytes(model.config, room(model, longest, options.max_length) or 1, dtype=model.compute_dtype)
     return f"{len(prompts)} x {each:,} bytes"
 

@@ -1,22 +1,30 @@
 """A conversation becomes the prompt that its template writes; templates run no code; a turn's end ends the answer."""
 
+import dataclasses
 import datetime
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
-from scripted_model import Scripted
+from scripted_model import CONFIG, Scripted
 from tiny_tokenizer import make
 
+from rattn_eqx.__main__ import main
 from rattn_eqx.data.tokenizers import ByteTokenizer
 from rattn_eqx.inference.chat import LONGEST, chat_prompt, render
 from rattn_eqx.inference.text import generate_texts
+from rattn_eqx.training.checkpoint import save_checkpoint
+from rattn_eqx.training.config import RunConfig, TrainConfig
+from rattn_eqx.training.loop import initial_state, load_model
+from rattn_eqx.training.run_folder import identity, open_run
 
 TURNS = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\nBe brief."
     "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+TRAINING = TrainConfig(steps=1, batch_size=1, context=8, learning_rate=0.1, warmup_steps=0)
 HELLO = [{"role": "user", "content": "hello 12"}]
 
 
@@ -92,3 +100,24 @@ def test_the_end_of_a_turn_ends_the_answer(end):
         model = Scripted([0] * before + [*answer, end, *answer], vocabulary_size=300)
         drawn = generate_texts(model, tokenizer, prompts, num_tokens=9, temperature=0, key=jax.random.key(0))
         assert [(piece, ended) for _, piece, ended in drawn] == [("hello", None), ("", "end")]
+
+
+def test_the_command(tmp_path, capfd):
+    """A run folder has the tokenizer and its template; the answer comes without the prompt."""
+    tokenizer, folder = make(chat_template=TURNS), tmp_path / "run"
+    config = RunConfig(dataclasses.replace(CONFIG, vocabulary_size=300), TRAINING, "of no corpus")
+    open_run(folder, config, tokenizer)
+    metadata = {"run": identity(config, tokenizer)}
+    save_checkpoint(folder / "checkpoints", 0, eqx.filter_jit(initial_state)(config), metadata)
+    command = ["generate", "--run", str(folder), "--prompt", "hello 12", "--num-tokens", "3", "--temperature", "0"]
+    assert main([*command, "--chat"]) == 0
+    shown = capfd.readouterr()
+    model = load_model(folder)[0]
+    options = dict(num_tokens=3, temperature=0, key=jax.random.key(0))
+    answer = "".join(piece for _, piece, _ in generate_texts(model, tokenizer, [HELLO], **options))
+    assert shown.out == answer + "\n"
+    assert "caches of 1 x " in shown.err
+    assert main(command) == 0
+    assert capfd.readouterr().out.startswith("hello 12")
+    assert main([*command, "--chat", "--prompt", "<|im_end|>"]) == 2
+    assert "chat: messages must be without special tokens; got one with '<|im_end|>'" in capfd.readouterr().err
