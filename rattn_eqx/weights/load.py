@@ -1,0 +1,128 @@
+"""A model from whatever holds one: a run folder, a folder of ours or of Hugging Face's, a GGUF file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from rattn_eqx.data import files
+from rattn_eqx.data.tokenizers import Tokenizer
+from rattn_eqx.model.config import ModelConfig
+from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.training.loop import load_model
+from rattn_eqx.training.run_folder import load_config
+from rattn_eqx.weights import hugging_face, own, parameters
+from rattn_eqx.weights.foreign import Foreign
+from rattn_eqx.weights.tokenizer import tokenizer_of
+
+Kind = Literal["run", "own", "hugging_face", "gguf"]
+
+
+def load(
+    path: Path | str,
+    dtype: str | None = None,
+    *,
+    compute_dtype: str | None = None,
+    report: Callable[[str], object] = print,
+) -> tuple[LanguageModel, Tokenizer | None, ModelConfig]:
+    """The model at a path, its tokenizer if it has one, and its config. Nothing in a file is executed.
+
+    Tensors are read one at a time: no more memory than the model's and a few of its largest tensor.
+
+    Args:
+      path: a run folder that `rattn pretrain` left; a folder that `rattn import` or `weights.own.save` wrote; a Hugging
+        Face folder of an architecture that `weights.architectures` lists; a GGUF file of one.
+      dtype: of the parameters, such as "bfloat16"; None is float32; "stored": each as in the file.
+      compute_dtype: in which the model computes; None: the dtype, if one is named; else what the folder says, or
+        float32.
+      report: told of checkpoints of a run that are passed over.
+
+    Raises:
+      ValueError: for a path that holds no such model, and for a file that is damaged, hostile or of another model;
+        names path, reason and remedy.
+      ImportError: a library is missing that the tokenizer or a quantised tensor needs; names what to install.
+      OSError: as `open`.
+    """
+    path = Path(path)
+    parameters.check_dtype("load", dtype)
+    if compute_dtype is not None and compute_dtype not in parameters.DTYPES:
+        known = ", ".join(map(repr, parameters.DTYPES))
+        raise ValueError(f"load: compute_dtype must be one of {known}, or None; got {compute_dtype!r:.80}")
+    kind = kind_of(path)
+    named = None if dtype == "stored" else dtype
+    if kind == "run":
+        model, tokenizer, _ = load_model(path, report=report)
+        if named is not None:
+            cast = lambda x: x.astype(named) if eqx.is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) else x
+            model = jax.tree.map(cast, model)
+        model = computing_in(model, compute_dtype or named or model.compute_dtype)
+    elif kind == "own":
+        model, tokenizer = own.load(path, dtype, compute_dtype)
+    else:
+        foreign = read_foreign(path, kind)
+        model = hugging_face.model_of(foreign, dtype, compute_dtype or named or "float32")
+        tokenizer = tokenizer_of(foreign)
+    return model, tokenizer, model.config
+
+
+def config_of(path: Path | str) -> ModelConfig:
+    """The config of the model that `load` would give; no tensor is read.
+
+    Raises: as `load`.
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    if kind == "run":
+        return load_config(path).model
+    return own.read_about(path).model if kind == "own" else hugging_face.matched(read_foreign(path, kind))[0]
+
+
+def kind_of(path: Path) -> Kind:
+    """What a path holds, by its config.json, or a file's first bytes.
+
+    Raises:
+      ValueError: nothing that `load` knows.
+    """
+    if path.is_file():
+        with files.open_regular(path) as file:
+            if file.read(4) == b"GGUF":
+                return "gguf"
+        raise ValueError(
+            f"load: {path} must be a GGUF file, or the folder of a model; it is another file; give the folder it is in"
+        )
+    if not path.is_dir():
+        raise FileNotFoundError(f"load: {path} does not exist; give a run folder, a Hugging Face folder or a GGUF file")
+    config = path / own.CONFIG
+    if not config.exists():
+        raise ValueError(
+            f"load: {path} must have a {own.CONFIG}; it has none; give a run folder or a Hugging Face folder"
+        )
+    match files.read_json(config):
+        case {"format": _, "model": _}:
+            return "own"
+        case {"model": _}:
+            return "run"
+        case {"model_type": _}:
+            return "hugging_face"
+    raise ValueError(f"load: {config} must be of a run, or have a model_type or format; put back a good copy")
+
+
+def read_foreign(path: Path, kind: Kind) -> Foreign:
+    """The checkpoint of another library."""
+    if kind != "gguf":
+        return hugging_face.read(path)
+    from rattn_eqx.weights import gguf  # of no use without its extra packages
+
+    return gguf.read(path)
+
+
+def computing_in(model: LanguageModel, compute_dtype: str) -> LanguageModel:
+    """The same model, computing in another dtype."""
+    if model.compute_dtype == compute_dtype:
+        return model
+    options: dict[str, Any] = dict(compute_dtype=compute_dtype, rematerialise=model.rematerialise)
+    like = eqx.filter_eval_shape(LanguageModel, model.config, **options, key=jax.eval_shape(jax.random.key, 0))
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
