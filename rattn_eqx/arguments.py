@@ -1,10 +1,23 @@
 """What an argument of the command line may be: functions for argparse, whose errors say what is wrong."""
 
 import argparse
+import dataclasses
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+PRESETS = ("tiny", "small", "paper_3b", "paper_12b")
+FEATURE_MAPS = ("softmax", "relu", "identity", "elu_plus_one", "exp", "squared_relu", "taylor")
+HARDWARES = ("h100", "h200", "tpu_v5p")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
 
 
 def whole(low: int = -(2**31), high: int = 2**31 - 1) -> Callable[[str], int]:
@@ -57,3 +70,15 @@ def _number(kind: Callable, text: str):
         return kind(text)
     except ValueError:
         return None
+
+
+def model_config(options: argparse.Namespace, config: Any = None) -> Any:
+    """The `ModelConfig` of a preset, or the one given, with what the options change."""
+    from rattn_eqx.model.presets import presets
+
+    config = config or presets[options.preset]
+    changes = {"window": options.window, "residual": False if options.no_residual else None}
+    changes["feature_map"] = getattr(options, "feature_map", None)
+    pattern = getattr(options, "pattern", None)
+    changes["pattern"] = None if pattern is None else tuple(pattern.split(","))
+    return dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})

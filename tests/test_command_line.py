@@ -22,7 +22,7 @@ import pytest
 from training_child import MODEL, SAMPLE, training
 
 from pallas import feature_map
-from rattn_eqx import commands, interrupt
+from rattn_eqx import arguments, interrupt
 from rattn_eqx.__main__ import main
 from rattn_eqx.commands import _parser
 from rattn_eqx.data.tokenizers import ByteTokenizer, load_tokenizer
@@ -276,7 +276,7 @@ def test_help(capsys):
     assert ended.value.code == 0
     out = capsys.readouterr().out
     (commands,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    assert set(commands.choices) == {"pretrain", "generate", "evaluate", "ablate", "cost", "cache"}
+    assert set(commands.choices) == {"pretrain", "import", "generate", "evaluate", "ablate", "cost", "cache"}
     for name, command in commands.choices.items():
         assert name in out
         with pytest.raises(SystemExit) as ended:
@@ -285,8 +285,9 @@ def test_help(capsys):
         shown = capsys.readouterr().out
         assert "(default: None)" not in shown
         for action in command._actions:
-            assert action.option_strings[-1] in shown
-            assert action.help, f"{name} {action.option_strings[-1]} has no explanation"
+            called = action.option_strings[-1] if action.option_strings else action.metavar
+            assert called in shown
+            assert action.help, f"{name} {called} has no explanation"
 
 
 def test_module_and_script_are_the_same(pretrain_arguments):
@@ -316,7 +317,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         "feature map": ([*sample, "--feature-map", "sofmax"], "ModelConfig: feature_map must be one of softmax, "),
         "pattern": (
             [*sample, "--pattern", "local,globe"],
-            "ModelConfig: pattern[1] must be 'local' or 'global'; got 'globe'",
+            "ModelConfig: pattern[1] must be 'local' or 'global' or 'global_rope'; got 'globe'",
         ),
         "window": ([*sample, "--window", "-1"], "window must be at least 0"),
         "warm-up": ([*sample, "--warmup-steps", "6"], "TrainConfig: warmup_steps must be at least 0 and less than "),
@@ -468,21 +469,22 @@ def test_home_is_found_in_every_path(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (commands,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
     names = {"--out", "--corpus", "--cache", "--run", "--text", "--grid", "--replay", "--prompts", "--perplexity"}
-    given = {"evaluate": ["--task", "mqar"]}
+    given = {"evaluate": ["--task", "mqar"], "import": ["x", "--out=x"]}
     for name, command in commands.choices.items():
         for action in command._actions:
             if names.intersection(action.option_strings):
                 required = ["--run=x"] if name in ("generate", "evaluate") else []
-                arguments = [name, *given.get(name, []), *required, f"{action.option_strings[-1]}=~/x"]
-                assert str(getattr(_parser().parse_args(arguments), action.dest)) == str(tmp_path / "x"), arguments
+                command_line = [name, *given.get(name, []), *required, f"{action.option_strings[-1]}=~/x"]
+                found = getattr(_parser().parse_args(command_line), action.dest)
+                assert str(found) == str(tmp_path / "x"), command_line
             else:
                 assert action.type is not Path
 
 
 def test_names_that_are_written_twice():
-    assert tuple(presets) == commands.PRESETS
-    assert tuple(feature_map.named) == commands.FEATURE_MAPS
-    assert tuple(cost.hardwares) == commands.HARDWARES
+    assert tuple(presets) == arguments.PRESETS
+    assert tuple(feature_map.named) == arguments.FEATURE_MAPS
+    assert tuple(cost.hardwares) == arguments.HARDWARES
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating")])

@@ -9,7 +9,7 @@ import numpy as np
 from rattn_eqx.data import files
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
-from rattn_eqx.weights import architectures, parameters
+from rattn_eqx.weights import architectures, own, parameters
 from rattn_eqx.weights.architectures import Tensor
 from rattn_eqx.weights.foreign import Foreign
 from rattn_eqx.weights.safetensors import TensorFile, open_tensors, shards, write_tensors
@@ -182,9 +182,7 @@ def save(
         that exists.
       OSError: as `open`, and for a full disk.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"save: {folder} must not exist yet; give another folder")
+    folder = own.require_new(folder)
     if isinstance(config, str):
         config = architectures.foreign_config(config, model.config)
     architectures.require_same(config["model_type"], architectures.model_config(config), model.config)
@@ -198,13 +196,12 @@ def save(
     def tensor(name: str) -> np.ndarray:
         return _as_stored(np.asarray(leaves[table[name].path]), table[name])
 
-    described = {name: (row.shape, np.dtype(leaves[row.path].dtype)) for name, row in table.items()}
-    sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, (shape, dtype) in described.items()}
+    sizes = {name: leaves[row.path].nbytes for name, row in table.items()}
     parts = shards(sizes.items(), max_shard_bytes)
     names = [TENSORS] if len(parts) == 1 else [_shard_name(i, len(parts)) for i in range(len(parts))]
     with files.new_folder(folder) as unfinished:
         for file, part in zip(names, parts, strict=True):
-            write_tensors(unfinished / file, {name: described[name] for name in part}, tensor, {"format": "pt"})
+            write_tensors(unfinished / file, {name: table[name].shape for name in part}, tensor, {"format": "pt"})
         if len(parts) > 1:
             weight_map = {name: file for file, part in zip(names, parts, strict=True) for name in part}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

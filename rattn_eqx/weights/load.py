@@ -1,5 +1,6 @@
 """A model from whatever holds one: a run folder, a folder of ours or of Hugging Face's, a GGUF file."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rattn_eqx.data import files
 from rattn_eqx.data.tokenizers import Tokenizer
@@ -68,6 +70,20 @@ def load(
     return model, tokenizer, model.config
 
 
+def load_with_tokenizer(
+    path: Path | str, *, report: Callable[[str], object] = print
+) -> tuple[LanguageModel, Tokenizer]:
+    """`load` as commands use it, which write and read text: parameters as they are stored, and a tokenizer for sure.
+
+    Raises:
+      ValueError: as `load`, and for a model without a tokenizer.
+    """
+    model, tokenizer, _ = load(path, "stored", report=report)
+    if tokenizer is None:
+        raise ValueError(f"load: {path} must have a tokenizer; it has none; put the checkpoint's into it")
+    return model, tokenizer
+
+
 def config_of(path: Path | str) -> ModelConfig:
     """The config of the model that `load` would give; no tensor is read.
 
@@ -84,7 +100,7 @@ def kind_of(path: Path) -> Kind:
     """What a path holds, by its config.json, or a file's first bytes.
 
     Raises:
-      ValueError: nothing that `load` knows.
+      ValueError: for a file of another kind, and for a config.json that is damaged.
     """
     if path.is_file():
         with files.open_regular(path) as file:
@@ -93,21 +109,13 @@ def kind_of(path: Path) -> Kind:
         raise ValueError(
             f"load: {path} must be a GGUF file, or the folder of a model; it is another file; give the folder it is in"
         )
-    if not path.is_dir():
-        raise FileNotFoundError(f"load: {path} does not exist; give a run folder, a Hugging Face folder or a GGUF file")
     config = path / own.CONFIG
-    if not config.exists():
-        raise ValueError(
-            f"load: {path} must have a {own.CONFIG}; it has none; give a run folder or a Hugging Face folder"
-        )
-    match files.read_json(config):
+    match files.read_json(config) if os.path.lexists(config) else None:
         case {"format": _, "model": _}:
             return "own"
-        case {"model": _}:
-            return "run"
         case {"model_type": _}:
             return "hugging_face"
-    raise ValueError(f"load: {config} must be of a run, or have a model_type or format; put back a good copy")
+    return "run"  # or nothing, as its own reader says
 
 
 def read_foreign(path: Path, kind: Kind) -> Foreign:
@@ -126,3 +134,32 @@ def computing_in(model: LanguageModel, compute_dtype: str) -> LanguageModel:
     options: dict[str, Any] = dict(compute_dtype=compute_dtype, rematerialise=model.rematerialise)
     like = eqx.filter_eval_shape(LanguageModel, model.config, **options, key=jax.eval_shape(jax.random.key, 0))
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
+
+
+def import_checkpoint(
+    path: Path | str, folder: Path | str, *, dtype: str = "stored", compute_dtype: str = "float32"
+) -> tuple[own.About, Tokenizer | None]:
+    """Write the checkpoint at a path in our own format, one tensor in memory at a time. Returns what was written.
+
+    Args:
+      path: a Hugging Face folder or a GGUF file.
+      folder: must not exist.
+      dtype, compute_dtype: as of `load`; the default dtype keeps each as it is, and quantised ones in float32.
+
+    Raises:
+      ValueError: as `load`, and for a folder that exists, or a path that holds a model of ours.
+    """
+    path = Path(path)
+    parameters.check_dtype("import", dtype)
+    own.require_new(folder)
+    kind = kind_of(path)
+    if kind in ("run", "own"):
+        raise ValueError(f"import: {path} must be of another library; it is a model of ours; give it as it is")
+    foreign = read_foreign(path, kind)
+    config, read = hugging_face.matched(foreign)
+    tokenizer = tokenizer_of(foreign)
+    about = own.About(config, compute_dtype, {"source": path.name, "hugging_face": foreign.config})
+    shapes = {name: leaf.shape for name, leaf in parameters.named(parameters.structure(config)).items()}
+    kept = None if dtype == "stored" else parameters.DTYPES[dtype]
+    own.write(folder, about, shapes, lambda name: np.asarray(read(name), kept), tokenizer)
+    return about, tokenizer

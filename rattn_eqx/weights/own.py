@@ -5,6 +5,7 @@ are another thing (`rattn_eqx.training.checkpoint`).
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,27 +62,32 @@ def save(
             f"save: the model's layers must be those of its config; {different} is another; build the model of its "
             "config"
         )
-    described = {path: (leaf.shape, np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
     about = About(model.config, model.compute_dtype, origin or {})
-    write(folder, about, described, lambda path: np.asarray(leaves[path]), tokenizer)
+    write(folder, about, shapes(leaves), lambda path: np.asarray(leaves[path]), tokenizer)
 
 
 def write(
     folder: Path | str,
     about: About,
-    described: dict[str, tuple[tuple[int, ...], np.dtype]],
+    shapes: dict[str, tuple[int, ...]],
     read: Callable[[str], np.ndarray],
     tokenizer: Tokenizer | None,
 ) -> None:
-    """`save` of parameters that are read one at a time: shape and dtype of each, and what gives it."""
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"save: {folder} must not exist yet; give another folder")
+    """`save` of parameters that are read one at a time: the shape of each by its path, and what gives it."""
+    folder = require_new(folder)
     with files.new_folder(folder) as unfinished:
-        write_tensors(unfinished / TENSORS, described, read, {"format": FORMAT})
+        write_tensors(unfinished / TENSORS, shapes, read, {"format": FORMAT})
         if tokenizer is not None:
             tokenizer.save(unfinished / TOKENIZER)
         files.write_json(unfinished / CONFIG, {"format": FORMAT, **dataclasses.asdict(about)})
+
+
+def require_new(folder: Path | str) -> Path:
+    """The path of a folder to be written; a ValueError if something is there."""
+    folder = Path(folder)
+    if os.path.lexists(folder):
+        raise ValueError(f"save: {folder} must not exist yet; give another folder")
+    return folder
 
 
 def read_about(folder: Path) -> About:

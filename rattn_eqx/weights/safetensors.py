@@ -121,38 +121,45 @@ def _entries(header: dict[str, Any], first: int, size: int) -> dict[str, Entry]:
 
 
 def write_tensors(
-    path: Path,
-    shapes: dict[str, tuple[tuple[int, ...], np.dtype]],
-    read: Callable[[str], np.ndarray],
-    metadata: dict[str, str],
+    path: Path, shapes: dict[str, tuple[int, ...]], read: Callable[[str], np.ndarray], metadata: dict[str, str]
 ) -> None:
-    """Write a file whole or not at all, one tensor in memory at a time.
+    """Write a file whole or not at all, one tensor in memory at a time, each in the dtype in which it is read.
 
     Args:
-      shapes: shape and dtype of each tensor, by name, in the order in which they are written.
-      read: gives a tensor of that shape and dtype.
+      shapes: of each tensor, by name, in the order in which they are written.
+      read: gives a tensor of that shape.
 
     Raises:
-      ValueError: for a dtype that the format lacks here.
+      ValueError: for a dtype that is none of F32, F16 and BF16, and for another shape.
       OSError: as `open`, and for a full disk.
     """
+    room = len(_header(metadata, {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}))
+    room += len(shapes) + 8  # "BF16" has a letter more than "F32"
+    room += -room % 8
+    written: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    with new_file(path) as file:
+        file.seek(8 + room)
+        for name, shape in shapes.items():
+            array = np.ascontiguousarray(read(name))
+            if array.dtype not in _NAMES or array.shape != shape:
+                raise ValueError(
+                    f"save: {name} must be of shape {list(shape)} and of {', '.join(map(str, _NAMES))}; got "
+                    f"{array.dtype}{list(array.shape)}; convert it"
+                )
+            file.write(array.reshape(-1).view(np.uint8).data)
+            written[name] = (array.dtype, shape)
+        file.seek(0)
+        file.write(room.to_bytes(8, "little") + _header(metadata, written).ljust(room))
+
+
+def _header(metadata: dict[str, str], tensors: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
     header: dict[str, Any] = {"__metadata__": metadata}
     at = 0
-    for name, (shape, dtype) in shapes.items():
-        if dtype not in _NAMES:
-            raise ValueError(f"save: {name} must be of {', '.join(map(str, _NAMES))}; it is of {dtype}")
+    for name, (dtype, shape) in tensors.items():
         end = at + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with new_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, (shape, dtype) in shapes.items():
-            array = np.ascontiguousarray(read(name))
-            if array.shape != shape or array.dtype != dtype:
-                raise ValueError(f"save: {name} must be {dtype}{list(shape)}; got {array.dtype}{list(array.shape)}")
-            file.write(array.reshape(-1).view(np.uint8).data)
+    return json.dumps(header, separators=(",", ":")).encode()
 
 
 def shards(sizes: Iterable[tuple[str, int]], most: int) -> list[list[str]]:
