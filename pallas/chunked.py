@@ -53,6 +53,7 @@ def sliding_window_attention(
     scale: float,
     segment_ids: Int[Array, "s"] | None,
     block_sizes: BlockSizes,
+    sink_logits: Float[Array, "h"] | None = None,
 ) -> Float[Array, "t h dv"]:
     """Three loops: spans of about `window` queries, chunks of queries in a span, blocks of the keys a chunk may see."""
     dtype = accumulation_dtype(q, k, v)
@@ -60,7 +61,7 @@ def sliding_window_attention(
     if window == 0:
         return jnp.zeros((t, h, dv), dtype)
     window = min(window, s)
-    if window == 1:  # one key, so its weight is 1 whatever the logit, and q and k get a gradient of exactly 0
+    if window == 1 and sink_logits is None:  # a weight is 1 whatever the logit: q and k get a gradient of exactly 0
         return jnp.repeat(v[s - t :].astype(dtype), h // kv, axis=1)
     chunk = min(block_sizes.chunk, t)
 
@@ -121,8 +122,12 @@ def sliding_window_attention(
             return (new_max, total * correction + added_total, out * correction[..., None] + added_out), None
 
         rows = (kv, chunk, h // kv)
-        lowest = jnp.full(rows, jnp.finfo(dtype).min / 2, dtype)
-        empty = (lowest, jnp.zeros(rows, dtype), jnp.zeros((*rows, dv), dtype))
+        if sink_logits is None:
+            highest, total = jnp.full(rows, jnp.finfo(dtype).min / 2, dtype), jnp.zeros(rows, dtype)
+        else:
+            sinks = sink_logits.astype(dtype).reshape(kv, 1, h // kv)
+            highest, total = jnp.broadcast_to(sinks, rows), jnp.ones(rows, dtype)
+        empty = (highest, total, jnp.zeros((*rows, dv), dtype))
         (_, total, out), _ = jax.lax.scan(one_block, empty, blocks)
         return jnp.moveaxis(out / total[..., None], 0, 1)  # [chunk, kv, h // kv, dv]
 
@@ -255,19 +260,20 @@ def rattention(
     *,
     q_rla: Float[Array, "t h d"],
     k_rla: Float[Array, "s kv d"],
-    swa_gain: Float[Array, "h dv"],
+    swa_gain: Float[Array, "h dv"] | None,
     rla_gain: Float[Array, "h dv"],
     eps: float,
     window: int,
     scale: float,
     segment_ids: Int[Array, "s"] | None,
     block_sizes: BlockSizes,
+    sink_logits: Float[Array, "h"] | None = None,
     return_final_state: bool = True,
     **of_rla,
 ) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"] | None]:
     """The window first; then the residual branch, whose chunks norm and add both."""
     shared: dict[str, Any] = dict(window=window, segment_ids=segment_ids, block_sizes=block_sizes)
-    o_swa = sliding_window_attention(q, k, v, scale=scale, **shared)
+    o_swa = sliding_window_attention(q, k, v, scale=scale, sink_logits=sink_logits, **shared)
 
     def finish(o_rla, o_swa):
         dtype = accumulation_dtype(o_swa, o_rla)
@@ -278,11 +284,17 @@ def rattention(
 
 
 def sliding_window_attention_step(
-    q: Float[Array, "h d"], k: Float[Array, "kv d"], v: Float[Array, "kv dv"], cache: StepCache, *, scale: float
+    q: Float[Array, "h d"],
+    k: Float[Array, "kv d"],
+    v: Float[Array, "kv dv"],
+    cache: StepCache,
+    *,
+    scale: float,
+    sink_logits: Float[Array, "h"] | None = None,
 ) -> tuple[Float[Array, "h dv"], StepCache]:
     """The slots in the order in which they stand: a softmax does not mind."""
     cache, *_ = turned(cache, k, None, v)
-    return _read_ring(q, cache, scale, accumulation_dtype(q, k, v)), cache
+    return _read_ring(q, cache, scale, sink_logits, accumulation_dtype(q, k, v)), cache
 
 
 def rattention_step(
@@ -293,17 +305,18 @@ def rattention_step(
     *,
     q_rla: Float[Array, "h d"],
     k_rla: Float[Array, "kv d"],
-    swa_gain: Float[Array, "h dv"],
+    swa_gain: Float[Array, "h dv"] | None,
     rla_gain: Float[Array, "h dv"],
     eps: float,
     scale: float,
     feature_map: FeatureMap,
+    sink_logits: Float[Array, "h"] | None = None,
 ) -> tuple[Float[Array, "h dv"], StepCache]:
     """The key that leaves the ring enters the state; then both branches read."""
     dtype, (kv, _) = accumulation_dtype(q, k, v), k.shape
     phi_q, phi_k = as_pair(feature_map)
     cache, key, value, leaves = turned(cache, k, k_rla, v)
-    o_swa = _read_ring(q, cache, scale, dtype)
+    o_swa = _read_ring(q, cache, scale, sink_logits, dtype)
     added = jnp.einsum("kf,kv->kfv", phi_k(key.astype(dtype)).astype(dtype), value.astype(dtype))
     state = cache.residual_state.astype(dtype) + jnp.where(leaves, added, 0)
     features = phi_q(q_rla.astype(dtype).reshape(kv, -1, q.shape[1])).astype(dtype)
@@ -312,13 +325,18 @@ def rattention_step(
     return out, dataclasses.replace(cache, state=state)
 
 
-def _read_ring(q: Float[Array, "h d"], cache: StepCache, scale: float, dtype) -> Float[Array, "h dv"]:
+def _read_ring(
+    q: Float[Array, "h d"], cache: StepCache, scale: float, sink_logits: Float[Array, "h"] | None, dtype
+) -> Float[Array, "h dv"]:
     """Softmax attention of one query to every token that the ring holds."""
     _, kv, dv = cache.values.shape
     if cache.window == 0:
         return jnp.zeros((q.shape[0], dv), dtype)
     held = cache.holds
     logits = jnp.einsum("kgd,skd->kgs", q.astype(dtype).reshape(kv, -1, q.shape[1]), cache.keys.astype(dtype))
-    weights = jax.nn.softmax(jnp.where(held, scale * logits, -jnp.inf), axis=-1)
+    logits = jnp.where(held, scale * logits, -jnp.inf)
+    if sink_logits is not None:
+        logits = jnp.concatenate([logits, sink_logits.astype(dtype).reshape(kv, -1, 1)], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)[..., : cache.window]
     values = jnp.where(held[:, None, None], cache.values, 0).astype(dtype)  # what no document holds may be NaN
     return jnp.einsum("kgs,skv->kgv", weights, values).reshape(q.shape[0], dv)

@@ -33,6 +33,7 @@ def sliding_window_attention(
     *,
     window: int,
     scale: float | int | None = None,
+    sink_logits: Float[Array, "h"] | None = None,
     segment_ids: Int[Array, "_"] | None = None,
     implementation: str | None = None,
     block_sizes: BlockSizes | None = None,
@@ -41,6 +42,8 @@ def sliding_window_attention(
 
     o[t] = sum over t - W < s <= t of softmax_s(scale q_t . k_s) v_s: local attention of the paper (arXiv 2506.15545,
     section 3), whose w is our W - 1, since `window` counts the query's own key too. `window >= s` is full attention.
+    With `sink_logits` a head's weights sum to less than 1: o[t] = sum_s e^l_s v_s / (e^sink + sum_s e^l_s), with the
+    logits l_s = scale q_t . k_s.
 
     Args:
       q, k, v: queries, keys and values of one sequence, in any floating dtypes; `jax.vmap` batches. With more keys than
@@ -49,6 +52,8 @@ def sliding_window_attention(
         of `jax.vmap` may be symbolic.
       window: keys that a query sees, itself included; 0 gives exactly 0.
       scale: multiplies the logits; 1 / sqrt(d) by default.
+      sink_logits: of each query head, one more logit of its softmax, which has no value: where nothing in the window is
+        worth attending to, a head can attend to nothing. Not multiplied by `scale`. None: no such logit.
       segment_ids: one id for each key; a query sees its own segment only. A segment is a maximal run of equal ids. What
         is not finite in one never reaches another, nor its gradients; within a segment nothing is promised of it, and
         its outputs pass no gradient on.
@@ -84,6 +89,7 @@ def sliding_window_attention(
         {"k": k, "v": v},
         window=window,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        sink_logits=sink_logits,
         segment_ids=segment_ids,
         block_sizes=block_sizes,
     )
@@ -170,12 +176,13 @@ def rattention(
     v: Float[Array, "s kv dv"],
     *,
     window: int,
-    swa_gain: Float[Array, "h dv"],
+    swa_gain: Float[Array, "h dv"] | None,
     rla_gain: Float[Array, "h dv"],
     feature_map: FeatureMap = softmax,
     q_rla: Float[Array, "t h d"] | None = None,
     k_rla: Float[Array, "s kv d"] | None = None,
     scale: float | int | None = None,
+    sink_logits: Float[Array, "h"] | None = None,
     eps: float | int = 1e-6,
     initial_state: Float[Array, "kv _f dv"] | None = None,
     segment_state: Float[Array, "kv _f dv"] | None = None,
@@ -191,10 +198,11 @@ def rattention(
 
     Args:
       q, k: what the window reads, usually after qk-norm and rotary embedding.
-      v, window, scale, feature_map, initial_state, segment_state, segment_ids, return_final_state, implementation,
-        block_sizes: as in `sliding_window_attention` and `residual_linear_attention`. `window >= s` leaves the
-        window alone, `window = 0` the residual branch; the other term is then exactly 0.
-      swa_gain, rla_gain: g_swa and g_rla.
+      v, window, scale, sink_logits, feature_map, initial_state, segment_state, segment_ids, return_final_state,
+        implementation, block_sizes: as in `sliding_window_attention` and `residual_linear_attention`. `window >= s`
+        leaves the window alone, `window = 0` the residual branch; the other term is then exactly 0.
+      swa_gain, rla_gain: g_swa and g_rla. `swa_gain=None` leaves the window's branch without norm and gain:
+        o[t] = o_swa[t] + g_rla rms(o_rla[t]), which begins as the attention it replaces where g_rla begins at 0.
       q_rla, k_rla: what the residual branch reads. They default to q and k, which is wrong if those already carry
         rotary embeddings or qk-norm.
       eps: inside both norms. It bounds the gradient where o_rla is exactly 0, by 1 / sqrt(eps).
@@ -223,6 +231,7 @@ def rattention(
         eps=eps,
         window=window,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        sink_logits=sink_logits,
         feature_map=feature_map,
         segment_ids=segment_ids,
         block_sizes=block_sizes,
@@ -238,6 +247,7 @@ def sliding_window_attention_step(
     cache: StepCache,
     *,
     scale: float | int | None = None,
+    sink_logits: Float[Array, "h"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "h dv"], StepCache]:
     """One more token of `sliding_window_attention`: what its query gathers, and the cache with its key and value.
@@ -246,7 +256,7 @@ def sliding_window_attention_step(
       q, k, v: of the token, as the window reads them; `jax.vmap` batches.
       cache: of the tokens before it; the window has as many keys as the cache has slots. A cache as long as the longest
         document is full attention.
-      scale: as in `sliding_window_attention`.
+      scale, sink_logits: as in `sliding_window_attention`.
       implementation: None, "reference", "chunked" or "gpu"; None picks as there. "gpu" has no gradients.
 
     Returns:
@@ -263,7 +273,8 @@ def sliding_window_attention_step(
     """
     op = "sliding_window_attention_step"
     check_step(op, q, k, v, cache)
-    return _step(op, choose(op, implementation, q, k, v, *_rings(cache)), v, cache, q=q, k=k, scale=scale)
+    options: dict[str, Any] = dict(q=q, k=k, scale=scale, sink_logits=sink_logits)
+    return _step(op, choose(op, implementation, q, k, v, *_rings(cache)), v, cache, **options)
 
 
 @checked
@@ -273,12 +284,13 @@ def rattention_step(
     v: Float[Array, "kv dv"],
     cache: StepCache,
     *,
-    swa_gain: Float[Array, "h dv"],
+    swa_gain: Float[Array, "h dv"] | None,
     rla_gain: Float[Array, "h dv"],
     feature_map: FeatureMap = softmax,
     q_rla: Float[Array, "h d"] | None = None,
     k_rla: Float[Array, "kv d"] | None = None,
     scale: float | int | None = None,
+    sink_logits: Float[Array, "h"] | None = None,
     eps: float | int = 1e-6,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "h dv"], StepCache]:
@@ -290,7 +302,7 @@ def rattention_step(
     Args:
       q, k, v, q_rla, k_rla: of the token; `jax.vmap` batches. k_rla must be given where the cache has `keys_rla`.
       cache: of the tokens before it; the window has as many keys as the cache has slots.
-      swa_gain, rla_gain, feature_map, scale, eps: as in `rattention`.
+      swa_gain, rla_gain, feature_map, scale, sink_logits, eps: as in `rattention`.
       implementation: None, "reference", "chunked" or "gpu"; None picks as in `sliding_window_attention`. "gpu" has no
         gradients.
 
@@ -304,9 +316,9 @@ def rattention_step(
     q_rla = q if q_rla is None else q_rla
     check_step(op, q, k, v, cache, feature_map=feature_map, k_rla=k_rla)
     k_rla = k if k_rla is None else k_rla
-    options = dict(q_rla=q_rla, k_rla=k_rla, swa_gain=swa_gain, rla_gain=rla_gain, feature_map=feature_map, eps=eps)
-    chosen = choose(op, implementation, q, k, v, q_rla, k_rla, *_rings(cache))
-    return _step(op, chosen, v, cache, q=q, k=k, scale=scale, **options)
+    options: dict[str, Any] = dict(q=q, k=k, q_rla=q_rla, k_rla=k_rla, swa_gain=swa_gain, rla_gain=rla_gain, eps=eps)
+    options |= dict(feature_map=feature_map, scale=scale, sink_logits=sink_logits)
+    return _step(op, choose(op, implementation, q, k, v, q_rla, k_rla, *_rings(cache)), v, cache, **options)
 
 
 def choose(op: str, implementation: str | None, *arrays: Array) -> str:

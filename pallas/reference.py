@@ -39,9 +39,10 @@ def sliding_window_attention(
     window: int,
     scale: float,
     segment_ids: Int[Array, "s"] | None,
+    sink_logits: Float[Array, "h"] | None = None,
     block_sizes: BlockSizes | None = None,
 ) -> Float[Array, "t h dv"]:
-    """o_swa[t] = sum over t - W < s <= t of softmax_s(scale q_t . k_s) v_s."""
+    """o_swa[t] = sum over t - W < s <= t of softmax_s(scale q_t . k_s) v_s, the sink's logit among those of s."""
     dtype = accumulation_dtype(q, k, v)
     (t, h, d), (s, kv, dv) = q.shape, v.shape
     if window == 0:
@@ -51,7 +52,11 @@ def sliding_window_attention(
     in_window = (distance >= 0) & (distance < window) & same_segment(t, segment_ids)
     q = q.astype(dtype).reshape(t, kv, h // kv, d)
     logits = scale * jnp.einsum("tkgd,skd->kgts", q, k.astype(dtype))
-    weights = jax.nn.softmax(jnp.where(in_window, logits, -jnp.inf), axis=-1)
+    logits = jnp.where(in_window, logits, -jnp.inf)
+    if sink_logits is not None:
+        sinks = sink_logits.astype(dtype).reshape(kv, h // kv, 1, 1)
+        logits = jnp.concatenate([logits, jnp.broadcast_to(sinks, (*logits.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)[..., :s]
     return jnp.einsum("kgts,skv->tkgv", weights, v.astype(dtype)).reshape(t, h, dv)
 
 
@@ -95,13 +100,14 @@ def residual_linear_attention(
 def normed_sum(
     o_swa: Float[Array, "t h dv"],
     o_rla: Float[Array, "t h dv"],
-    swa_gain: Float[Array, "h dv"],
+    swa_gain: Float[Array, "h dv"] | None,
     rla_gain: Float[Array, "h dv"],
     eps: float,
 ) -> Float[Array, "t h dv"]:
-    """o = g_swa rms(o_swa) + g_rla rms(o_rla)."""
-    swa_gain, rla_gain = (gain.astype(o_swa.dtype)[None] for gain in (swa_gain, rla_gain))
-    return swa_gain * rms(o_swa, eps) + rla_gain * rms(o_rla, eps)
+    """o = g_swa rms(o_swa) + g_rla rms(o_rla), or without g_swa o_swa + g_rla rms(o_rla)."""
+    if swa_gain is not None:
+        o_swa = swa_gain.astype(o_swa.dtype)[None] * rms(o_swa, eps)
+    return o_swa + rla_gain.astype(o_swa.dtype)[None] * rms(o_rla, eps)
 
 
 def rms(x: Float[Array, "t h dv"], eps: float) -> Float[Array, "t h dv"]:
@@ -116,30 +122,31 @@ def rattention(
     *,
     q_rla: Float[Array, "t h d"],
     k_rla: Float[Array, "s kv d"],
-    swa_gain: Float[Array, "h dv"],
+    swa_gain: Float[Array, "h dv"] | None,
     rla_gain: Float[Array, "h dv"],
     eps: float,
     window: int,
     scale: float,
     segment_ids: Int[Array, "s"] | None,
+    sink_logits: Float[Array, "h"] | None = None,
     block_sizes: BlockSizes | None = None,
     **of_rla,
 ) -> tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"] | None]:
     """Both branches, normed and added, and the state that the last query read."""
     shared: dict[str, Any] = dict(window=window, segment_ids=segment_ids)
-    o_swa = sliding_window_attention(q, k, v, scale=scale, **shared)
+    o_swa = sliding_window_attention(q, k, v, scale=scale, sink_logits=sink_logits, **shared)
     o_rla, state = residual_linear_attention(q_rla, k_rla, v, **shared, **of_rla)
     dtype = accumulation_dtype(o_swa, o_rla)
     return normed_sum(o_swa.astype(dtype), o_rla.astype(dtype), swa_gain, rla_gain, eps), state
 
 
 def sliding_window_attention_step(
-    q: Float[Array, "h d"], k: Float[Array, "kv d"], v: Float[Array, "kv dv"], cache: StepCache, *, scale: float
+    q: Float[Array, "h d"], k: Float[Array, "kv d"], v: Float[Array, "kv dv"], cache: StepCache, **options: Any
 ) -> tuple[Float[Array, "h dv"], StepCache]:
     """The whole-sequence op on the tokens of the ring, in their order, and the new one."""
     after, *_ = turned(cache, k, None, v)
     keys, values, ids = _ordered(cache, k=(cache.keys, k), v=(cache.values, v))
-    out = sliding_window_attention(q[None], keys, values, window=cache.window, scale=scale, segment_ids=ids)
+    out = sliding_window_attention(q[None], keys, values, window=cache.window, segment_ids=ids, **options)
     return out[0], after
 
 

@@ -62,7 +62,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
-def sliding_window_attention(q, k, v, *, window, scale=None, segment_ids=None) -> np.ndarray:
+def sliding_window_attention(q, k, v, *, window, scale=None, sink_logits=None, segment_ids=None) -> np.ndarray:
     t, s = q.shape[0], k.shape[0]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     starts = run_starts(segment_ids, s)
@@ -71,8 +71,11 @@ def sliding_window_attention(q, k, v, *, window, scale=None, segment_ids=None) -
         position, shared = s - t + row, head // (q.shape[1] // k.shape[1])
         keys = range(max(starts[position], position - window + 1), position + 1)
         if keys:
-            weights = softmax(np.array([scale * np.dot(q[row, head], k[key, shared]) for key in keys]))
-            output[row, head] = sum(weight * v[key, shared] for weight, key in zip(weights, keys, strict=True))
+            logits = [scale * np.dot(q[row, head], k[key, shared]) for key in keys]
+            values = [v[key, shared] for key in keys]
+            if sink_logits is not None:
+                logits, values = [*logits, sink_logits[head]], [*values, np.zeros(v.shape[-1])]
+            output[row, head] = sum(w * value for w, value in zip(softmax(np.array(logits)), values, strict=True))
     return output
 
 
@@ -112,13 +115,15 @@ def rattention(
     k_rla=None,
     feature_map=softmax_map,
     scale=None,
+    sink_logits=None,
     eps=1e-6,
     initial_state=None,
     segment_state=None,
     segment_ids=None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The output and the final state."""
-    local = sliding_window_attention(q, k, v, window=window, scale=scale, segment_ids=segment_ids)
+    of_window = dict(window=window, scale=scale, sink_logits=sink_logits, segment_ids=segment_ids)
+    local = sliding_window_attention(q, k, v, **of_window)
     residual, final_state = residual_linear_attention(
         q if q_rla is None else q_rla,
         k if k_rla is None else k_rla,
@@ -133,7 +138,7 @@ def rattention(
     for row, head in np.ndindex(*local.shape[:2]):
         for branch, gain in ((local, swa_gain), (residual, rla_gain)):
             x = branch[row, head]
-            output[row, head] += x / np.sqrt(np.mean(x**2) + eps) * gain[head]
+            output[row, head] += x if gain is None else x / np.sqrt(np.mean(x**2) + eps) * gain[head]
     return output, final_state
 
 

@@ -25,6 +25,7 @@ class Inputs:
     q: Any = None  # [t, h, d]
     q_rla: Any = None  # [t, h, d], likewise
     rla_gain: Any = None  # [h, d] float32
+    sink_logits: Any = None  # [h] float32
     start_states: Any = None  # [n, kv, d, f] float32, transposed: initial_state and, if n is 2, segment_state
     swa_gain: Any = None  # [h, d] float32
     v: Any = None  # [s, kv, d]

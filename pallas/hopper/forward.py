@@ -68,12 +68,12 @@ class ForwardOutputs:
 
     out: Any = None  # [b, t, h, dv]
     lse: Any = None  # [b, h, t]: log2 of the sum of exp2 of the window's logits
-    y_swa: Any = None  # [b, t, h, dv]: o_swa / rms(o_swa), packed
+    y_swa: Any = None  # [b, t, h, dv]: o_swa / rms(o_swa), packed; also of a window without a norm, if not alone
     r_swa: Any = None  # [b, h, t]: 1 / rms(o_swa)
     y_rla: Any = None
     r_rla: Any = None
     y_rla_lo: Any = None  # with `plan.precise`: the second packed part
-    out_lo: Any = None  # of a window without a norm: the second part of out
+    out_lo: Any = None  # of a window alone and without a norm: the second part of out
 
 
 def forward(inputs: Inputs, start_means, swept: Swept, segment_start, plan: Plan, *, save: bool) -> ForwardOutputs:
@@ -86,12 +86,12 @@ def forward(inputs: Inputs, start_means, swept: Swept, segment_start, plan: Plan
     outputs = ForwardOutputs(
         out=by_head,
         lse=saved(per_query, plan.swa),
-        y_swa=saved(by_head, plan.normed and plan.swa),
-        r_swa=saved(per_query, plan.normed and plan.swa),
-        y_rla=saved(by_head, plan.normed and plan.rla),
-        r_rla=saved(per_query, plan.normed and plan.rla),
+        y_swa=saved(by_head, plan.swa and not plan.swa_alone),
+        r_swa=saved(per_query, plan.swa and not plan.swa_alone),
+        y_rla=saved(by_head, plan.rla_normed),
+        r_rla=saved(per_query, plan.rla_normed),
         y_rla_lo=saved(by_head, plan.precise),
-        out_lo=saved(by_head, plan.swa and not plan.normed),
+        out_lo=saved(by_head, plan.swa_alone),
     )
     scratch = {
         "ring": Ring.scratch(tile(plan.stages, plan.chunk, d), 2, plan.interpret),
@@ -102,9 +102,9 @@ def forward(inputs: Inputs, start_means, swept: Swept, segment_start, plan: Plan
         "rla_loaded": plgpu.Barrier(num_barriers=2),
         "turn": plgpu.Barrier(num_arrivals=2),
     }
-    if plan.normed:
+    if plan.swa_normed or plan.rla_normed:
         scratch["gain_rows"] = plgpu.SMEM((2, 2, d), jnp.float32)
-        scratch["gains_loaded"] = plgpu.Barrier(num_barriers=2, num_arrivals=plan.swa + plan.rla)
+        scratch["gains_loaded"] = plgpu.Barrier(num_barriers=2, num_arrivals=plan.swa_normed + plan.rla_normed)
     num_tiles = plan.num_tiles(batch)
     grid = {"block": resident_blocks(num_tiles, plan.interpret)}
     body = functools.partial(_forward_block, plan=plan, num_tiles=num_tiles)
@@ -218,15 +218,19 @@ class _Consumer:
 
         prefetch = lambda load: load_next(load, plan, index, is_last, self.warpgroup)
         out = o_rla = r = step = None
+        rms_swa: Any = None
         if plan.swa:
             plgpu.barrier_wait(self.mine(self.loaded))
             q_tile = self.mine(self.q_tile)
-            out, lse, use = window_forward.attend(self.ring, place, plan, q_tile, start, use, self.warpgroup, self.turn)
+            sink = None if inputs.sink_logits is None else inputs.sink_logits[place.batch, place.head]
+            turns = self.warpgroup, self.turn
+            out, lse, use = window_forward.attend(self.ring, place, plan, q_tile, sink, start, use, *turns)
             prefetch(self.load_q)
             self.put_rows(lse, outputs.lse, place)
-            if plan.normed:
+            if not plan.swa_alone:
                 out, r = self.norm(out)
                 self.put_rows(r, outputs.r_swa, place)
+                rms_swa = None if plan.swa_normed else 1.0 / r
                 if plan.rla or outputs.y_swa is not None:  # the stage keeps it, too, to free its registers
                     step = step_of_normed(r, plan.value_size, plan.eps)
                     self.put(pack_normed(out, step), outputs.y_swa, place)
@@ -234,7 +238,7 @@ class _Consumer:
             q_tile, loaded = self.mine(self.q_rla_tile), self.mine(self.rla_loaded)
             q_is_read = lambda: prefetch(self.load_q_rla)
             o_rla, use = residual_forward.read(inputs, self.ring, place, plan, q_tile, loaded, start, use, q_is_read)
-            if plan.normed:
+            if plan.rla_normed:
                 o_rla, r = self.norm(o_rla)
                 self.put_rows(r, outputs.r_rla, place)
             if plan.swa:
@@ -246,9 +250,11 @@ class _Consumer:
                 if plan.precise:
                     lo = pack_normed(o_rla - unpack_normed(packed, step), lo_step(step))
                     self.put(lo, outputs.y_rla_lo, place)
-        if plan.normed:
+        if plan.swa_normed or plan.rla_normed:
             plgpu.barrier_wait(self.mine(self.gains_loaded))
-            terms = [self.gained(out, 0)] if plan.swa else []
+            terms = []
+            if plan.swa:
+                terms.append(self.gained(out, 0) if plan.swa_normed else out * across(rms_swa, plan.head_size))
             terms += [self.gained(o_rla, 1)] if plan.rla else []
             out = terms[0] if len(terms) == 1 else terms[0] + terms[1]
             prefetch(self.load_gains)

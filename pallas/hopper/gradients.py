@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas.batching import batched
 from pallas.hopper import forward, residual_key_backward, residual_query_backward, state_sweep, window_backward
@@ -17,6 +18,7 @@ from pallas.hopper.forward import ForwardOutputs
 from pallas.hopper.plan import Plan
 from pallas.hopper.residual_query_backward import QueryOutputs
 from pallas.hopper.state_sweep import SweepInputs, Swept
+from pallas.hopper.warpgroup import LOG2E, step_of_normed
 
 
 @jax.tree_util.register_dataclass
@@ -61,8 +63,7 @@ def _forward(plan: Plan, inputs: Inputs, segments: Segments, *, save: bool):
     results = forward.forward(inputs, start_means, swept, segments.start, plan, save=save)
     if not save:
         return results.out, None
-    reads_out = plan.swa and not plan.normed
-    return results.out, Saved(results if reads_out else dataclasses.replace(results, out=None), swept)
+    return results.out, Saved(results if plan.swa_alone else dataclasses.replace(results, out=None), swept)
 
 
 def _as_kernels_read(plan: Plan, inputs: Inputs):
@@ -102,21 +103,37 @@ def _window_backward(plan: Plan, inputs: Inputs, segments: Segments, saved: Save
     narrow, of_queries = plan.narrow(), saved.of_queries
     q, k, v, lse = inputs.q, inputs.k, inputs.v, of_queries.lse
     arrays = window_backward.QueryInputs(q, k, v, lse, segments.start)
-    if plan.normed:
+    if plan.swa_normed:
         y_swa, r_swa, swa_gain = of_queries.y_swa, of_queries.r_swa, inputs.swa_gain
         arrays = dataclasses.replace(arrays, d_out=d_out, y_swa=y_swa, r_swa=r_swa, swa_gain=swa_gain)
     else:
-        d_swa, hi, lo = (x.astype(jnp.float32) for x in (d_out, of_queries.out, of_queries.out_lo))
-        delta = (d_swa * (hi + lo)).sum(axis=-1)  # of hi alone: the d_logits of a query would not add up to 0
-        arrays = dataclasses.replace(arrays, d_swa=d_out, delta=delta.swapaxes(1, 2))
+        arrays = dataclasses.replace(arrays, d_swa=d_out, delta=_delta(plan, inputs, of_queries, d_out))
     found = window_backward.query_gradients(arrays, narrow)
     keys = window_backward.KeyInputs(q, k, v, lse, found.d_swa, found.delta, segments.start, dv_rla=so_far.v)
     of_keys = window_backward.key_gradients(keys, narrow)
     dq, dk = found.dq, of_keys.dk
-    if plan.window == 1:  # a softmax over one key is constant: what the kernels find is rounding error
+    d_sink = None
+    if inputs.sink_logits is not None:  # it has a weight and no value
+        weights = jnp.exp2(inputs.sink_logits[..., None] * LOG2E - lse)
+        d_sink = -(weights * _delta(plan, inputs, of_queries, d_out)).sum(axis=-1)
+    elif plan.window == 1:  # a softmax over one key is constant: what the kernels find is rounding error
         dq, dk = jnp.zeros_like(dq), jnp.zeros_like(dk)
-    swa_gain = found.d_gain.sum(axis=1) if plan.normed else None
-    return dataclasses.replace(so_far, q=dq, k=dk, v=of_keys.dv, swa_gain=swa_gain)
+    swa_gain = found.d_gain.sum(axis=1) if plan.swa_normed else None
+    return dataclasses.replace(so_far, q=dq, k=dk, v=of_keys.dv, swa_gain=swa_gain, sink_logits=d_sink)
+
+
+def _delta(plan: Plan, inputs: Inputs, of_queries: ForwardOutputs, d_out):
+    """[b, h, t], the sum of d_swa o_swa: of more than o_swa's bfloat16, or the d_logits of a query would not add up to
+    0."""
+    d_out = d_out.astype(jnp.float32)
+    if plan.swa_alone:
+        out, lo = (x.astype(jnp.float32) for x in (of_queries.out, of_queries.out_lo))
+        return (d_out * (out + lo)).sum(axis=-1).swapaxes(1, 2)
+    r = of_queries.r_swa
+    d_y = d_out if inputs.swa_gain is None else d_out * inputs.swa_gain[:, None]
+    steps = lax.bitcast_convert_type(of_queries.y_swa, jnp.int16).astype(jnp.float32)
+    along = (d_y * steps).sum(axis=-1).swapaxes(1, 2) * step_of_normed(r, plan.value_size, plan.eps)
+    return along / r if inputs.swa_gain is None else along * r * r * plan.eps  # of o_swa's size a norm leaves eps
 
 
 def _residual_backward(plan: Plan, inputs: Inputs, segments: Segments, saved: Saved, d_out) -> Inputs:
@@ -135,7 +152,7 @@ def _residual_backward(plan: Plan, inputs: Inputs, segments: Segments, saved: Sa
         start_states=read.start_states,
         start_means=start_means,
     )
-    if plan.normed:
+    if plan.rla_normed:
         arrays = dataclasses.replace(
             arrays,
             d_out=d_out,
@@ -148,7 +165,7 @@ def _residual_backward(plan: Plan, inputs: Inputs, segments: Segments, saved: Sa
         arrays = dataclasses.replace(arrays, d_rla=d_out)
     found = residual_query_backward.query_gradients(arrays, narrow)
     gradients = Inputs(
-        rla_gain=found.d_gain.sum(axis=1) if plan.normed else None,
+        rla_gain=found.d_gain.sum(axis=1) if plan.rla_normed else None,
         start_states=_start_gradients(plan, inputs, queries, segments, found) if plan.num_start_states else None,
     )
     if plan.reaches_back:

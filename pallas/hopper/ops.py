@@ -46,17 +46,19 @@ def interpreted() -> bool:
     return True
 
 
-def sliding_window_attention(q, k, v, *, window, scale, segment_ids, block_sizes):
+def sliding_window_attention(q, k, v, *, window, scale, sink_logits, segment_ids, block_sizes):
     """o_swa [t, h, dv]: by cuDNN where it is the faster and knows the problem, else by our kernels."""
     if window == 0:
         return jnp.zeros((*q.shape[:2], v.shape[2]), v.dtype)
     (t, _, d), (s, _, dv) = q.shape, v.shape
     cudnn_knows = jax.default_backend() == "gpu" and segment_ids is None and t == s and d == dv and d % 8 == 0
+    cudnn_knows &= sink_logits is None
     if cudnn_knows and window > WIDEST:
         reach = None if window >= t else (window - 1, 0)
         attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
         return attend(q, k, v, scale=scale, local_window_size=reach)
-    return _attend(Inputs(q=q, k=k, v=v), window=window, scale=scale, segment_ids=segment_ids, block_sizes=block_sizes)
+    inputs = Inputs(q=q, k=k, sink_logits=sink_logits, v=v)
+    return _attend(inputs, window=window, scale=scale, segment_ids=segment_ids, block_sizes=block_sizes)
 
 
 def residual_linear_attention(
@@ -81,6 +83,7 @@ def rattention(
     eps,
     window,
     scale,
+    sink_logits,
     feature_map,
     initial_state,
     segment_state,
@@ -93,19 +96,19 @@ def rattention(
     shared = dict(window=window, feature_map=feature_map, segment_ids=segment_ids, **states)
     inputs = Inputs(v=v)
     if window > 0:
-        inputs = dataclasses.replace(inputs, q=q, k=k, swa_gain=swa_gain)
+        inputs = dataclasses.replace(inputs, q=q, k=k, sink_logits=sink_logits, swa_gain=swa_gain)
     if window < k.shape[0] or initial_state is not None or (segment_ids is not None and segment_state is not None):
         inputs = dataclasses.replace(inputs, q_rla=q_rla, k_rla=k_rla, rla_gain=rla_gain)
     out = _attend(inputs, **shared, scale=scale, eps=eps, block_sizes=block_sizes)
     return out, final_state(k_rla, v, **shared) if return_final_state else None
 
 
-def sliding_window_attention_step(q, k, v, cache, *, scale):
+def sliding_window_attention_step(q, k, v, cache, *, scale, sink_logits):
     """Softmax attention to the ring."""
-    return _step(StepInputs(k=k, q=q, v=v), cache, scale=scale)
+    return _step(StepInputs(k=k, q=q, sink_logits=sink_logits, v=v), cache, scale=scale)
 
 
-def rattention_step(q, k, v, cache, *, q_rla, k_rla, swa_gain, rla_gain, eps, scale, feature_map):
+def rattention_step(q, k, v, cache, *, q_rla, k_rla, swa_gain, rla_gain, eps, scale, sink_logits, feature_map):
     """Both branches, normed and added, and the memory of the next token."""
     d, dv, window = q.shape[1], v.shape[1], cache.window
     row = in_kernels(feature_map, d) if d == _head_size(d, dv) else None
@@ -127,7 +130,8 @@ def rattention_step(q, k, v, cache, *, q_rla, k_rla, swa_gain, rla_gain, eps, sc
         q=q if window else None,
         q_rla=q_rla if row is not None else None,
         rla_gain=rla_gain.astype(jnp.float32),
-        swa_gain=swa_gain.astype(jnp.float32) if window else None,
+        sink_logits=sink_logits if window else None,
+        swa_gain=None if swa_gain is None or window == 0 else swa_gain.astype(jnp.float32),
         v=v,
     )
     return _step(inputs, cache, row, scale=scale, eps=eps)
@@ -145,7 +149,10 @@ def _step(inputs: StepInputs, cache: StepCache, row: KernelMap | None = None, *,
     sizes = {name: (h, size) for name in ("q", "q_rla", "rla_gain", "swa_gain")}
     sizes |= {name: (kv, size) for name in ("k", "k_rla", "v")} | dict(features_k=(kv, f), features_q=(h, f))
     padded = {name: _widened(getattr(inputs, name), *shape) for name, shape in sizes.items()}
-    inputs = StepInputs(**padded)
+    sinks = inputs.sink_logits
+    if sinks is not None:
+        sinks = _widened(sinks.astype(jnp.float32).reshape(kv, h // kv), kv, round_up(h // kv, 8))
+    inputs = StepInputs(**padded, sink_logits=sinks)
     slots = max(round_up(window, 8), ROWS)
     memory = {name: _widened(getattr(cache, name), slots, kv, size) for name in ("keys", "keys_rla", "values")}
     state = None if cache.state is None else _widened(cache.state.astype(jnp.float32), kv, f, size)
@@ -161,7 +168,7 @@ def _step(inputs: StepInputs, cache: StepCache, row: KernelMap | None = None, *,
         eps=float(eps),
         interpret=interpreted(),
     )
-    of_layer = lambda path: str(path[-1]).endswith("_gain")
+    of_layer = lambda path: str(path[-1]).endswith(("_gain", "sink_logits"))
     memory = Memory(**memory if window else {}, length=cache.length.astype(jnp.int32), state=state)
     out, memory = batched(functools.partial(step, plan), inputs, memory, one_of=of_layer)
     after = {name: _narrowed(getattr(memory, name), getattr(cache, name)) for name in vars(memory)}
@@ -266,7 +273,8 @@ def _plan(
         num_start_states=num_starts if rla else 0,
         swa=inputs.q is not None,
         rla=rla,
-        normed=inputs.swa_gain is not None or inputs.rla_gain is not None,
+        swa_normed=inputs.swa_gain is not None,
+        rla_normed=inputs.rla_gain is not None,
         chunk=chunk,
         spacing=max(chunk * (block_sizes.chunks_per_state or measured_spacing), span),
         stages=8 if chunk * head_size <= 64 * 128 else 4,
@@ -295,6 +303,7 @@ def _padded(inputs: Inputs, states: list, plan: Plan) -> Inputs:
         q=pad(inputs.q, t, h, d),
         q_rla=pad(inputs.q_rla, t, h, d),
         rla_gain=pad_wide(inputs.rla_gain, h, d),
+        sink_logits=None if inputs.sink_logits is None else inputs.sink_logits.astype(jnp.float32),
         start_states=jnp.stack(padded).swapaxes(-1, -2) if padded else None,
         swa_gain=pad_wide(inputs.swa_gain, h, d),
         v=pad(inputs.v, s, kv, d),

@@ -36,7 +36,8 @@ class Plan:
     num_start_states: int  # 0; 1: every query reads the same one; 2: initial_state and segment_state
     swa: bool  # is there a window?
     rla: bool  # is there a residual branch?
-    normed: bool  # divide each branch by its RMS and multiply by its gain
+    swa_normed: bool  # divide the window's output by its RMS and multiply by its gain
+    rla_normed: bool  # likewise, the residual branch's
     chunk: int  # keys of a block, that is of a tile of the ring
     spacing: int  # keys between two saved states, a multiple of the chunk
     stages: int  # slots of the ring
@@ -89,6 +90,11 @@ class Plan:
         return self.map is not None and self.map.sums_to_one
 
     @property
+    def swa_alone(self) -> bool:
+        """Is the output that of the window, as it is?"""
+        return self.swa and not self.rla and not self.swa_normed
+
+    @property
     def slices_at_once(self) -> int:
         return min(self.slices, 2)
 
@@ -103,7 +109,7 @@ class Plan:
         d_rla is orthogonal to the output, and values and states are nearly parallel to it: their products with d_rla
         cancel, and would be little but rounding error. Softmax's Jacobian removes that error, other maps' do not.
         """
-        return self.normed and self.rla and not self.sums_to_one
+        return self.rla_normed and not self.sums_to_one
 
     @property
     def state_parts(self) -> int:

@@ -82,12 +82,12 @@ def query_gradients(arrays: QueryInputs, plan: Plan) -> QueryOutputs:
         "d_tile": tile(2, ROWS, d),
         "q_tile": tile(2, ROWS, d),
         "stage": tile(2, ROWS, d),
-        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=1 + plan.normed + plan.precise),
+        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=1 + plan.rla_normed + plan.precise),
         "q_loaded": plgpu.Barrier(num_barriers=2),
     }
     width, dtype = (plan.num_features, jnp.float32) if plan.map is None else (d, jnp.bfloat16)
     outputs = QueryOutputs(dq=jax.ShapeDtypeStruct((batch, t, heads, width), dtype))
-    if plan.normed:
+    if plan.rla_normed:
         scratch["y_tile"] = tile(2, ROWS, d)
         scratch["gates"] = plgpu.Barrier(num_barriers=2)
         d_rla = jax.ShapeDtypeStruct((batch, t, heads, d), jnp.bfloat16)
@@ -100,7 +100,7 @@ def query_gradients(arrays: QueryInputs, plan: Plan) -> QueryOutputs:
     grid = {"block": resident_blocks(num_tiles, plan.interpret)}
     body = functools.partial(_residual_query_gradients, plan=plan, num_tiles=num_tiles)
     results = launch(body, arrays, outputs, scratch, grid=grid, warpgroups=3, interpret=plan.interpret)
-    return results if plan.normed else dataclasses.replace(results, d_rla=arrays.d_rla)
+    return results if plan.rla_normed else dataclasses.replace(results, d_rla=arrays.d_rla)
 
 
 def _residual_query_gradients(
@@ -192,7 +192,7 @@ def _compute_for_queries(
 
     def load(place):
         where = place.batch, place.rows, place.head
-        plgpu.copy_gmem_to_smem((inputs.d_out if plan.normed else inputs.d_rla).at[where], d_tile, loaded)
+        plgpu.copy_gmem_to_smem((inputs.d_out if plan.rla_normed else inputs.d_rla).at[where], d_tile, loaded)
         for y_tile, y in zip(y_tiles, (inputs.y_rla, inputs.y_rla_lo), strict=False):
             plgpu.copy_gmem_to_smem(y.at[where], y_tile, loaded)
 
@@ -247,7 +247,7 @@ def _compute_for_queries(
         per_row = lambda ref: to_registers(ref, PER_ROW, optimized=False)
         start = per_row(inputs.segment_start.at[batch, rows]) if plan.segmented else None
 
-        if plan.normed:
+        if plan.rla_normed:
             r = per_row(inputs.r_rla.at[batch, head, rows])
             is_first = index == axis_index("block")
             sum_rows = lambda x: one_after_the_other(gates, warpgroup, is_first, lambda: x.sum(axis=0))
@@ -318,5 +318,5 @@ def _compute_for_queries(
     load(first_place)
     load_q(first_place)
     for_each_tile(num_tiles, one_tile, jnp.int32(0))
-    if plan.normed:
+    if plan.rla_normed:
         close_gates(gates, warpgroup)

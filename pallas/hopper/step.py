@@ -94,6 +94,7 @@ class StepInputs:
     q: Any = None  # [b, h, d]
     q_rla: Any = None  # [b, h, d], of a feature map that the kernel computes
     rla_gain: Any = None  # [b or 1, h, d] float32
+    sink_logits: Any = None  # [b or 1, kv, columns] float32
     swa_gain: Any = None
     v: Any = None  # [b, kv, d]
 
@@ -238,8 +239,8 @@ def _step_sum(read, out, memory, *, plan: StepPlan) -> None:
         slot = batch, lax.rem(length, jnp.int32(plan.window)), kv_head
         pairs = ((memory.keys, inputs.k), (memory.values, inputs.v), (memory.keys_rla, inputs.k_rla))
         turned = [(old.at[slot], row(new.at[here])) for old, new in pairs if old is not None]
-        gain = _gain_of(plan, inputs.swa_gain, batch, kv_head) if plan.tiles else None
-        branches.append((merged(plan, found.swa, batch, kv_head), gain))
+        gain = None if inputs.swa_gain is None else _gain_of(plan, inputs.swa_gain, batch, kv_head)
+        branches.append((merged(plan, found.swa, inputs.sink_logits, batch, kv_head), gain))
     total = functools.reduce(jnp.add, [x if gain is None else _normed(plan, x, gain) for x, gain in branches])
 
     def put(indices, _):

@@ -185,8 +185,8 @@ def put_transposed(x, ref) -> None:
     ref.transpose((1, 0))[...] = plgpu.layout_cast(x.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
 
 
-def merged(plan, parts: Parts, batch, kv_head):
-    """out [d, columns] of all parts."""
+def merged(plan, parts: Parts, sink_logits, batch, kv_head):
+    """out [d, columns] of all parts, and of a logit without a value, if there is one."""
     d, n = plan.head_size, plan.columns
 
     def some(indices, carry):
@@ -202,8 +202,11 @@ def merged(plan, parts: Parts, batch, kv_head):
             out, total = out + x * down(share, d), total + share
         return out, higher, total
 
-    none = per_column(n, 0.0)
-    out, _, total = accumulate(parts.lse.shape[1], some, (zeros(d, n), none + MASKED, none), n)
+    highest, total = per_column(n, MASKED), per_column(n, 0.0)
+    if sink_logits is not None:
+        sinks = sink_logits.at[0 if sink_logits.shape[0] == 1 else batch, kv_head]
+        highest, total = row(sinks, PER_COLUMN) * LOG2E, per_column(n, 1.0)
+    out, _, total = accumulate(parts.lse.shape[1], some, (zeros(d, n), highest, total), n)
     return out * down(1.0 / total, d)
 
 

@@ -76,9 +76,9 @@ def query_gradients(arrays: QueryInputs, plan: Plan) -> QueryOutputs:
         "q_tile": tile(2, ROWS, d),
         "d_tile": tile(2, ROWS, d),
         "stage": tile(2, ROWS, d),
-        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=3 if plan.normed else 2),
+        "loaded": plgpu.Barrier(num_barriers=2, num_arrivals=3 if plan.swa_normed else 2),
     }
-    if plan.normed:
+    if plan.swa_normed:
         scratch["y_tile"] = tile(2, ROWS, d)
         scratch["gates"] = plgpu.Barrier(num_barriers=2)
         delta = jax.ShapeDtypeStruct((batch, heads, t), jnp.float32)
@@ -88,7 +88,7 @@ def query_gradients(arrays: QueryInputs, plan: Plan) -> QueryOutputs:
     grid = {"block": resident_blocks(num_tiles, plan.interpret)}
     body = functools.partial(_window_query_gradients, plan=plan, num_tiles=num_tiles)
     results = launch(body, arrays, outputs, scratch, grid=grid, warpgroups=3, interpret=plan.interpret)
-    return results if plan.normed else dataclasses.replace(results, d_swa=arrays.d_swa, delta=arrays.delta)
+    return results if plan.swa_normed else dataclasses.replace(results, d_swa=arrays.d_swa, delta=arrays.delta)
 
 
 def _window_query_gradients(
@@ -142,8 +142,8 @@ def _compute_for_queries(
     def load(place):
         where = place.batch, place.rows, place.head
         plgpu.copy_gmem_to_smem(inputs.q.at[where], q_tile, loaded)
-        plgpu.copy_gmem_to_smem((inputs.d_out if plan.normed else inputs.d_swa).at[where], d_tile, loaded)
-        if plan.normed:
+        plgpu.copy_gmem_to_smem((inputs.d_out if plan.swa_normed else inputs.d_swa).at[where], d_tile, loaded)
+        if plan.swa_normed:
             plgpu.copy_gmem_to_smem(inputs.y_swa.at[where], y_tile, loaded)
 
     def one_tile(index, is_last, use):
@@ -153,7 +153,7 @@ def _compute_for_queries(
         per_row = lambda ref: to_registers(ref, PER_ROW, optimized=False)
         lse = per_row(inputs.lse.at[batch, head, rows])
         start = per_row(inputs.segment_start.at[batch, rows]) if plan.segmented else None
-        if plan.normed:
+        if plan.swa_normed:
             r = per_row(inputs.r_swa.at[batch, head, rows])
             is_first = index == axis_index("block")
             sum_rows = lambda x: one_after_the_other(gates, warpgroup, is_first, lambda: x.sum(axis=0))
@@ -203,7 +203,7 @@ def _compute_for_queries(
 
     load(plan.place(axis_index("block"), warpgroup))
     for_each_tile(num_tiles, one_tile, jnp.int32(0))
-    if plan.normed:
+    if plan.swa_normed:
         close_gates(gates, warpgroup)
 
 

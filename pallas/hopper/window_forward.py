@@ -35,10 +35,11 @@ def copy(inputs, ring: Ring, place: Place, plan: Plan, use):
     return lax.fori_loop(begin, end, block, use)
 
 
-def attend(ring: Ring, place: Place, plan: Plan, q_tile, start, use, warpgroup, turn):
+def attend(ring: Ring, place: Place, plan: Plan, q_tile, sink, start, use, warpgroup, turn):
     """Softmax attention over the window: (o_swa [ROWS, d], log2 of the sum of exp2 of the logits [ROWS], uses).
 
-    q_tile: the warpgroup's queries in shared memory; start [ROWS]: the first key of each query's segment, or None.
+    q_tile: the warpgroup's queries in shared memory. sink: the logit without a value, or None. start [ROWS]: the first
+    key of each query's segment, or None.
     turn: a barrier of two arrivals, by which the two consumer warpgroups alternate (ping-pong scheduling, as in
     FlashAttention-3): one's softmax overlaps the other's products.
     """
@@ -98,7 +99,10 @@ def attend(ring: Ring, place: Place, plan: Plan, q_tile, start, use, warpgroup, 
 
     if not plan.interpret:
         pl.when(warpgroup == 1)(take_turns)
-    carry = zeros(ROWS, d), zero_rows(ROWS, MASKED), zero_rows(ROWS), use
+    highest, total = zero_rows(ROWS, MASKED), zero_rows(ROWS)
+    if sink is not None:
+        highest, total = zero_rows(ROWS) + sink * LOG2E, zero_rows(ROWS, 1.0)
+    carry = zeros(ROWS, d), highest, total, use
     masked, plain = functools.partial(block, masked=True), functools.partial(block, masked=False)
     last_half = jnp.int32(0)
     if chunk > ROWS:  # of a block at either end of the window, half may lie outside: it is not multiplied

@@ -21,16 +21,19 @@ def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
     Where the window's softmax is all but one key's, d q and d k are differences of numbers that are all but equal: they
     are measured against no less than CANCELLED of the size they would have if they were not. So are d q_rla and d k_rla
     where no residual set holds more than one key: it only scales the output, and the norm leaves of that what eps does.
+    d sink_logits is a sum over tokens of numbers of either sign: it is measured against the root of their squares' sum.
     """
     assert got.keys() == expected.keys()
     size = lambda x: float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
     found = {name: relative_rms(got[name], expected[name]) for name in expected}
     natural: dict[str, float] = {}
-    if case.op != RLA and case.backward:
+    if case.op != RLA and case.backward and case.window > 0:
         natural |= _sizes_of_window_gradients(case)
     if case.op == BOTH and case.backward and _most_in_residual_sets(case) <= 1:
         natural |= _sizes_of_residual_gradients(case, size(expected["d rla_gain"]))
     least = {name: CANCELLED * natural[name] for name in natural if name in expected}
+    if "d sink_logits" in expected and case.window > 0:
+        least["d sink_logits"] = _of_sinks(case)[0]
     for name in least:
         if size(expected[name]) < least[name]:
             found[name] = size(np.asarray(got[name], np.float64) - expected[name]) / least[name]
@@ -44,12 +47,34 @@ def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
 def _sizes_of_window_gradients(case: Case) -> dict[str, float]:
     """About what d q and d k are where nothing cancels, for random numbers."""
     h, kv, _, dv = case.sizes
-    sharpness = _sharpness(case)
+    weights, sinks = _weights(case)
+    sinks = sinks[:, 0]
+    sharpness = float(np.mean(np.square(weights).sum(axis=1) + np.square(sinks)))
     of_output = case.size  # v, or, where a norm and a gain follow, v / rms(o_swa) times the gain
-    if case.op == BOTH:
+    if case.op == BOTH and case.swa_norm:
         of_output = (1 + case.mean**2) * (case.mean**2 + sharpness) ** -0.5
     of_queries = abs(case.scale) * case.size_qk * of_output * (dv * sharpness) ** 0.5
     return {"d q": of_queries, "d k": of_queries * (h / kv) ** 0.5}
+
+
+@functools.lru_cache(maxsize=64)
+def _of_sinks(case: Case) -> tuple[float, float]:
+    """About the root of the sum of squares, over tokens, of what d sink_logits sums; and how many tokens that is.
+
+    A token's number is the product of its sink's weight, a cotangent and the output, or where a norm follows the normed
+    output: were the norm not there, which leaves of that what eps does. Those of a few tokens may be much larger than
+    the others': by the fourth moments of the weights, and of a product of two random numbers.
+    """
+    weights, sinks = _weights(case)
+    of_keys = 1 - sinks if not (case.op == BOTH and case.swa_norm) else np.ones_like(sinks)
+    size = (1 + case.mean**2) ** 0.5
+    if not (case.op == BOTH and case.swa_norm):
+        spread = np.square(weights).sum(axis=1) / np.square(weights.sum(axis=1))
+        size = case.size * (case.mean**2 + float(np.mean(spread))) ** 0.5
+    squares = np.square(sinks * of_keys)
+    count = case.t * max(case.batch, 1)
+    of_all = size * (case.sizes[3] * count * float(squares.mean())) ** 0.5
+    return of_all, count * float(squares.mean() ** 2 / np.square(squares).mean()) / 3
 
 
 def _size_of_logits(case: Case) -> float:
@@ -79,8 +104,9 @@ def _most_in_residual_sets(case: Case) -> int:
     return int((np.maximum(distance, 0) + max(case.num_keys, 2) * reads_state).max())
 
 
-def _sharpness(case: Case) -> float:
-    """The mean of the window's sum of squared weights, of some queries of the first head: 1 for one key, 1/n for n."""
+def _weights(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """The weights of keys [queries, s], for some queries of the first head, and of every head's sink beside the first's
+    keys [queries, h]."""
     arrays, ids = case.arrays(), case.ids()
     first = (0,) if case.batch else ()
     q, k = (np.asarray(arrays[name][first], np.float64)[:, 0] for name in ("q", "k"))
@@ -89,10 +115,12 @@ def _sharpness(case: Case) -> float:
     distance = (rows + case.num_keys - case.t)[:, None] - np.arange(case.num_keys)
     seen = (distance >= 0) & (distance < max(case.window, 1)) & (ids == ids[rows + case.num_keys - case.t][:, None])
     logits = case.scale * q[rows] @ k.T
-    weights = np.exp(
-        logits - logits.max(axis=1, keepdims=True, where=seen, initial=-np.inf), where=seen, out=0 * logits
-    )
-    return float(np.mean(np.square(weights).sum(axis=1) / np.square(weights.sum(axis=1))))
+    sinks = arrays["sink_logits"][None] if case.sinks else np.full((1, case.sizes[0]), -np.inf)
+    highest = logits.max(axis=1, keepdims=True, where=seen, initial=-np.inf)
+    weights = np.exp(logits - highest, where=seen, out=0 * logits)
+    total = weights.sum(axis=1, keepdims=True)
+    sinks = np.exp(sinks - np.logaddexp(sinks, np.log(total) + highest))
+    return weights / total * (1 - sinks[:, :1]), sinks
 
 
 def bounds(dtype: str, implementation: str | None, of_chunked: dict[str, float]) -> collections.defaultdict:
@@ -134,9 +162,10 @@ def allowed(case: Case, implementation: str, expected: dict, of_simpler: dict[st
     return found | {name: max(base[name], of_map) for name in expected if name.startswith("d weight")}
 
 
-def _tokens_of_parameters(case: Case) -> dict[str, int]:
+def _tokens_of_parameters(case: Case) -> dict[str, float]:
     """How many tokens the gradient of each parameter of the op sums over, at least."""
     rows = case.segments if case.batch and case.segments else (case.segments or (case.num_keys,),)
     in_first = [max(row[0] - (case.num_keys - case.t), 0) for row in rows]
     tokens = {"d initial_state": min(in_first), "d segment_state": min(case.t - count for count in in_first)}
-    return tokens | dict.fromkeys(("d swa_gain", "d rla_gain"), case.t)
+    of_sinks = {"d sink_logits": _of_sinks(case)[1]} if case.sinks and case.backward and case.window else {}
+    return tokens | dict.fromkeys(("d swa_gain", "d rla_gain"), case.t) | of_sinks

@@ -20,15 +20,15 @@ from pallas.block_sizes import BlockSizes
 from pallas.numerics import accumulation_dtype
 from pallas.step_cache import StepCache, in_slots
 
+STATES = ("initial_state", "segment_state")
 ARRAYS = {
-    "sliding_window_attention": ("q", "k", "v"),
+    "sliding_window_attention": ("q", "k", "v", "sink_logits"),
     "residual_linear_attention": ("q", "k", "v", "initial_state", "segment_state"),
-    "rattention": ("q", "k", "v", "swa_gain", "rla_gain", "q_rla", "k_rla", "initial_state", "segment_state"),
+    "rattention": ("q", "k", "v", "sink_logits", "swa_gain", "rla_gain", "q_rla", "k_rla", *STATES),
 }
 SWA, RLA, BOTH = ARRAYS
-STATES = ("initial_state", "segment_state")
 OF_HEADS = ("q", "k", "v", "q_rla", "k_rla")
-WHOLE = ("swa_gain", "rla_gain", "weight_q", "weight_k")  # not one for each sequence of a batch
+WHOLE = ("sink_logits", "swa_gain", "rla_gain", "weight_q", "weight_k")  # not one for each sequence of a batch
 PARAMETERS = (*STATES, *WHOLE)  # float32 where activations are bfloat16
 REMEDY = "give a line as `check` prints it"
 LEARNED = ("learned", "pair")  # maps with parameters: one for queries and keys, or one for each
@@ -40,8 +40,9 @@ class Case:
 
     sizes: (num_heads, num_kv_heads, head_size, value_size). segments: the lengths of segments, (): no ids; of a batch,
     a tuple for each sequence. states: those that are passed. static: other keywords of the op. map: of
-    `feature_map.named`, or of LEARNED. shared: the residual branch reads the window's q and k. Numbers are size *
-    (standard normal + mean); size_qk stands for size in what the window's softmax reads, size_rla in what maps read.
+    `feature_map.named`, or of LEARNED. shared: the residual branch reads the window's q and k. sinks: the window has
+    `sink_logits`; swa_norm: it has a norm and a gain, if it is not alone. Numbers are size * (standard normal + mean);
+    size_qk stands for size in what the window's softmax reads, size_rla in what maps read.
     final: the final state has a cotangent, too; then most of the keys' gradients come from it, not from the kernels.
     steps: the t tokens are taken one by one by the op's step, after a cache of the keys before them; the definition
     is the whole sequence's, without gradients or segments.
@@ -64,6 +65,8 @@ class Case:
     batch: int = 0
     backward: bool = True
     shared: bool = False
+    sinks: bool = False
+    swa_norm: bool = True
     final: bool = True
     steps: bool = False
     seed: int = 0
@@ -94,6 +97,7 @@ class Case:
         """Of its array arguments."""
         read_by_both = {"q_rla", "k_rla"} if self.shared and self.op == BOTH else set()
         skipped = {name for name in STATES if name not in self.states} | read_by_both
+        skipped |= {name for name, has in (("sink_logits", self.sinks), ("swa_gain", self.swa_norm)) if not has}
         weights = {"learned": ("weight_q",), "pair": ("weight_q", "weight_k")}.get(self.map, ())
         return (*(x for x in ARRAYS[self.op] if x not in skipped), *(weights if self.op != SWA else ()))
 
@@ -114,6 +118,7 @@ class Case:
             "v": (self.num_keys, kv, dv),
             "state": (kv, f, dv),
             "gain": (h, dv),
+            "sink_logits": (h,),
             "output": (self.t, h, dv),
         }
         if name.startswith("weight"):
@@ -138,6 +143,8 @@ class Case:
         return drawn
 
     def size_of(self, name: str) -> float:
+        if name == "sink_logits":
+            return 3.0  # as likely as a hundred keys, or as one
         if name not in ("q", "k", "q_rla", "k_rla"):
             return self.size
         return self.size_rla if self.op == RLA or name.endswith("rla") else self.size_qk
@@ -179,6 +186,8 @@ def call(case: Case, arrays: dict, ids, implementation: str | None, **static) ->
     """The op's results by name, for one sequence."""
     keywords: dict[str, Any] = dict(window=case.window, implementation=implementation) | dict(case.static) | static
     arrays = dict(arrays)
+    if case.op == BOTH and not case.swa_norm:
+        keywords["swa_gain"] = None
     if case.op != SWA:
         keywords["return_final_state"] = True
         weights = [arrays.pop(name) for name in ("weight_q", "weight_k") if name in arrays]

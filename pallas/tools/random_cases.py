@@ -71,6 +71,7 @@ def draw(seed: int, implementation: str, longest: int) -> Case:
     states = pick("states", ((), STATES, ("initial_state",), ("segment_state",), STATES)) if op != SWA else ()
     static: list = []
     shared = op == BOTH and pick("shared", (False, False, True))
+    sinks = op != RLA and pick("sinks", (False, True))
     size_rla = pick("size_rla", SIZES_OF_MAPS.get(map_name, SIZES))
     size_qk = size_rla if shared else pick("size_qk", SIZES[1:])
     if shared:
@@ -109,6 +110,8 @@ def draw(seed: int, implementation: str, longest: int) -> Case:
         batch=batch,
         backward=pick("backward", (True, True, True, False)) and not steps,
         shared=shared,
+        sinks=sinks,
+        swa_norm=op != BOTH or pick("swa_norm", (True, False)),
         steps=steps,
         seed=seed,
     )
@@ -169,6 +172,8 @@ def options(case: Case) -> dict[str, object]:
         "batch": case.batch,
         "backward": case.backward,
         "shared": case.shared,
+        "sinks": case.sinks,
+        "swa_norm": case.swa_norm,
         "steps": case.steps,
         "final": case.final,
         "mean": case.mean,
@@ -201,6 +206,8 @@ def simpler(case: Case) -> Iterator[Case]:
     for name in case.states[1:]:
         yield change(states=(name,))
     yield change(shared=False)
+    yield change(sinks=False)
+    yield change(swa_norm=True)
     for i in range(len(case.static)):
         if case.static[i][0] == "scale" and case.size_qk > 1:
             continue
@@ -212,8 +219,8 @@ def simpler(case: Case) -> Iterator[Case]:
     if case.steps:
         yield change(steps=False)
     if case.op == BOTH and not case.steps:
-        yield change(op=RLA, shared=False, static=without("scale", "eps"))
-        yield change(op=SWA, shared=False, static=without("eps"), states=(), map="softmax")
+        yield change(op=RLA, shared=False, sinks=False, swa_norm=True, static=without("scale", "eps"))
+        yield change(op=SWA, shared=False, swa_norm=True, static=without("eps"), states=(), map="softmax")
     yield change(mean=0.0)
     yield change(size=1.0)
     yield change(size_qk=1.0, static=without("scale"))

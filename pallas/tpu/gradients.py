@@ -42,13 +42,22 @@ class Call:
             inputs = self.arrays, self.segments, saved["states"], _padded(d_out, plan)
             gradients = batched(functools.partial(_rla_backward, plan), *inputs)
         else:
+            of_sink = _of_sink(self.arrays, saved["lse"], (d_out * out).sum(axis=-1)) if "sink" in self.arrays else {}
             # delta is that of d_out as the kernels read it: without the barrier XLA would use d_out before rounding.
             d_out = jax.lax.optimization_barrier(d_out.astype(plan.dtype))
             delta = (d_out.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
             delta = jnp.swapaxes(_padded(delta, plan), -1, -2)
             inputs = self.arrays, self.segments, saved["lse"], delta, _padded(d_out, plan)
-            gradients = batched(functools.partial(_swa_backward, plan), *inputs)
+            gradients = batched(functools.partial(_swa_backward, plan), *inputs) | of_sink
         return dataclasses.replace(self, arrays=gradients, segments=dict.fromkeys(self.segments))
+
+
+def _of_sink(arrays: dict, lse, delta) -> dict:
+    """The sink's gradient, shared out to its lanes: it has a weight and no value. delta: [kv, group, t], exact."""
+    sink = arrays["sink"]
+    weights = jnp.exp(sink[..., :1] - lse[..., : delta.shape[-1]])
+    total = -(weights * delta[..., None, :]).sum(axis=-1, keepdims=True)
+    return {"sink": jnp.broadcast_to(total / sink.shape[-1], sink.shape)}
 
 
 def _padded(x, plan: Plan):
@@ -84,10 +93,13 @@ class Norms(NamedTuple):
     eps: float
     dtype: Any  # of the sum
 
-    def run(self, call: Call, *, save: bool) -> dict:
-        """The call's results, of which out (normed) and rstd [kv, group, t, 1] without padded queries."""
+    def run(self, call: Call, gain, *, save: bool) -> dict:
+        """The call's results, of which out (normed, where there is a gain) and rstd [kv, group, t, 1] without padded
+        queries."""
         results = call.run("float32", save=save)
         out = results["out"]
+        if gain is None:
+            return results | {"out": out[:, :, : self.num_queries]}
         if call.plan is None:
             mean_square = jnp.square(out).sum(axis=-1, keepdims=True) / self.value_size
             rstd = jax.lax.rsqrt(mean_square + self.eps)
@@ -97,8 +109,8 @@ class Norms(NamedTuple):
         return results | {"out": out[:, :, : self.num_queries], "rstd": rstd[:, :, : self.num_queries]}
 
     def value(self, call: Call, results: dict):
-        """The normed output, float32."""
-        if call.plan is None or call.plan.int16_step is None:
+        """The output, normed where it is, float32."""
+        if call.plan is None or call.plan.eps is None or call.plan.int16_step is None:
             return results["out"]
         step = jnp.where(jnp.isfinite(results["rstd"]), call.plan.int16_step, jnp.nan)  # int16 has no NaN
         return results["out"].astype(jnp.float32) * step
@@ -112,18 +124,21 @@ class Norms(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def sum_of_norms(calls: list[Call], gains: list, norms: Norms):
-    """The sum over branches of gain * rms(output), [kv, group, t, dv padded]; gains [h, dv]."""
-    return _sum(calls, gains, [norms.run(call, save=False) for call in calls], norms)
+    """The sum over branches of gain * rms(output), or of outputs where the gain is None: [kv, group, t, dv padded].
+
+    gains: [h, dv].
+    """
+    return _sum(calls, gains, [norms.run(*branch, save=False) for branch in zip(calls, gains, strict=True)], norms)
 
 
 def _sum(calls, gains, results, norms):
     values = [norms.value(call, of_call) for call, of_call in zip(calls, results, strict=True)]
-    terms = [norms.gain(gain, x) * x for gain, x in zip(gains, values, strict=True)]
+    terms = [x if gain is None else norms.gain(gain, x) * x for gain, x in zip(gains, values, strict=True)]
     return sum(terms[1:], terms[0]).astype(norms.dtype)
 
 
 def _save_sum(calls, gains, norms):
-    results = [norms.run(call, save=True) for call in calls]
+    results = [norms.run(*branch, save=True) for branch in zip(calls, gains, strict=True)]
     return _sum(calls, gains, results, norms), (calls, gains, results)
 
 
@@ -132,8 +147,12 @@ def _pull_back_sum(norms, saved, cotangent):
     cotangent = jax.lax.optimization_barrier(cotangent)
     d_calls, d_gains = [], []
     for call, gain, results in zip(*saved, strict=True):
-        value, rstd = norms.value(call, results), results["rstd"]
-        d_out = cotangent.astype(jnp.float32)
+        value, d_out = norms.value(call, results), cotangent.astype(jnp.float32)
+        if gain is None:
+            d_gains.append(None)
+            d_calls.append(call.pull_back(results, value, d_out))
+            continue
+        rstd = results["rstd"]
         d_gain = (d_out * value).sum(axis=2)[..., : norms.value_size]
         d_gains.append(d_gain.reshape(gain.shape).astype(gain.dtype))
         d_value = norms.gain(gain, value) * d_out

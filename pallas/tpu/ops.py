@@ -37,9 +37,9 @@ def target() -> str | None:
     return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
 
 
-def sliding_window_attention(q, k, v, *, window, scale, segment_ids, block_sizes):
+def sliding_window_attention(q, k, v, **options):
     """o_swa [t, h, dv]."""
-    call = _swa(q, k, v, window=window, scale=scale, segment_ids=segment_ids, block_sizes=block_sizes)
+    call = _swa(q, k, v, **options)
     return _by_time(None if call is None else output(call, v.dtype), q, v)
 
 
@@ -62,6 +62,7 @@ def rattention(
     eps,
     window,
     scale,
+    sink_logits,
     segment_ids,
     block_sizes,
     return_final_state,
@@ -69,9 +70,9 @@ def rattention(
 ):
     """Both branches, their norms and the sum, and the final state if asked for."""
     shared: dict[str, Any] = dict(window=window, segment_ids=segment_ids)
-    settings: dict[str, Any] = dict(block_sizes=block_sizes, eps=float(eps))
-    swa = _swa(q, k, v, scale=scale, **shared, **settings)
-    rla = _rla(q_rla, k_rla, v, **shared, **settings, **of_rla)
+    of_swa: dict[str, Any] = dict(scale=scale, sink_logits=sink_logits, eps=None if swa_gain is None else float(eps))
+    swa = _swa(q, k, v, **shared, **of_swa, block_sizes=block_sizes)
+    rla = _rla(q_rla, k_rla, v, **shared, **of_rla, eps=float(eps), block_sizes=block_sizes)
     terms = [(call, gain) for call, gain in ((rla, rla_gain), (swa, swa_gain)) if call is not None]
     out = None
     if terms:
@@ -88,6 +89,7 @@ def _swa(
     *,
     window: int,
     scale: float,
+    sink_logits: Float[Array, "h"] | None,
     segment_ids: Int[Array, "s"] | None,
     block_sizes: BlockSizes,
     eps: float | None = None,
@@ -97,7 +99,7 @@ def _swa(
     if window == 0:
         return None
     window = min(window, s)
-    if window == 1:  # one key, so its weight is 1 whatever the logit, and q and k get a gradient of exactly 0
+    if window == 1 and sink_logits is None:  # a weight is 1 whatever the logit: q and k get a gradient of exactly 0
         out = _keys_by_head(v[s - t :], 0, t, round_up(dv, LANES))
         return Call("copy", None, {"out": jnp.broadcast_to(out[:, None], (kv, h // kv, *out.shape[1:]))}, {})
     float32 = any(x.dtype != jnp.bfloat16 for x in (q, k, v))
@@ -129,6 +131,9 @@ def _swa(
         "k": _keys_by_head(k[skipped:], first_key, back + length, plan.width),
         "v": _keys_by_head(v[skipped:], first_key, back + length, plan.value_width),
     }
+    if sink_logits is not None:
+        sinks = sink_logits.astype(jnp.float32).reshape(kv, h // kv, 1, 1)
+        arrays["sink"] = jnp.broadcast_to(sinks, (*sinks.shape[:-1], chunk))
     segments = {}
     if segment_ids is not None:
         start = starts(segment_ids)[s - t :] + (back - (s - t))

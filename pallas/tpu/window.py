@@ -22,13 +22,14 @@ def forward(arrays: dict, plan: Plan, *, out_dtype) -> dict:
     """out [b, kv, group, t, dv], rstd if the kernel norms it, and lse; rstd, lse: [b, kv, group, 1, t] float32.
 
     q: [b, kv, group, t, d]   k: [b, kv, back + t, d]   v: [b, kv, back + t, dv]
+    sink [b, kv, group, 1, chunk]: a logit without a value, as often as there are lanes
     segment_start [b, 1, t]: the position of the first key of a query's segment
     """
     batch, kv, group, length, _ = arrays["q"].shape
     dv, chunk = plan.value_width, plan.chunk
     shapes = plan.out_shapes(batch, kv, group, out_dtype)
     shapes["lse"] = struct((batch, kv, group, 1, length), jnp.float32)
-    names = [name for name in ("q", "k", "v", "segment_start") if name in arrays]
+    names = [name for name in ("q", "k", "v", "sink", "segment_start") if name in arrays]
     specs = input_specs(plan, arrays, lambda n, j: n, lambda n, j: n + j)
     results = pl.pallas_call(
         functools.partial(_kernel, plan, [*names, *shapes]),
@@ -64,6 +65,7 @@ def input_specs(plan: Plan, arrays: dict, queries, keys) -> dict:
         "v": of_key(plan.value_width),
         "lse": row,
         "delta": row,
+        "sink": pl.BlockSpec((None, None, group, 1, plan.chunk), lambda b, h, n, j: (b, h, 0, 0, 0)),
         "segment_start": pl.BlockSpec((None, 1, block), lambda b, h, n, j: (b, 0, queries(n, j))),
     }
 
@@ -142,8 +144,12 @@ def _kernel(plan: Plan, names, *refs_and_scratch):
 
     @pl.when(j == 0)
     def _():
-        acc[...], row_sum[...] = jnp.zeros_like(acc), jnp.zeros_like(row_sum)
-        row_max[...] = jnp.full_like(row_max, MASK_VALUE)
+        acc[...] = jnp.zeros_like(acc)
+        if "sink" in refs:  # the first of the logits
+            row_max[...] = jnp.broadcast_to(refs["sink"][...][:, None], row_max.shape)
+            row_sum[...] = jnp.ones_like(row_sum)
+        else:
+            row_max[...], row_sum[...] = jnp.full_like(row_max, MASK_VALUE), jnp.zeros_like(row_sum)
 
     def one_chunk(c, _):
         rows = rows_of(c, chunk)

@@ -1,6 +1,7 @@
 """Bugs and races planted in the Hopper kernels: the suite's bounds and the race detector see each of them."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -153,6 +154,12 @@ BUGS = {
         "forward",
         "self.put(split(out, True)[1], ",
         "self.put(0.0 * out, ",
+    ),
+    "a sink counts nothing": (
+        dataclasses.replace(small(SWA), sinks=True),
+        "window_forward",
+        "zero_rows(ROWS, 1.0)",
+        "zero_rows(ROWS)",
     ),
     "gain's gradient without y": (
         small(BOTH),

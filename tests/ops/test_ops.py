@@ -52,6 +52,9 @@ CASES = [
     Case(BOTH, 500, 100, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 299), static=(("scale", 0.7), ("eps", 0.1))),
     Case(BOTH, 1000, 1, sizes=(2, 1, 4, 4)),
     Case(BOTH, 2300, 100, sizes=(1, 1, 4, 4), segments=(1000, 1300)),
+    Case(SWA, 500, 100, s=563, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 300, 62), sinks=True),
+    Case(BOTH, 150, 30, sizes=(3, 1, 8, 8), segments=(100, 50), sinks=True, swa_norm=False),
+    Case(BOTH, 150, 1, s=200, sizes=(4, 2, 8, 5), sinks=True),
 ]
 FEW = [
     Case(SWA, 63, 64, sizes=(4, 2, 8, 5)),
@@ -70,12 +73,14 @@ INTERPRETED = {
         Case(RLA, 500, 100, s=563, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 300, 62)),
         Case(BOTH, 1, 64),
         Case(BOTH, 63, 64, s=200, sizes=(4, 2, 8, 5)),
+        Case(BOTH, 150, 30, sizes=(3, 1, 8, 8), segments=(100, 50), sinks=True, swa_norm=False),
     ],
     "tpu": [
         Case(SWA, 63, 64, sizes=(4, 2, 8, 5)),
         Case(RLA, 63, 1, s=64, sizes=(3, 3, 4, 6)),
         Case(BOTH, 1, 64),
         Case(BOTH, 500, 100, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 299), static=(("scale", 0.7), ("eps", 0.1))),
+        Case(BOTH, 150, 30, sizes=(3, 1, 8, 8), segments=(100, 50), sinks=True, swa_norm=False),
     ],
 }
 
@@ -219,6 +224,8 @@ def test_a_wrong_rank_dtype_or_size_is_named_by_its_argument(op, argument, wrong
         (RLA, "initial_state", ones(2, 16, 8)),
         (BOTH, "segment_state", ones(1, 16, 7)),
         (BOTH, "swa_gain", ones(1, 8)),
+        (BOTH, "sink_logits", ones(3)),
+        (SWA, "sink_logits", ones(1)),
         (BOTH, "rla_gain", ones(2, 7)),
         (BOTH, "q_rla", ones(6, 2, 8)),
         (BOTH, "k_rla", ones(7, 2, 8)),

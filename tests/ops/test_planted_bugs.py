@@ -42,6 +42,8 @@ BUGS = {
     "state read by another segment": (RLA, "older = (query_runs == run_before)", "older = (query_runs >= run_before)"),
     "final state of the segment before": (RLA, "jnp.where(runs[-1] == last_run[-1], state, fresh)", "state"),
     "norms shared by both branches": (BOTH, "swa_gain, rla_gain, eps)", "rla_gain, rla_gain, eps)"),
+    "sinks count nothing": (SWA, "jnp.ones(rows, dtype)", "jnp.zeros(rows, dtype)"),
+    "sinks of other heads": (SWA, "sink_logits.astype", "jnp.roll(sink_logits, 1).astype"),
 }
 
 
@@ -57,7 +59,7 @@ def chunked_with(right: str, wrong: str) -> types.ModuleType:
 def test_caught(monkeypatch, bug):
     op, right, wrong = BUGS[bug]
     monkeypatch.setattr(chunked, op, getattr(chunked_with(right, wrong), op))
-    case = Case(op, 300, 64, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 59, 40))
+    case = Case(op, 300, 64, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 59, 40), sinks=op == SWA)
     arrays = case.arrays("float32")
     got = values_and_gradients(case, arrays, "float32", implementation="chunked")
     found = errors(case, got, reference(case, arrays))

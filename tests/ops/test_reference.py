@@ -124,6 +124,22 @@ def test_scale_and_eps():
     assert_equals_loop(12, 5, scale=0.3, eps=0.5)
 
 
+@pytest.mark.parametrize("window", [1, 5, 20])
+def test_sinks_and_a_window_without_a_norm(window):
+    arrays = token_loop.draw(12) | {"swa_gain": None, "sink_logits": np.array([-1.0, 0.0, 1.0, 30.0])}
+    of_window = {name: arrays[name] for name in ("q", "k", "v", "sink_logits")}
+    static = {"window": window, "implementation": "reference"}
+
+    @compiled
+    def reference(of_window, arrays):
+        alone = pallas.sliding_window_attention(**of_window, **static)
+        return alone, pallas.rattention(**arrays, **static, return_final_state=True)
+
+    expected = token_loop.sliding_window_attention(**of_window, window=window)
+    assert_named_close(reference(of_window, arrays), (expected, token_loop.rattention(**arrays, window=window)))
+    assert np.abs(expected[:, 3]).max() < 1e-9  # a head whose sink is far above all logits attends to nothing
+
+
 def test_residual_reads_the_local_queries_and_keys_unless_given_its_own():
     arrays = token_loop.draw(9)
     del arrays["q_rla"], arrays["k_rla"]

@@ -21,7 +21,8 @@ CASES = [
     Case(BOTH, 2, 63, s=200, sizes=(2, 2, 8, 8), steps=True, backward=False, map="pair", static=(("scale", -0.2),)),
     Case(BOTH, 2, 300, s=20, sizes=(2, 1, 8, 8), steps=True, backward=False, map="taylor"),
     Case(SWA, 3, 7, s=30, sizes=(5, 1, 8, 4), steps=True, backward=False),
-    Case(SWA, 3, 64, s=3, sizes=(4, 2, 8, 8), steps=True, backward=False),
+    Case(SWA, 3, 64, s=3, sizes=(4, 2, 8, 8), steps=True, backward=False, sinks=True),
+    Case(BOTH, 2, 5, s=9, sizes=(6, 2, 8, 5), steps=True, backward=False, sinks=True, swa_norm=False),
 ]
 
 
@@ -35,7 +36,7 @@ def test_chunked(case, dtype):
     assert not held.wrong
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[5]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[5], CASES[7]], ids=str)
 def test_the_definition_of_a_step_is_that_of_the_sequence(case, monkeypatch):
     case = dataclasses.replace(case, states=case.states[:1], dtype="float32")
     whole = compiled(case, "float64", "reference", on="cpu")(case)
