@@ -33,7 +33,7 @@ def test_a_conversation_as_a_prompt():
     text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello 12<|im_end|>\n<|im_start|>assistant\n"
     assert render(TURNS, HELLO) == text
     tokens = chat_prompt(tokenizer, HELLO)
-    np.testing.assert_array_equal(tokens, tokenizer.encode(text.encode(), special=True))
+    np.testing.assert_array_equal(tokens, [0, *tokenizer.encode(text.encode(), special=True)])
     assert np.flatnonzero(tokens == 1).size == 3
     assert tokenizer.decode(tokens).decode() == "system\nBe brief.\nuser\nhello 12\nassistant\n"
 
@@ -54,7 +54,9 @@ def test_a_conversation_as_a_prompt():
 def test_what_templates_use(template, expected):
     assert render(template, HELLO, bos_token="<|endoftext|>", eos_token="<|im_end|>") == expected
     tokenizer = make(chat_template=template)
-    np.testing.assert_array_equal(chat_prompt(tokenizer, HELLO), tokenizer.encode(expected.encode(), special=True))
+    tokens = tokenizer.encode(expected.encode(), special=True).tolist()
+    marker = [] if tokens[0] == tokenizer.document else [tokenizer.document]
+    assert chat_prompt(tokenizer, HELLO).tolist() == marker + tokens
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_the_end_of_a_turn_ends_the_answer(end):
     tokenizer = make(chat_template="{{ messages[0].content }}")
     answer = tokenizer.encode(b"hello").tolist()
     for prompts in ([HELLO], ["hello 12"]):
-        before = len(chat_prompt(tokenizer, HELLO)) - 1 + isinstance(prompts[0], str)
+        before = len(chat_prompt(tokenizer, HELLO)) - 1
         model = Scripted([0] * before + [*answer, end, *answer], vocabulary_size=300)
         drawn = generate_texts(model, tokenizer, prompts, num_tokens=9, temperature=0, key=jax.random.key(0))
         assert [(piece, ended) for _, piece, ended in drawn] == [("hello", None), ("", "end")]
