@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from rattn_eqx.model.block import Block
     from rattn_eqx.model.config import ModelConfig
     from rattn_eqx.model.language_model import LanguageModel
+    from rattn_eqx.weights.load import load
 
-__all__ = ["Block", "GlobalAttention", "LanguageModel", "ModelConfig", "RAttention", "generate", "presets"]
+__all__ = ["Block", "GlobalAttention", "LanguageModel", "ModelConfig", "RAttention", "generate", "load", "presets"]
 
 _MODULES = {
     "Block": "model.block",
@@ -23,6 +24,7 @@ _MODULES = {
     "ModelConfig": "model.config",
     "RAttention": "model.attention",
     "generate": "inference.generate",
+    "load": "weights.load",
     "presets": "model.presets",
 }
 

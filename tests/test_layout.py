@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SURFACE = {  # what is importable from the top of each package
     pallas: "BlockSizes StepCache feature_map rattention rattention_step residual_linear_attention "
     "sliding_window_attention sliding_window_attention_step",
-    rattn_eqx: "Block GlobalAttention LanguageModel ModelConfig RAttention generate presets",
+    rattn_eqx: "Block GlobalAttention LanguageModel ModelConfig RAttention generate load presets",
 }
 # Each room may import those before it, none after it; a file of a package's top level is a room of its own.
 ROOMS = {

@@ -140,7 +140,7 @@ def write_tensors(
     with new_file(path) as file:
         file.seek(8 + room)
         for name, shape in shapes.items():
-            array = np.ascontiguousarray(read(name))
+            array = np.asarray(read(name), order="C")
             if array.dtype not in _NAMES or array.shape != shape:
                 raise ValueError(
                     f"save: {name} must be of shape {list(shape)} and of {', '.join(map(str, _NAMES))}; got "
