@@ -38,7 +38,8 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> Tokens:
             raise ValueError(f"chat: messages must be without special tokens; got one with {found[0]!r}; leave it out")
     text = render(tokenizer.chat_template, messages, **_tokens_of(tokenizer))
     tokens = tokenizer.encode(text.encode(), special=True)
-    return tokens if tokens[:1] == tokenizer.document else np.insert(tokens, 0, tokenizer.document)
+    begins = len(tokens) > 0 and tokens[0] == tokenizer.document
+    return tokens if begins else np.insert(tokens, 0, tokenizer.document)
 
 
 def _tokens_of(tokenizer: PretrainedTokenizer) -> dict[str, str]:
