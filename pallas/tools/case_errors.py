@@ -66,6 +66,7 @@ def _of_sinks(case: Case) -> tuple[float, float]:
     the others': by the fourth moments of the weights, and of a product of two random numbers.
     """
     weights, sinks = _weights(case)
+    sinks = np.maximum(sinks, 1e-30)  # float32 ends there
     of_keys = 1 - sinks if not (case.op == BOTH and case.swa_norm) else np.ones_like(sinks)
     size = (1 + case.mean**2) ** 0.5
     if not (case.op == BOTH and case.swa_norm):
@@ -138,7 +139,8 @@ def allowed(case: Case, implementation: str, expected: dict, of_simpler: dict[st
     `chunked` may be off by twice what the definition is, in sums that all but cancel; and a weight of the window's
     softmax is no more exact than its logit, which in float32 is rounded by 2^-24 of it.
 
-    Of kernels, parameters of a map get sums of what its queries and keys get, and are held to the same. And where a
+    Of kernels, parameters of a map get sums of what its queries and keys get, and are held to the same; a sink's logit
+    gets a sum of what the window's output was, and is held to the bound of the output. And where a
     tensor is made of few tokens, its own or, of keys, those of the queries that it sums over, its error is of few
     roundings: with one token the bound is three times as wide, with ten a fifth wider, with a thousand nothing to speak
     of.
@@ -147,6 +149,7 @@ def allowed(case: Case, implementation: str, expected: dict, of_simpler: dict[st
         rounded = 0.0 if case.op == RLA or case.dtype == "float64" else 2**-24 * _size_of_logits(case)
         return {name: max(BOUND[case.dtype], 2 * of_simpler.get(name, 0.0)) + rounded for name in expected}
     base = bounds(case.dtype, implementation, of_simpler)
+    base["d sink_logits"] = max(base["d sink_logits"], base["output"])
     found = {name: base[name] for name in expected}
     for name in PER_TOKEN:
         if name in found:
