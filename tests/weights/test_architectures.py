@@ -101,7 +101,7 @@ def test_dtypes_by_name():
     for given in ("float8", "stored"):
         with pytest.raises(ValueError, match=f"load: compute_dtype must be one of 'float32', .*; got '{given}'"):
             load(FIXTURES / "mistral", compute_dtype=given)
-    with pytest.raises(ValueError, match="load: dtype must be one of 'float32', .*, 'stored', or None; got 'float8'"):
+    with pytest.raises(ValueError, match=r"load: dtype must be one of 'float32', .*, 'stored', or None; got 'float8'"):
         load(FIXTURES / "mistral", "float8")
 
 
