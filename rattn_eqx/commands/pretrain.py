@@ -20,7 +20,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     add = command.add_argument
     add("--out", type=path, default="runs/tiny", help="run folder")
     add("--corpus", type=place, default="python", help="'python': the interpreter's standard library; 'environment': "
-        "with the installed packages; or a file or folder of your own text")  # fmt: skip
+        "with the installed packages; 'package:NAME': one of them with its documents; or a file or folder of text, "
+        "such as /usr/share/doc/NAME")  # fmt: skip
     add("--cache", type=path, default="~/.cache/rattn", help="where corpora and tokens are kept between runs")
     add("--tokenizer", choices=["byte", "bpe"], default="byte", help="bytes, or a BPE trained on the corpus")
     add("--vocabulary", type=whole(), default=4096, help="tokens of the BPE vocabulary")

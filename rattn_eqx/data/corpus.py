@@ -1,4 +1,4 @@
-"""Text for pretraining without a download: the interpreter's sources, its environment's, or the user's own files."""
+"""Text for pretraining without a download: sources and documents of what is installed, or the user's own files."""
 
 import collections
 import contextlib
@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 from rattn_eqx.data.cache import CORPUS, check, digests, find, write_manifest
 from rattn_eqx.data.files import DamagedError, new_folder, open_regular
-from rattn_eqx.data.sources import File, find_files, find_roots
+from rattn_eqx.data.packages import PREFIX
+from rattn_eqx.data.prose import UNREADABLE, text_of, unpacked
+from rattn_eqx.data.sources import File, find_files, find_package, find_roots
 
-_FORMAT = 3  # part of the cache key: raise it when the same sources would give other bytes
+_FORMAT = 4  # part of the cache key: raise it when the same sources would give other bytes
 _SEPARATOR = b"\0"  # free for this use, because files that hold it are dropped
 _BLOCK = 2**24  # bytes
 
@@ -58,9 +60,10 @@ def build_corpus(
     """Gather a source's text files into a corpus under `cache`, or return the one that is already there.
 
     A file is dropped, and counted in the manifest, if it is empty, holds a NUL byte, is not UTF-8, cannot be read, or
-    repeats an earlier file byte for byte. The split depends on each file's path alone, so it is the same on every
-    machine that has the same files. Names, sizes and times of the files are the cache's key: a changed file gives a
-    new corpus. The whole text passes through memory once, and may take half of what is free.
+    repeats an earlier file byte for byte. Files that end with .gz are unpacked, and of web pages (.html) the words are
+    taken, without tags. The split depends on each file's path alone, so it is the same on every machine that has
+    the same files. Names, sizes and times of the files are the cache's key: a changed file gives a new corpus. The
+    whole text passes through memory once, and may take half of what is free.
 
     Hidden files are left out, and so are, counted in the manifest: the cache, what `exclude` names, every folder that
     is a run or a cache, pipes, devices, links to nowhere and folders that cannot be read. Linked folders of the user's
@@ -71,8 +74,9 @@ def build_corpus(
 
     Args:
       source: "python", the running interpreter's standard library (.py, its tests included); "environment", that and
-        the installed packages' .py files; or the path of a file or folder of the user's own text, whatever the
-        suffixes.
+        the installed packages' .py files; "package:NAME", the code and documents of an installed package, of whose JSON
+        the sentences are taken, "package:NAME/PART", those with PART in their paths; or the path of a file or folder
+        of text, whatever the suffixes, such as /usr/share/doc/NAME of a Debian package.
       cache: folder that receives `SOURCE-KEY/{train.bin, validation.bin, manifest.json}`, written whole or not at all.
       validation_share: the share of files, in (0, 1), that is held out; at least one file stands on each side. A
         corpus of one file is cut near that share of its bytes, at the end of a line.
@@ -86,12 +90,16 @@ def build_corpus(
     """
     if not 0.0 < validation_share < 1.0:
         raise ValueError(f"build_corpus: validation_share must lie between 0 and 1; got {validation_share}")
-    roots = find_roots(source)
-    files, left_out = find_files(roots, Path(cache), exclude)
+    package = str(source).removeprefix(PREFIX) if str(source).startswith(PREFIX) else None
+    if package is None:
+        roots = find_roots(source)
+        files, left_out = find_files(roots, Path(cache), exclude)
+        paths = [root.path for root in roots]
+    else:
+        files, left_out, paths = find_package(package), {}, [str(source)]
     if not files:
         besides = f" besides what is left out ({_in_words(left_out)})" if left_out else ""
         raise ValueError(f"build_corpus: no text files under {source}{besides}; give a folder with UTF-8 files")
-    paths = [root.path for root in roots]
     key = hashlib.sha256(repr((_FORMAT, paths, validation_share, platform.python_version())).encode())
     for file in files:
         key.update(os.fsencode(f"{file.name}\0{file.size}\0{file.modified}\0{file.changed}\n"))
@@ -99,7 +107,7 @@ def build_corpus(
     folder = Path(cache) / f"{label}-{key.hexdigest()[:16]}"
     manifest = find(folder, CORPUS, report)
     if manifest is None:
-        kept, dropped = _read_text(files)
+        kept, dropped = _read_text(files, sentences=package is not None)
         if not kept:
             raise ValueError(
                 f"build_corpus: none of the {len(files)} files under {source} is text ({_in_words(dropped)});"
@@ -154,7 +162,7 @@ def _printable(path: str | Path) -> str:
     return str(path).encode("utf-8", "replace").decode("utf-8")
 
 
-def _read_text(files: list[File]) -> tuple[list[tuple[str, bytes]], dict[str, int]]:
+def _read_text(files: list[File], *, sentences: bool) -> tuple[list[tuple[str, bytes]], dict[str, int]]:
     """Read the files that are text, each content once, and count the others by reason."""
     kept: list[tuple[str, bytes]] = []
     dropped = collections.Counter[str]()
@@ -162,16 +170,18 @@ def _read_text(files: list[File]) -> tuple[list[tuple[str, bytes]], dict[str, in
     room = _free_memory() // 2  # the other half is for the corpus's documents, when they are made tokens
     for file in files:
         try:
-            data = _read_file(file, room)
-        except (OSError, DamagedError):  # it may have become another kind of file meanwhile
+            name, data = _read_file(file, room)
+            data = data and text_of(name, data, sentences=sentences)
+        except UnicodeDecodeError:
+            dropped["not UTF-8"] += 1
+            continue
+        except (OSError, DamagedError, *UNREADABLE):  # it may have become another kind of file meanwhile
             dropped["unreadable"] += 1
             continue
-        if data is None:
+        if data is None or _SEPARATOR in data:
             dropped["NUL bytes"] += 1
         elif not data:
             dropped["empty"] += 1
-        elif not _is_utf8(data):
-            dropped["not UTF-8"] += 1
         elif (digest := hashlib.sha256(data).digest()) in seen:
             dropped["duplicate"] += 1
         else:
@@ -181,8 +191,9 @@ def _read_text(files: list[File]) -> tuple[list[tuple[str, bytes]], dict[str, in
     return kept, dict(sorted(dropped.items()))
 
 
-def _read_file(file: File, room: int) -> bytes | None:
-    """The content of a file, None for one with NUL bytes: of those, no more than the first block that has one is held.
+def _read_file(file: File, room: int) -> tuple[str, bytes | None]:
+    """A file's name and content, unpacked; None for one with NUL bytes, of which no more than the first block that has
+    one is held.
 
     Raises:
       ValueError: it holds, or claims, more bytes than there is room for. OSError, DamagedError: as `open_regular`.
@@ -190,9 +201,10 @@ def _read_file(file: File, room: int) -> bytes | None:
     blocks, length = [], 0
     with open_regular(Path(file.path)) as opened:
         size = os.fstat(opened.fileno()).st_size
-        while block := opened.read(_BLOCK):
+        name, content = unpacked(file.name, opened)
+        while block := content.read(_BLOCK):
             if _SEPARATOR in block:
-                return None
+                return name, None
             blocks.append(block)
             length += len(block)
             if max(length, size) > room:
@@ -200,7 +212,7 @@ def _read_file(file: File, room: int) -> bytes | None:
                     f"build_corpus: the text must fit in half of the free memory; got {file.path} of"
                     f" {max(length, size):,} bytes where {max(room, 0):,} are left; leave it out, or give less text"
                 )
-    return b"".join(blocks)
+    return name, b"".join(blocks)
 
 
 def _free_memory() -> int:
@@ -221,14 +233,6 @@ def _write_documents(path: Path, documents: list[bytes]) -> None:
         for index, document in enumerate(documents):
             file.write(_SEPARATOR * (index > 0))
             file.write(document)
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _split(kept: list[tuple[str, bytes]], share: float) -> tuple[list[bytes], list[bytes], str]:

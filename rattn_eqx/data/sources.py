@@ -12,6 +12,10 @@ from pathlib import Path
 
 from rattn_eqx.data.cache import IS_CACHE
 from rattn_eqx.data.files import LOCK
+from rattn_eqx.data.packages import package_files
+
+_DOCUMENTS = (".py", ".pyi", ".rst", ".md", ".txt", ".tex", ".pod", ".html", ".htm", ".json")  # of a package
+_DOCUMENTS += tuple(f"{suffix}.gz" for suffix in _DOCUMENTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +53,27 @@ def find_roots(source: str | Path) -> list[Root]:
         return roots
     if not (Path(source).is_file() or Path(source).is_dir()):
         raise ValueError(
-            f"build_corpus: no file or folder at {source}; give 'python', 'environment' or a path to UTF-8 text"
+            f"build_corpus: no file or folder at {source}; give 'python', 'environment', 'package:NAME' or a path to "
+            "UTF-8 text"
         )
     return [Root(os.path.realpath(source))]
+
+
+def find_package(name: str) -> list[File]:
+    """The code and documents that an installed package has, in order of their names; of "NAME/PART" those with PART in
+    their paths.
+
+    Raises: as `package_files`.
+    """
+    name, _, part = name.partition("/")
+    files = [
+        (file, path) for file, path in package_files("build_corpus", name) if file.endswith(_DOCUMENTS) and part in file
+    ]
+    found = [_file(file, str(path), os.stat(path)) for file, path in files if not _METADATA.search(file)]
+    return sorted(found, key=lambda file: os.fsencode(file.name))
+
+
+_METADATA = re.compile(r"^[^/]*\.(dist-info|egg-info|data)/")  # what pip knows of a package
 
 
 def find_files(roots: list[Root], cache: Path, exclude: Iterable[Path]) -> tuple[list[File], dict[str, int]]:

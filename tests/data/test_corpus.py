@@ -146,7 +146,9 @@ def test_nothing_usable_is_an_error_that_names_the_remedy(tmp_path):
         build_corpus(tmp_path / "nothing", cache)
     with pytest.raises(ValueError, match=r"none of the 2 files under .*binary is text \(NUL bytes 1, not UTF-8 1\)"):
         build_corpus(tmp_path / "binary", cache)
-    with pytest.raises(ValueError, match=r"no file or folder at .*absent; give 'python', 'environment' or a path"):
+    with pytest.raises(
+        ValueError, match=r"no file or folder at .*absent; give 'python', 'environment', 'package:NAME' or a path"
+    ):
         build_corpus(tmp_path / "absent", cache)
     with pytest.raises(ValueError, match="the only file cannot be cut in two; got 1 bytes; give more text"):
         build_corpus(tmp_path / "short", cache)
