@@ -15,7 +15,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     command.set_defaults(run=run)
     add = command.add_argument
-    add("path", type=path, metavar="PATH", help="the folder or file")
+    add(
+        "path",
+        type=path,
+        metavar="PATH",
+        help="the folder or file; or package:NAME, the GGUF file of an installed package",
+    )
     add("--out", type=path, required=True, help="folder to write, which must not exist")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of parameters; default: each as it is stored, "
         "float32 where it is quantised")  # fmt: skip

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rattn_eqx.data import files
+from rattn_eqx.data.packages import the_file
 from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
@@ -36,7 +37,8 @@ def load(
 
     Args:
       path: a run folder that `rattn pretrain` left; a folder that `rattn import` or `weights.own.save` wrote; a Hugging
-        Face folder of an architecture that `weights.architectures` lists; a GGUF file of one.
+        Face folder of an architecture that `weights.architectures` lists; a GGUF file of one, or "package:NAME", the
+        GGUF file of an installed package.
       dtype: of the parameters, such as "bfloat16"; None is float32; "stored": each as in the file.
       compute_dtype: in which the model computes; None: the dtype, if one is named; else what the folder says, or
         float32.
@@ -48,7 +50,7 @@ def load(
       ImportError: a library is missing that the tokenizer or a quantised tensor needs; names what to install.
       OSError: as `open`.
     """
-    path = Path(path)
+    path = the_file("load", path, ".gguf")
     parameters.check_dtype("load", dtype)
     if compute_dtype is not None and compute_dtype not in parameters.DTYPES:
         known = ", ".join(map(repr, parameters.DTYPES))
@@ -89,7 +91,7 @@ def config_of(path: Path | str) -> ModelConfig:
 
     Raises: as `load`.
     """
-    path = Path(path)
+    path = the_file("load", path, ".gguf")
     kind = kind_of(path)
     if kind == "run":
         return load_config(path).model
@@ -149,7 +151,7 @@ def import_checkpoint(
     Raises:
       ValueError: as `load`, and for a folder that exists, or a path that holds a model of ours.
     """
-    path = Path(path)
+    path = the_file("load", path, ".gguf")
     parameters.check_dtype("import", dtype)
     own.require_new(folder)
     kind = kind_of(path)

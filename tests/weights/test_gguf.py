@@ -13,6 +13,7 @@ import pytest
 from tiny_gguf import SIZES, in_pairs, tensors, write
 
 from rattn_eqx.weights import gguf
+from rattn_eqx.weights.load import config_of
 
 F32 = package.GGMLQuantizationType.F32
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
@@ -51,6 +52,18 @@ def test_config(tmp_path):
     }
     found = gguf.read(write(tmp_path / "qwen.gguf", "qwen2", tensors("qwen2")))
     assert (found.config["tie_word_embeddings"], found.config["attention_bias"]) == (False, True)
+
+
+def test_a_file_of_an_installed_package(tmp_path, monkeypatch):
+    (tmp_path / "tiny_model-1.0.dist-info").mkdir()
+    (tmp_path / "tiny_model-1.0.dist-info" / "METADATA").write_text("Name: tiny-model\nVersion: 1.0\n")
+    (tmp_path / "tiny_model-1.0.dist-info" / "RECORD").write_text("tiny_model/model.gguf,,\n")
+    (tmp_path / "tiny_model").mkdir()
+    write(tmp_path / "tiny_model" / "model.gguf", "llama", tensors("llama"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert config_of("package:tiny-model") == config_of(tmp_path / "tiny_model" / "model.gguf")
+    with pytest.raises(ValueError, match=r"^load: no package 'tiny' is installed; pip install it, or give a path$"):
+        config_of("package:tiny")
 
 
 def llama3_factors(theta: float, size: int, factor: float, low: float, high: float, length: float) -> list[float]:
