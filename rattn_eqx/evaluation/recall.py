@@ -11,12 +11,15 @@ import numpy as np
 from jaxtyping import Array, Int, Int32, TypeCheckError
 
 from pallas.checked import checked
+from rattn_eqx.data.pretrained_tokenizer import PretrainedTokenizer
 from rattn_eqx.data.tokenizers import ByteTokenizer, Tokenizer
 from rattn_eqx.inference.cost import require_memory
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import MAX_LOGITS, LanguageModel, map_logits
 from rattn_eqx.tasks.recall import RecallBatch, RecallScore, bigrams, mqar, score, share_beyond
 from rattn_eqx.tasks.recall_text import common_words, frequent_words, needle, variables
+
+MOST_SYMBOLS = 2**15  # that a task takes
 
 tasks: Mapping[str, Callable[..., RecallBatch]] = {
     "mqar": mqar,
@@ -34,8 +37,9 @@ def make_task(
 ) -> RecallBatch:
     """A batch of a task that a model can read: `tasks[name]`, with what the model fixes filled in.
 
-    That is `vocabulary_size`, the model's without its two special tokens, where the task has tokens of its own, and
-    `window`, the model's, where the task asks for one; `options` has precedence.
+    That is `vocabulary_size`, the model's without its two special tokens (with them, of a checkpoint's tokenizer),
+    where the task has tokens of its own, and `window`, the model's, where the task asks for one; `options` has
+    precedence.
 
     Raises:
       ValueError: no such task or option, an option's value of the wrong kind, a task in bytes for a run without the
@@ -53,13 +57,15 @@ def make_task(
             f"evaluate: {name} is written in bytes and needs the byte tokenizer; got a run with another, of "
             f"{tokenizer.vocabulary_size} tokens; evaluate a run of `rattn pretrain --tokenizer byte`{level}"
         )
-    fixed = {"vocabulary_size": tokenizer.document, "window": max(1, model.config.window)}
+    # A checkpoint's special tokens may stand anywhere: there, all ids are symbols.
+    symbols = tokenizer.vocabulary_size if isinstance(tokenizer, PretrainedTokenizer) else tokenizer.document
+    fixed = {"vocabulary_size": min(symbols, MOST_SYMBOLS), "window": max(1, model.config.window)}
     try:
         batch = tasks[name](seed, n, length, **{key: fixed[key] for key in fixed if key in known} | options)
     except TypeCheckError as error:
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
         raise ValueError(f"evaluate: {name} takes no option of such a kind; got {given}; see help() of it") from error
-    limit = model.config.vocabulary_size if in_bytes else tokenizer.document
+    limit = model.config.vocabulary_size if in_bytes else symbols
     if batch.vocabulary_size > limit:
         raise ValueError(
             f"evaluate: {name} must fit in the run's token ids; got a task of {batch.vocabulary_size} ids and a run "

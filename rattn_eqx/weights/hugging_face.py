@@ -169,7 +169,8 @@ def save(
     """Write a model that is one of another library as a Hugging Face folder, whole or not at all.
 
     Each parameter keeps its dtype: a checkpoint loaded with dtype="stored" (or the one that all its tensors have) comes
-    out equal to the bit. Tensors are converted one at a time.
+    out equal to the bit. Tensors are converted one at a time. Other files of a checkpoint, such as
+    generation_config.json, are not written.
 
     Args:
       folder: must not exist.

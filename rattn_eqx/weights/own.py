@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from rattn_eqx.data import files
@@ -61,6 +62,11 @@ def save(
         raise ValueError(
             f"save: the model's layers must be those of its config; {different} is another; build the model of its "
             "config"
+        )
+    maps = lambda model: [leaf for leaf in jax.tree.leaves(model) if callable(leaf)]
+    if maps(model) != maps(parameters.structure(model.config)):
+        raise ValueError(
+            f"save: the model's feature maps must be that of its config, {model.config.feature_map}; they are others"
         )
     about = About(model.config, model.compute_dtype, origin or {})
     write(folder, about, shapes(leaves), lambda path: np.asarray(leaves[path]), tokenizer)

@@ -1,5 +1,6 @@
 """The parameters of a `LanguageModel` by name, and a model filled with them one by one."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ DTYPES = {
 }
 
 
+@functools.cache
 def structure(config: ModelConfig, compute_dtype: str = "float32") -> LanguageModel:
     """The model with a `jax.ShapeDtypeStruct` in place of every parameter: no memory."""
     key = jax.eval_shape(jax.random.key, 0)

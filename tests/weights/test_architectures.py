@@ -229,3 +229,6 @@ def test_a_converted_model_is_no_checkpoint_of_another_library(tmp_path):
         ValueError, match=r"the model's layers must be those of its config; blocks.0.attention.* is another"
     ):
         own.save(other, tmp_path / "other")
+    mapped = LanguageModel(converted, feature_map=lambda key: jnp.exp, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="the model's feature maps must be that of its config, softmax"):
+        own.save(mapped, tmp_path / "mapped")

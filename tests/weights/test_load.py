@@ -258,6 +258,7 @@ def test_import_and_what_the_other_commands_make_of_it(checkpoint, tmp_path, cap
     text.write_text("hello 1234 " * 40)
     assert main(["evaluate", "--run", out, "--perplexity", str(text)]) == 0
     assert b"bits per byte" in capsysbinary.readouterr().out
+    assert main(["evaluate", "--run", out, "--task", "mqar", "--lengths", "96", "--samples", "2"]) == 0
     assert main(["import", str(checkpoint), "--out", out]) == 2
     assert b"must not exist yet" in capsysbinary.readouterr().err
     assert main(["import", str(checkpoint), "--out", out + "2", "--dtype", "float32"]) == 0
