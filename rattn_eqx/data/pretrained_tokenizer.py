@@ -154,8 +154,12 @@ def from_json(content: dict[str, Any]) -> PretrainedTokenizer:
 
 def _decoder_of(definition: str) -> Any:
     """From a piece to its bytes, for the two kinds of tokenizer that stand for all text."""
-    decoder = parse_json(definition, "tokenizer.json").get("decoder") or {}
-    kinds = {step.get("type") for step in [decoder, *decoder.get("decoders", [])]}
+    kinds: list[str | None] = []
+    match parse_json(definition, "tokenizer.json").get("decoder"):
+        case {"type": "Sequence", "decoders": list(steps)}:
+            kinds = [step.get("type") for step in steps]
+        case {"type": str(kind)}:
+            kinds = [kind]
 
     def of_byte_level(piece: str) -> bytes:
         try:
@@ -172,8 +176,7 @@ def _decoder_of(definition: str) -> Any:
         return of_byte_level
     if "ByteFallback" in kinds:
         return of_characters
-    got = decoder.get("type")
-    raise ValueError(f"PretrainedTokenizer: the decoder must be ByteLevel or have ByteFallback; got {got!r:.80}")
+    raise ValueError(f"PretrainedTokenizer: the decoder must be ByteLevel or have ByteFallback; got {kinds!r:.80}")
 
 
 def read_definition(what: str, definition: str, extra: str) -> Any:
@@ -185,7 +188,9 @@ def read_definition(what: str, definition: str, extra: str) -> Any:
     library = import_tokenizers(what, extra)
     try:
         return library.Tokenizer.from_str(definition)
-    except Exception as error:  # the library raises no narrower class
+    except BaseException as error:  # the library raises no narrower class; a panic of its own is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise ValueError(f"{what}: not a definition of the tokenizers library: {str(error)!r:.120}") from error
 
 

@@ -93,7 +93,11 @@ def test_saved_and_loaded(tmp_path):
             load_tokenizer(path)
     content["tokenizers"]["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     path.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(DamagedError, match="the decoder must be ByteLevel or have ByteFallback; got 'WordPiece'"):
+    with pytest.raises(DamagedError, match=r"the decoder must be ByteLevel or have ByteFallback; got \['WordPiece'\]"):
+        load_tokenizer(path)
+    content["tokenizers"]["model"]["continuing_subword_prefix"] = "longer than a merge"  # the library panics
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DamagedError, match="not a definition of the tokenizers library"):
         load_tokenizer(path)
 
 
