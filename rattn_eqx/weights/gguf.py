@@ -28,7 +28,8 @@ _QUANTISED = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0"}
 _QUANTISED |= {10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
 _BLOCK = 2**22  # numbers of a quantised tensor that are decoded at once
 _CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}
-_INTERLEAVED = ("llama", "smollm3")  # architectures whose q and k rows stand in the pairs that RoPE turns
+_ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")  # Mistral's files say llama
+_INTERLEAVED = ("llama", "smollm3")  # those whose q and k rows stand in the pairs that RoPE turns
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _OF_LAYER = {
     "attn_norm": "input_layernorm",
@@ -74,8 +75,8 @@ def read(path: Path | str) -> Foreign:
     try:
         metadata, tensors = _read_header(data)
         architecture = _text(metadata, "general.architecture")
-        if architecture not in _CLASSES or architecture == "mistral":  # Mistral's files say llama
-            known = ", ".join(name for name in _CLASSES if name != "mistral")
+        if architecture not in _ARCHITECTURES:
+            known = ", ".join(_ARCHITECTURES)
             raise ValueError(f"its architecture must be one of {known}; it is {architecture!r:.80}")
         factors = tensors.pop(_ROPE_FACTORS, None)
         names = {_hugging_face(name): name for name in tensors}
@@ -293,16 +294,16 @@ def _llama3_scaling(factors: np.ndarray, theta: float, head_size: int) -> dict[s
 
     Of the four settings, `factor` is their maximum; the others are those of every model of Meta's.
     """
+    refusal = ValueError(f"{_ROPE_FACTORS} must be Llama 3's, for {head_size // 2} frequencies; it is another")
+    if factors.shape != (head_size // 2,) or not factors.min() >= 1:
+        raise refusal
     settings = {"factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     settings["original_max_position_embeddings"] = 8192
     low, high = settings["low_freq_factor"], settings["high_freq_factor"]
     turns = 8192 * theta ** (-np.arange(0, head_size, 2) / head_size) / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / settings["factor"] + smooth)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
-        raise ValueError(
-            f"{_ROPE_FACTORS} must be the factors of Llama 3, for {head_size // 2} frequencies; got others"
-        )
+    if not np.allclose(factors, 1 / ((1 - smooth) / settings["factor"] + smooth), rtol=1e-3):
+        raise refusal
     return None if settings["factor"] == 1 else {"rope_type": "llama3", **settings}
 
 

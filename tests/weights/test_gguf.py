@@ -72,7 +72,7 @@ def llama3_factors(theta: float, size: int, factor: float, low: float, high: flo
     for i in range(0, size, 2):
         wavelength = 2 * math.pi * theta ** (i / size)
         smooth = (length / wavelength - low) / (high - low)
-        slow = 1 / ((1 - smooth) / factor + smooth)
+        slow = 1 / ((1 - smooth) / (factor or 1.0) + smooth)
         factors.append(1.0 if wavelength < length / high else factor if wavelength > length / low else slow)
     return factors
 
@@ -87,8 +87,9 @@ def test_llama3_scaling(tmp_path):
     found = gguf.read(file(*settings.values()))
     assert found.config["rope_scaling"] == {"rope_type": "llama3", **settings}
     assert "rope_freqs.weight" not in found.shapes
-    with pytest.raises(ValueError, match=r"rope_freqs.weight must be the factors of Llama 3, for 16 frequencies"):
-        gguf.read(file(32.0, 1.0, 2.0, 8192))
+    for of in ((32.0, 1.0, 2.0, 8192), (0.0, 1.0, 4.0, 8192), (math.nan, 1.0, 4.0, 8192)):
+        with pytest.raises(ValueError, match=r"rope_freqs.weight must be Llama 3's, for 16 frequencies; it is another"):
+            gguf.read(file(*of))
 
 
 # Of one block, number by number, as ggml-quants.c has it.
