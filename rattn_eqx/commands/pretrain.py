@@ -30,7 +30,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--no-residual", action="store_true", help="leave the residual branch out: plain sliding-window attention; "
         "with --window of the context's length, full attention")  # fmt: skip
     add("--feature-map", help=f"of the residual branch: {', '.join(FEATURE_MAPS)}; default: the preset's")
-    add("--pattern", help="layer kinds, repeated: local,local,local,global; default: the preset's")
+    add("--pattern", help="layer kinds, repeated: local,local,local,global (global_rope: with positions); default: the "
+        "preset's")  # fmt: skip
     add("--context", type=whole(), default=512, help="tokens in a training sequence")
     add("--batch-size", type=whole(), default=2, help="sequences in a step")
     add("--microbatches", type=whole(), default=1, help="pieces that a step's batch is computed in, to save memory")

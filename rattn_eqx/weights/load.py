@@ -67,8 +67,8 @@ def load(
         model, tokenizer = own.load(path, dtype, compute_dtype)
     else:
         foreign = read_foreign(path, kind)
+        tokenizer = tokenizer_of(foreign)  # first: it may be refused
         model = hugging_face.model_of(foreign, dtype, compute_dtype or named or "float32")
-        tokenizer = tokenizer_of(foreign)
     return model, tokenizer, model.config
 
 

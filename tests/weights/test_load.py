@@ -243,6 +243,12 @@ def test_import_and_what_the_other_commands_make_of_it(checkpoint, tmp_path, cap
     assert tokenizer.to_json() == of_there.to_json()
     entries = open_tensors(tmp_path / "imported" / "model.safetensors").entries
     assert {str(entry.dtype) for entry in entries.values()} == {"bfloat16"}
+    origin = own.read_about(tmp_path / "imported").origin
+    hugging_face.save(rattn_eqx.load(out, "stored")[0], tmp_path / "again", origin["hugging_face"])
+    configs = [hugging_face.read(folder).config for folder in (checkpoint, tmp_path / "again")]
+    assert configs[0] == configs[1]
+    files = [(folder / "model.safetensors").read_bytes() for folder in (checkpoint, tmp_path / "again")]
+    assert files[0] == files[1]
     generate = ["generate", "--num-tokens", "5", "--temperature", "0", "--prompt", "hello"]
     written = []
     for path in (out, str(checkpoint)):
