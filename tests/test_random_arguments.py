@@ -44,7 +44,7 @@ def options(folder: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
         "--evaluation-tokens", "256", "--sample-tokens", "2"]  # fmt: skip
     trial = ["name", "model", "model.window", "model.num_layers", "model.model_width", "model.vocabulary_size",
         "model.pattern", "model.feature_map", "model.head_size", "training.steps", "training.batch_size",
-        "training.context", "training.seed", "training.learning_rate", "departures.num_sinks", "departures.x",
+        "training.context", "training.seed", "training.learning_rate", "departures.num_valued_sinks", "departures.x",
         "departures.conv_width", "task", "task_options", "task_options.gap", "task_options.num_pairs",
         "task_options.vocabulary_size", "task_share", "test_lengths", "test_samples", "windows", "window_dropout",
         ""]  # fmt: skip

@@ -71,7 +71,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "normed q and k": {"departures": Departures(feature_input="normed")},
     "learned scale": {"learned_feature_scale": True},
     "learned state": {"num_meta_tokens": 16},
-    "sinks": {"departures": Departures(num_sinks=4)},
+    "sinks": {"departures": Departures(num_valued_sinks=4)},
     "convolution": {"departures": Departures(conv_width=4)},
 }
 # Windows and mixers of a Pareto curve, the ends first: a grid may be stopped.

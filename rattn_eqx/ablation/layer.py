@@ -39,7 +39,7 @@ class Departures:
       attention over all tokens so far, side by side (as Hymba, arXiv 2411.13676), in place of a sum in every head.
     decay_gate: o_rla[t] = phi(q_t) . sum over s <= t - W of a_(s+1) ... a_(t-W) phi(k_s)^T v_s, a gate per token and
       key/value head (`DecayGate`).
-    num_sinks: `Sinks` of the window's branch.
+    num_valued_sinks: `ValuedSinks` of the window's branch.
     conv_width: a causal convolution over so many tokens of each channel, added to what the layer reads; it begins at 0.
       Packed documents are kept apart in it too.
 
@@ -51,12 +51,12 @@ class Departures:
     feature_input: Literal["raw", "normed"] = "raw"
     head_split: bool = False
     decay_gate: bool = False
-    num_sinks: int = 0
+    num_valued_sinks: int = 0
     conv_width: int = 0
 
     def __post_init__(self):
         settle(self)
-        for name in ("num_sinks", "conv_width"):
+        for name in ("num_valued_sinks", "conv_width"):
             if getattr(self, name) < 0:
                 raise ValueError(f"Departures: {name} must be at least 0; got {getattr(self, name)}")
 
@@ -102,7 +102,7 @@ class DecayGate(eqx.Module):
 
 
 @checked
-class Sinks(eqx.Module):
+class ValuedSinks(eqx.Module):
     """Places outside its window that every query of the window's branch may attend to, wherever it stands.
 
     A place has a learned logit for each query head and a learned value; both begin at 0. No key: it would be compared
@@ -128,7 +128,7 @@ class AblatedAttention(eqx.Module):
 
     layer: RAttention
     decay_gate: DecayGate | None
-    sinks: Sinks | None
+    valued_sinks: ValuedSinks | None
     conv_taps: Float[Array, "taps m"] | None
     departures: Departures = eqx.field(static=True)
 
@@ -146,8 +146,18 @@ class AblatedAttention(eqx.Module):
                 "AblatedAttention: head_split needs an even num_kv_heads and no decay_gate; got "
                 f"num_kv_heads={num_kv_heads}, decay_gate={departures.decay_gate}"
             )
-        if departures.num_sinks and layer.window == 0:
-            raise ValueError("AblatedAttention: num_sinks needs a window of at least 1; got window=0")
+        if departures.num_valued_sinks and layer.window == 0:
+            raise ValueError("AblatedAttention: num_valued_sinks needs a window of at least 1; got window=0")
+        if departures.num_valued_sinks and layer.sink_logits is not None:
+            raise ValueError(
+                f"AblatedAttention: num_valued_sinks={departures.num_valued_sinks} takes the place of the layer's "
+                "sink_logits; got both; use sinks=False"
+            )
+        if layer.swa_gain is None and layer.rla_gain is not None and departures.branch_norm != "group":
+            raise ValueError(
+                f"AblatedAttention: branch_norm={departures.branch_norm!r} needs a gain of the window; "
+                "got swa_gain=None; give the model one"
+            )
         if departures.decay_gate and layer.meta_tokens is not None:
             raise ValueError(
                 "AblatedAttention: a decay gate starts from zero; got "
@@ -155,7 +165,9 @@ class AblatedAttention(eqx.Module):
             )
         self.layer = layer
         self.decay_gate = DecayGate(model_width, num_kv_heads) if departures.decay_gate else None
-        self.sinks = Sinks(departures.num_sinks, num_heads, num_kv_heads, head_size) if departures.num_sinks else None
+        self.valued_sinks = None
+        if departures.num_valued_sinks:
+            self.valued_sinks = ValuedSinks(departures.num_valued_sinks, num_heads, num_kv_heads, head_size)
         self.conv_taps = None
         if departures.conv_width:
             self.conv_taps = jnp.zeros((departures.conv_width, model_width), jnp.float32)
@@ -182,7 +194,7 @@ class AblatedAttention(eqx.Module):
             x = x + causal_convolution(x, self.conv_taps, segment_ids)
         layer, departures = self.layer, self.departures
         q_swa, k_swa, q_rla, k_rla, v = self.inputs(x)
-        if not (departures.head_split or self.decay_gate or self.sinks) and departures.branch_norm == "group":
+        if not (departures.head_split or self.decay_gate or self.valued_sinks) and departures.branch_norm == "group":
             return layer.projections.merge(layer.attend(q_swa, k_swa, q_rla, k_rla, v, segment_ids))
         options: dict[str, Any] = dict(segment_ids=segment_ids, implementation=layer.implementation)
         if departures.head_split:
@@ -193,7 +205,7 @@ class AblatedAttention(eqx.Module):
             o_swa, o_rla = (jnp.concatenate(pair, axis=1) for pair in ((o_swa, empty), (empty, o_rla)))
         else:
             o_swa = self._swa(q_swa, k_swa, v, **options)
-            if layer.swa_gain is None:
+            if layer.rla_gain is None:
                 return layer.projections.merge(o_swa)
             o_rla = self._rla(q_rla, k_rla, v, x, layer.window, **options)
         return layer.projections.merge(self._sum(o_swa, o_rla).astype(v.dtype))
@@ -207,13 +219,14 @@ class AblatedAttention(eqx.Module):
         return *self.layer.rotate(q, k), *self.layer.scale(q, k), v
 
     def _swa(self, q, k, v, *, segment_ids, implementation):
-        if self.sinks is None:
-            return pallas.sliding_window_attention(
-                q, k, v, window=self.layer.window, segment_ids=segment_ids, implementation=implementation
-            )
+        if self.valued_sinks is None:
+            options: dict[str, Any] = dict(segment_ids=segment_ids, implementation=implementation)
+            if self.layer.sink_logits is not None:
+                options["sink_logits"] = self.layer.sink_logits[: q.shape[1]]
+            return pallas.sliding_window_attention(q, k, v, window=self.layer.window, **options)
         h, kv = q.shape[1], k.shape[1]  # half of them, where heads are split
-        sinks = (self.sinks.logits[:, :h], self.sinks.values[:, :kv])
-        return window_with_sinks(q, k, v, *sinks, window=self.layer.window, segment_ids=segment_ids)
+        sinks = (self.valued_sinks.logits[:, :h], self.valued_sinks.values[:, :kv])
+        return window_with_valued_sinks(q, k, v, *sinks, window=self.layer.window, segment_ids=segment_ids)
 
     def _rla(self, q, k, v, x, window, *, segment_ids, implementation) -> Any:
         layer = self.layer
@@ -267,7 +280,7 @@ def causal_convolution(
 
 
 @checked
-def window_with_sinks(
+def window_with_valued_sinks(
     q: Float[Array, "t h d"],
     k: Float[Array, "t kv d"],
     v: Float[Array, "t kv dv"],

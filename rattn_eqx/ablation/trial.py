@@ -10,6 +10,8 @@ from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.fields import made, settle
 from rattn_eqx.training.config import TrainConfig
 
+FORMER_NAMES: dict[str, str] = {"num_sinks": "num_valued_sinks"}  # of departures
+
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
@@ -58,9 +60,10 @@ class Trial:
         ):
             if any(not low <= size < 2**31 for size in sizes):
                 raise ValueError(f"Trial {self.name}: {name} must be at least {low} and below 2**31; got {sizes}")
-        if self.window_dropout and not self.model.residual:
+        if self.window_dropout and not (self.model.residual and self.model.swa_gain is not None):
             raise ValueError(
-                f"Trial {self.name}: window_dropout needs the residual branch; got residual=False; use window_dropout=0"
+                f"Trial {self.name}: window_dropout needs the residual branch, and a gain of the window; got "
+                f"residual={self.model.residual}, swa_gain={self.model.swa_gain}; use window_dropout=0"
             )
 
     @property
@@ -91,11 +94,13 @@ class Trial:
 def migrated(values: dict[str, Any]) -> dict[str, Any]:
     """A trial's JSON as `Trial.to_json` gives it now, from a line of any age.
 
-    Departures were once fields of the model. One that is younger than the line has its default, as the model's fields.
+    Departures were once fields of the model, and one had another name. One that is younger than the line has its
+    default, as the model's fields.
     """
-    names = [field.name for field in dataclasses.fields(Departures)]
-    departures = {name: value for name, value in values["model"].items() if name in names}
+    names = {field.name: field.name for field in dataclasses.fields(Departures)} | FORMER_NAMES
+    departures = {names[name]: value for name, value in values["model"].items() if name in names}
     model = {name: value for name, value in values["model"].items() if name not in names}
     model = json.loads(json.dumps(dataclasses.asdict(made(ModelConfig, model))))
-    departures = made(Departures, dict(**departures, **values.get("departures", {})))
+    given: dict[str, Any] = values.get("departures", {})
+    departures = made(Departures, dict(**departures, **{FORMER_NAMES.get(x, x): value for x, value in given.items()}))
     return values | {"model": model, "departures": dataclasses.asdict(departures)}

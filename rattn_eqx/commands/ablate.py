@@ -22,7 +22,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="a grid of rattn_eqx/ablation/grids.py, or a Python file that defines `trials`",
     )
     add("--set", metavar="SETTING=VALUE,...", action="append", dest="settings", help="run every trial with each of "
-        "these values, such as model.window=4,8 or departures.num_sinks=0,4; again, for all combinations")  # fmt: skip
+        "these values, such as model.window=4,8 or departures.conv_width=0,4; again, for all combinations")  # fmt: skip
     add("--only", help="trials whose name has this in it")
     add("--list", action="store_true", help="print the trials and do nothing")
     add("--seeds", type=whole(1, 1000), default=3, help="seeds 0, 1, ... of each trial")

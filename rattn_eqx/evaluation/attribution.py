@@ -18,7 +18,7 @@ from pallas.checked import checked
 from rattn_eqx.data.batches import Batch
 from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.evaluation.recall import predict
-from rattn_eqx.evaluation.text import GAINS, evaluate, switch_off
+from rattn_eqx.evaluation.text import evaluate, silenced, switch_off
 from rattn_eqx.model.language_model import MAX_LOGITS, LanguageModel
 from rattn_eqx.tasks.draw import below, bits, distinct
 from rattn_eqx.tasks.recall import RecallBatch, RecallScore, score
@@ -70,8 +70,7 @@ def contributions(
       layer: any with gains `swa_gain` and `rla_gain` that its output is linear in, called as `RAttention` is.
       x, segment_ids: as `RAttention` takes them.
     """
-    apply: Any = lambda off: eqx.tree_at(lambda layer: getattr(layer, GAINS[off]), layer, replace_fn=jnp.zeros_like)
-    return apply("residual")(x, segment_ids), apply("window")(x, segment_ids)
+    return silenced(layer, "residual")(x, segment_ids), silenced(layer, "window")(x, segment_ids)
 
 
 def branch_shares(model: LanguageModel, tokens: Int32[np.ndarray, "n t"]) -> BranchShares:

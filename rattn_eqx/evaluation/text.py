@@ -20,6 +20,7 @@ from rattn_eqx.model.loss import bits_per_byte, nats_of_tokens, summed_nats
 from rattn_eqx.model.sharding import BATCH, batch_mesh, over_batch, replicate
 
 GAINS = {"window": "swa_gain", "residual": "rla_gain"}  # what scales a branch in a local layer, if it has two
+Branch = Literal["window", "residual"]
 
 
 @checked
@@ -87,7 +88,7 @@ def _nats(model: LanguageModel, document: Int[Array, "length"]) -> Float[Array, 
     return map_logits(nats_of_tokens, model, document[None, :-1], None, document[None, 1:])[0]
 
 
-def switch_off(model: LanguageModel, branch: Literal["window", "residual"]) -> LanguageModel:
+def switch_off(model: LanguageModel, branch: Branch) -> LanguageModel:
     """The same model with one branch of every local layer silent: its gain is 0, all else is as it was.
 
     Raises:
@@ -96,18 +97,25 @@ def switch_off(model: LanguageModel, branch: Literal["window", "residual"]) -> L
     if branch not in GAINS:
         raise ValueError(f"switch_off: branch must be 'window' or 'residual'; got {branch!r}")
 
-    def gains(model):
-        found = (getattr(block.attention, GAINS[branch], None) for block in model.blocks)
-        return [gain for gain in found if gain is not None]
+    def layers(model):
+        return [x.attention for x in model.blocks if getattr(x.attention, "rla_gain", None) is not None]
 
-    if gains(model):
-        return eqx.tree_at(gains, model, replace_fn=jnp.zeros_like)
+    if layers(model):
+        return eqx.tree_at(layers, model, [silenced(layer, branch) for layer in layers(model)])
     if branch == "window":
         raise ValueError(
             "switch_off: the window can be switched off beside a residual branch only; got a model without one; "
             "train one with residual=True and a local layer"
         )
     return model
+
+
+def silenced(layer: Any, branch: Branch) -> Any:
+    """A layer of two branches with the gain of one at 0; also where that branch has no gain of its own."""
+    where = lambda layer: getattr(layer, GAINS[branch])
+    if where(layer) is not None:
+        return eqx.tree_at(where, layer, replace_fn=jnp.zeros_like)
+    return eqx.tree_at(where, layer, jnp.zeros_like(layer.rla_gain), is_leaf=lambda x: x is None)
 
 
 def without_residual(model: LanguageModel) -> LanguageModel:

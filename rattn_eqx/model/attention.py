@@ -52,6 +52,21 @@ class FeatureScale(eqx.Module):
 
 
 @checked
+class FeatureProjection(eqx.Module):
+    """A learned matrix for each head of the residual branch's q and k; starts as the identity.
+
+    The map that follows may be one of the kernels' own.
+    """
+
+    query: Float[Array, "h d d"]
+    key: Float[Array, "kv d d"]
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_size: int):
+        self.query = jnp.broadcast_to(jnp.eye(head_size), (num_heads, head_size, head_size))
+        self.key = jnp.broadcast_to(jnp.eye(head_size), (num_kv_heads, head_size, head_size))
+
+
+@checked
 class RAttention(eqx.Module):
     """A local layer: sliding-window attention plus residual linear attention over what the window left behind.
 
@@ -67,8 +82,12 @@ class RAttention(eqx.Module):
       feature_map: any callable (..., d) -> (..., f), or a pair of them for q and k; an Equinox module in its place is
         trained with the rest.
       learned_scale: a learned scale of each channel of the residual branch's q and k.
+      feature_projection: a learned matrix for each head of them, before the scale.
       num_meta_tokens: learned key/value pairs whose state every document starts from; 0 for none.
-      swa_gain, rla_gain: what the learned gains begin at. A small rla_gain lets the window's branch learn first.
+      swa_gain, rla_gain: what the learned gains begin at. A small rla_gain lets the window's branch learn first. With
+        swa_gain None the window's branch has neither norm nor gain: o = o_swa + rla_gain rms(o_rla), which with an
+        rla_gain of 0 is the window alone, as a pretrained model knows it.
+      sinks: a learned logit for each query head, without a value, in the window's softmax; it begins at 0.
       qk_norm: norm the window's q and k over each head's channels.
       rope_theta: base of the rotary embedding's wavelengths.
       rope_scaling: of its frequencies.
@@ -84,7 +103,9 @@ class RAttention(eqx.Module):
     projections: Projections
     swa_gain: Float[Array, "h dv"] | None
     rla_gain: Float[Array, "h dv"] | None
+    sink_logits: Float[Array, "h"] | None
     feature_scale: FeatureScale | None
+    feature_projection: FeatureProjection | None
     meta_tokens: MetaTokens | None
     feature_map: FeatureMap
     window: int = eqx.field(static=True)
@@ -103,9 +124,11 @@ class RAttention(eqx.Module):
         residual: bool = True,
         feature_map: FeatureMap = pallas.feature_map.softmax,
         learned_scale: bool = False,
+        feature_projection: bool = False,
         num_meta_tokens: int = 0,
-        swa_gain: float | int = 1.0,
+        swa_gain: float | int | None = 1.0,
         rla_gain: float | int = 1.0,
+        sinks: bool = False,
         qk_norm: bool = True,
         rope_theta: float | int = 5e5,
         rope_scaling: RopeScaling | None = None,
@@ -119,11 +142,14 @@ class RAttention(eqx.Module):
                 "RAttention: window must be at least 0, and at least 1 without the residual branch; "
                 f"got window={window}, residual={residual}"
             )
-        if not residual and (learned_scale or num_meta_tokens):
+        if not residual and (learned_scale or feature_projection or num_meta_tokens):
             raise ValueError(
-                "RAttention: learned_scale and num_meta_tokens belong to the residual branch; got residual=False, "
-                f"learned_scale={learned_scale}, num_meta_tokens={num_meta_tokens}"
+                "RAttention: learned_scale, feature_projection and num_meta_tokens belong to the residual branch; got "
+                f"residual=False, learned_scale={learned_scale}, feature_projection={feature_projection}, "
+                f"num_meta_tokens={num_meta_tokens}"
             )
+        if sinks and window == 0:
+            raise ValueError("RAttention: sinks belong to the window; got window=0, sinks=True")
         if residual:
             check_feature_map("RAttention", feature_map, head_size)
         projections_key, meta_key = jax.random.split(key)
@@ -131,9 +157,11 @@ class RAttention(eqx.Module):
         options: dict[str, Any] = dict(qkv_bias=qkv_bias, norm_eps=norm_eps)
         self.projections = Projections(model_width, *heads, qk_norm, **options, key=projections_key)
         gains = (num_heads, head_size)
-        self.swa_gain = jnp.full(gains, swa_gain, jnp.float32) if residual else None
+        self.swa_gain = jnp.full(gains, swa_gain, jnp.float32) if residual and swa_gain is not None else None
         self.rla_gain = jnp.full(gains, rla_gain, jnp.float32) if residual else None
-        self.feature_scale = FeatureScale(num_heads, num_kv_heads, head_size) if learned_scale else None
+        self.sink_logits = jnp.zeros((num_heads,), jnp.float32) if sinks else None
+        self.feature_scale = FeatureScale(*heads) if learned_scale else None
+        self.feature_projection = FeatureProjection(*heads) if feature_projection else None
         self.meta_tokens = (
             MetaTokens(num_meta_tokens, num_kv_heads, head_size, key=meta_key) if num_meta_tokens else None
         )
@@ -176,7 +204,10 @@ class RAttention(eqx.Module):
         return rotary(q, positions, **options), rotary(k, positions, **options)
 
     def scale(self, q: Array, k: Array) -> tuple[Array, Array]:
-        """q and k with the residual branch's learned scale of each channel, if there is one."""
+        """q and k with the residual branch's learned matrices and scale of each channel, if there are any."""
+        if self.feature_projection is not None:
+            project = lambda x, matrix: jnp.einsum("thd,hde->the", x, matrix.astype(x.dtype))
+            q, k = project(q, self.feature_projection.query), project(k, self.feature_projection.key)
         if self.feature_scale is None:
             return q, k
         scale = self.feature_scale
@@ -191,6 +222,7 @@ class RAttention(eqx.Module):
     ) -> Array:
         """The heads: `pallas.rattention` of what `inputs` gives, or without the residual branch the window's alone."""
         options: dict[str, Any] = dict(window=self.window, segment_ids=segment_ids, implementation=self.implementation)
+        options["sink_logits"] = self.sink_logits
         if self.rla_gain is None:
             return pallas.sliding_window_attention(q_swa, k_swa, v, **options)
         state = self.initial_state()
@@ -232,7 +264,7 @@ class RAttention(eqx.Module):
         q_swa, k_swa, q_rla, k_rla, v = self.inputs(x, piece.positions(cache.length))
         joined = join(cache, piece, k_swa, k_rla, v)
         shared: dict[str, Any] = dict(window=cache.window, segment_ids=joined.segment_ids)
-        shared["implementation"] = self.implementation
+        shared |= dict(sink_logits=self.sink_logits, implementation=self.implementation)
         q_swa, state = piece.to_end(q_swa), None
         if self.rla_gain is None:
             heads = pallas.sliding_window_attention(q_swa, joined.keys, joined.values, **shared)
@@ -255,16 +287,11 @@ class RAttention(eqx.Module):
         """What one token gathers, and the cache after it."""
         q, k, v = (y[None] for y in few_rows.apply(Projections.project, self.projections, x))
         q_swa, k_swa, q_rla, k_rla, v = (y[0] for y in self.of_heads(q, k, v, cache.length[None]))
-        step = functools.partial(pallas.sliding_window_attention_step, implementation=self.implementation)
+        options: dict[str, Any] = dict(sink_logits=self.sink_logits, implementation=self.implementation)
+        step = pallas.sliding_window_attention_step
         if self.rla_gain is not None:
-            step = functools.partial(
-                pallas.rattention_step,
-                q_rla=q_rla,
-                k_rla=k_rla,
-                **self.of_residual,
-                implementation=self.implementation,
-            )
-        heads, cache = step(q_swa, k_swa, v, cache)
+            step = functools.partial(pallas.rattention_step, q_rla=q_rla, k_rla=k_rla, **self.of_residual)
+        heads, cache = step(q_swa, k_swa, v, cache, **options)
         return few_rows.apply(Projections.merge, self.projections, heads), cache
 
 

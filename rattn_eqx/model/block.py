@@ -67,9 +67,11 @@ class Block(eqx.Module):
             residual=config.residual,
             feature_map=named[config.feature_map] if feature_map is None else feature_map,
             learned_scale=config.learned_feature_scale,
+            feature_projection=config.feature_projection,
             num_meta_tokens=config.num_meta_tokens,
             swa_gain=config.swa_gain,
             rla_gain=config.rla_gain,
+            sinks=config.sinks,
             rope_theta=config.rope_theta,
             **heads,
         )

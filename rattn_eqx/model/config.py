@@ -18,8 +18,10 @@ class ModelConfig:
     positions, "global_rope" one with rotary positions.
     `window` counts the keys that a local layer's query sees, itself included; 0 leaves linear attention alone.
     `residual=False` takes the residual branch away: a plain sliding-window layer.
-    `swa_gain` and `rla_gain` are what the learned gains of the two branches begin at. `feature_map` is a named one of
-    `pallas.feature_map`, or "learned": a `Hedgehog` of each local layer's own.
+    `swa_gain` and `rla_gain` are what the learned gains of the two branches begin at; `swa_gain=None` leaves the
+    window's branch without norm and gain. `sinks` gives each head of a local layer a learned logit without a value.
+    `feature_projection` gives each head of the residual branch a learned matrix before the map.
+    `feature_map` is a named one of `pallas.feature_map`, or "learned": a `Hedgehog` of each local layer's own.
 
     What models of other libraries have: `qkv_bias`, biases of queries, keys and values; `norm_eps`, of the stream's
     norms and of qk-norm; `embedding_scale`, what embeddings are multiplied by (None: the square root of the width);
@@ -39,7 +41,7 @@ class ModelConfig:
     feature_map: str = "softmax"
     learned_feature_scale: bool = False
     num_meta_tokens: int = 0
-    swa_gain: float | int = 1.0
+    swa_gain: float | int | None = 1.0
     rla_gain: float | int = 1.0
     qk_norm: bool = True
     rope_theta: float | int = 5e5
@@ -49,6 +51,8 @@ class ModelConfig:
     norm_eps: float | int = 1e-6
     embedding_scale: float | int | None = None
     rope_scaling: RopeScaling | None = None
+    sinks: bool = False
+    feature_projection: bool = False
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

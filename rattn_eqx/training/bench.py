@@ -61,7 +61,7 @@ def with_cudnn(model: LanguageModel) -> LanguageModel:
     plain = [
         number
         for number, block in enumerate(model.blocks)
-        if isinstance(block.attention, GlobalAttention) or block.attention.swa_gain is None
+        if isinstance(block.attention, GlobalAttention) or block.attention.rla_gain is None
     ]
     where = lambda model: [model.blocks[number].attention for number in plain]
     return eqx.tree_at(where, model, [CudnnAttention(layer) for layer in where(model)]) if plain else model

@@ -15,11 +15,11 @@ from rattn_eqx.ablation.layer import (
     AblatedAttention,
     DecayGate,
     Departures,
-    Sinks,
+    ValuedSinks,
     ablate,
     causal_convolution,
     gated_residual,
-    window_with_sinks,
+    window_with_valued_sinks,
 )
 from rattn_eqx.model.attention import RAttention
 from rattn_eqx.model.config import ModelConfig
@@ -45,10 +45,16 @@ CHANGES = {  # of the model and of where it departs from the paper's, by the fie
     "normed": {"feature_input": "normed"},
     "split": {"head_split": True, "num_meta_tokens": 2},
     "gate": {"decay_gate": True, "learned_feature_scale": True},
-    "sinks": {"num_sinks": 2},
+    "sinks": {"num_valued_sinks": 2},
     "convolution": {"conv_width": 3},
-    "window alone": {"residual": False, "num_sinks": 1, "conv_width": 2},
-    "all": {"decay_gate": True, "num_sinks": 1, "conv_width": 2, "branch_norm": "none", "feature_input": "normed"},
+    "window alone": {"residual": False, "num_valued_sinks": 1, "conv_width": 2},
+    "all": {
+        "decay_gate": True,
+        "num_valued_sinks": 1,
+        "conv_width": 2,
+        "branch_norm": "none",
+        "feature_input": "normed",
+    },
 }
 
 
@@ -120,7 +126,7 @@ def test_ablating_leaves_every_other_parameter_and_the_global_layers_as_they_are
 @pytest.mark.parametrize("norm", ["group", "sum", "none"])
 @pytest.mark.parametrize("split", [False, True])
 def test_branches_are_normed_and_added_as_defined(norm, split):
-    layer = make({"branch_norm": norm, "head_split": split, "feature_map": "relu", "num_sinks": 1})
+    layer = make({"branch_norm": norm, "head_split": split, "feature_map": "relu", "num_valued_sinks": 1})
     x, of_layer = draw(T, 16), layer.layer
     q_swa, k_swa, q_rla, k_rla, v = of_layer.inputs(x)
     options = dict(segment_ids=None, implementation="reference")
@@ -156,10 +162,10 @@ def test_the_residual_branch_reads_normed_queries_and_keys_where_told():
 
 
 @pytest.mark.parametrize("window", [1, 5, 8, 50])
-def test_window_with_sinks_is_softmax_over_both(window):
+def test_window_with_valued_sinks_is_softmax_over_both(window):
     q, k, v = draw(T, 4, 6), draw(T, 2, 6, seed=1), draw(T, 2, 6, seed=2)
     logits, values = draw(3, 4), draw(3, 2, 6)
-    got = window_with_sinks(q, k, v, logits, values, window=window, segment_ids=jnp.asarray(IDS))
+    got = window_with_valued_sinks(q, k, v, logits, values, window=window, segment_ids=jnp.asarray(IDS))
     expected = np.zeros((T, 4, 6))
     for t in range(T):
         for head in range(4):
@@ -204,7 +210,7 @@ def test_a_gate_begins_at_its_timescales_and_sinks_at_nothing():
     gate = DecayGate(16, 3)
     forgets = -1 / gate(draw(2, 16))
     assert np.allclose(forgets[0], [128.5, 724.6, 4096.5], rtol=1e-3)  # 1 / log(1 + 1/n) is n + 1/2
-    sinks = Sinks(2, 4, 2, 6)
+    sinks = ValuedSinks(2, 4, 2, 6)
     assert not jnp.any(sinks.logits) and not jnp.any(sinks.values)  # noqa: PT018
 
 
@@ -214,11 +220,11 @@ def test_a_gate_begins_at_its_timescales_and_sinks_at_nothing():
         ({"residual": False, "decay_gate": True}, "need the residual branch"),
         ({"residual": False, "branch_norm": "sum"}, "need the residual branch"),
         ({"num_heads": 3, "num_kv_heads": 3, "head_split": True}, "an even num_kv_heads"),
-        ({"window": 0, "num_sinks": 1}, "a window of at least 1"),
+        ({"window": 0, "num_valued_sinks": 1}, "a window of at least 1"),
         ({"decay_gate": True, "num_meta_tokens": 1}, "starts from zero"),
         ({"branch_norm": "layer"}, "branch_norm must be 'group' or 'sum' or 'none'"),
         ({"conv_width": -1}, "conv_width must be at least 0"),
-        ({"pattern": ("global",), "num_sinks": 1}, "belong to local layers"),
+        ({"pattern": ("global",), "num_valued_sinks": 1}, "belong to local layers"),
     ],
 )
 def test_departures_that_do_not_fit_are_refused(changes, words):

@@ -197,7 +197,7 @@ def test_the_command_runs_lists_replays_and_tabulates(tmp_path, capsys, monkeypa
         (["--replay", f"{out}:2"], "a line from 1 to 1"),
         (["--grid", "nothing"], "no grid 'nothing'"),
         (["--set", "model.width=3"], "no setting 'model.width'"),
-        (["--set", "model.num_sinks=4"], "no setting 'model.num_sinks'; it is departures.num_sinks"),
+        (["--set", "model.num_valued_sinks=4"], "no setting 'model.num_valued_sinks'; it is departures"),
         (["--set", "model.window"], "NAME=VALUE,VALUE"),
         (["--part", "3"], "must be i/n"),
         (["--table", "--out", str(out), "--baseline", "x"], "no trial 'x'"),
@@ -375,15 +375,19 @@ def test_committed_lines_from_when_departures_were_of_the_model_say_what_they_sa
     lines = [json.loads(text)["trial"] for text in COMMITTED.read_text().splitlines()]
     old = [values for values in lines if "departures" not in values]
     names = [field.name for field in dataclasses.fields(Departures)]
-    of_the_model = {"branch_norm", "feature_input", "head_split", "decay_gate", "num_sinks", "conv_width"}
+    of_the_model = {"branch_norm", "feature_input", "head_split", "decay_gate", "num_valued_sinks", "conv_width"}
     younger = {name: getattr(Departures(), name) for name in names if name not in of_the_model}
-    younger |= {name: getattr(TINY.model, name) for name in ("qkv_bias", "norm_eps", "embedding_scale", "rope_scaling")}
+    of_others = ("qkv_bias", "norm_eps", "embedding_scale", "rope_scaling", "sinks", "feature_projection")
+    younger |= {name: getattr(TINY.model, name) for name in of_others}
     assert len(old) == 326
     seen = set()
     for values in old:
         now = migrated(values)
         assert now == migrated(now) == Trial.from_json("", values).to_json()
-        assert now["model"] | now["departures"] == values["model"] | younger
+        renamed = {
+            "num_valued_sinks" if name == "num_sinks" else name: value for name, value in values["model"].items()
+        }
+        assert now["model"] | now["departures"] == renamed | younger
         assert [*now["departures"]] == names
         assert {name: value for name, value in now.items() if name not in ("model", "departures")} == {
             name: value for name, value in values.items() if name != "model"
@@ -393,10 +397,10 @@ def test_committed_lines_from_when_departures_were_of_the_model_say_what_they_sa
 
 
 def test_a_line_without_a_younger_departure_has_its_default():
-    values = dataclasses.replace(TINY, departures=Departures(num_sinks=3)).to_json()
+    values = dataclasses.replace(TINY, departures=Departures(num_valued_sinks=3)).to_json()
     del values["departures"]["conv_width"]
-    assert Trial.from_json("", values).departures == Departures(num_sinks=3)
-    with pytest.raises(TypeError, match="num_sinks"):
+    assert Trial.from_json("", values).departures == Departures(num_valued_sinks=3)
+    with pytest.raises(TypeError, match="num_valued_sinks"):
         migrated({**values, "model": values["model"] | {"num_sinks": 3}})
 
 

@@ -124,7 +124,8 @@ def test_switched_off_equals_the_other_branch_computed_alone(model, tokens, off)
 
 
 def test_contributions_sum_to_the_layers_output(model):
-    for layer in (model.blocks[0].attention, Wrapped(model.blocks[1].attention)):
+    without_norm = eqx.tree_at(lambda layer: layer.swa_gain, model.blocks[0].attention, None)
+    for layer in (model.blocks[0].attention, Wrapped(model.blocks[1].attention), without_norm):
         x = jax.random.normal(jax.random.key(1), (19, MODEL.model_width))
         segment_ids = jnp.repeat(jnp.arange(2), jnp.array([12, 7]), total_repeat_length=19)
         for ids in (None, segment_ids):

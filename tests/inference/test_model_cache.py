@@ -82,6 +82,8 @@ CASES = {
     "window beyond the length": {"window": 512, "num_meta_tokens": 2},
     "no residual branch": {"residual": False},
     "learned map": {"feature_map": "learned"},
+    "sinks and a window without a norm": {"sinks": True, "swa_gain": None, "feature_projection": True},
+    "sinks of a window alone": {"sinks": True, "residual": False},
     "rotary global layers": {"pattern": ("global_rope", "global"), "qkv_bias": True, "rope_scaling": SCALING},
 }
 BOUND = {"float32": 1e-4, "float64": 1e-10}

@@ -143,7 +143,7 @@ def test_another_type_is_told_in_one_line(name):
     assert len(str(told.value)) < 600
 
 
-@pytest.mark.parametrize("departures", [{}, {"num_sinks": 2, "conv_width": 3}, {"decay_gate": True}])
+@pytest.mark.parametrize("departures", [{}, {"num_valued_sinks": 2, "conv_width": 3}, {"decay_gate": True}])
 def test_parameters_are_float32_where_float64_is_enabled(departures):
     config = dataclasses.replace(CONFIG, feature_map="learned", tie_embeddings=False)
     config = dataclasses.replace(config, num_meta_tokens=0) if "decay_gate" in departures else config

@@ -106,9 +106,14 @@ def rattention_by_hand(layer, x, segment_ids=None):
     q_local = rotated_by_hand(normed_by_hand(layer.projections.query_norm, q), layer.rope_theta)
     k_local = rotated_by_hand(normed_by_hand(layer.projections.key_norm, k), layer.rope_theta)
     options: dict[str, Any] = dict(window=layer.window, segment_ids=segment_ids)
+    if layer.sink_logits is not None:
+        options["sink_logits"] = float64(layer.sink_logits)
     if layer.rla_gain is None:
         heads = token_loop.sliding_window_attention(q_local, k_local, v, **options)
         return merged_by_hand(layer.projections, heads)
+    if layer.feature_projection is not None:
+        q = np.stack([q[:, head] @ matrix for head, matrix in enumerate(float64(layer.feature_projection.query))], 1)
+        k = np.stack([k[:, head] @ matrix for head, matrix in enumerate(float64(layer.feature_projection.key))], 1)
     if layer.feature_scale is not None:
         q, k = q * float64(layer.feature_scale.query), k * float64(layer.feature_scale.key)
     state = None
@@ -118,7 +123,8 @@ def rattention_by_hand(layer, x, segment_ids=None):
         state = np.zeros((keys.shape[1], 2 * keys.shape[2], values.shape[2]))
         for token, head in pairs:
             state[head] += np.outer(token_loop.softmax_map(keys[token, head]), values[token, head])
-    gains = dict(swa_gain=float64(layer.swa_gain), rla_gain=float64(layer.rla_gain))
+    swa_gain = None if layer.swa_gain is None else float64(layer.swa_gain)
+    gains = dict(swa_gain=swa_gain, rla_gain=float64(layer.rla_gain))
     states = dict(initial_state=state, segment_state=state)
     heads, _ = token_loop.rattention(q_local, k_local, v, q_rla=q, k_rla=k, **gains, **states, **options)
     return merged_by_hand(layer.projections, heads)
@@ -134,6 +140,8 @@ def rattention_by_hand(layer, x, segment_ids=None):
         {"window": 0},
         {"window": 15, "num_meta_tokens": 2},
         {"num_kv_heads": 1, "window": 1},
+        {"swa_gain": None, "sinks": True, "segments": (9, 6), "feature_projection": True, "learned_scale": True},
+        {"residual": False, "sinks": True},
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
