@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             from rattn_eqx.console import close_output, say
 
-            resumes = given[:1] in (["pretrain"], ["ablate"])
+            resumes = given[:1] in (["pretrain"], ["ablate"], ["convert"])
             say(f"stopped, resume with: {shlex.join(['rattn', *given])}" if resumes else "stopped", start="\n")
             if arguments is None:  # at once: XLA crashes where the interpreter ends while it compiles
                 close_output()

@@ -10,7 +10,7 @@ import sys
 import traceback
 
 from rattn_eqx import interrupt
-from rattn_eqx.commands import ablate, cache, cost, evaluate, generate, import_, pretrain
+from rattn_eqx.commands import ablate, cache, convert, cost, evaluate, generate, import_, pretrain
 from rattn_eqx.console import close_output, open_streams, say
 
 
@@ -67,6 +67,6 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="rattn", description="Train, sample and price RATTENTION language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (pretrain, import_, generate, evaluate, ablate, cost, cache):
+    for command in (pretrain, import_, convert, generate, evaluate, ablate, cost, cache):
         command.add(commands)
     return parser

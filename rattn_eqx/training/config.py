@@ -69,6 +69,9 @@ class TrainConfig:
 class RunConfig:
     """The model, how it is trained, and on what: `corpus` is the sha256 of the corpus's text, as it is split.
 
+    `start` is the sha256 of the parameters that the run begins with (`run_folder.digest`), None where they are drawn
+    from the seed.
+
     A run's result depends on two things more: on its tokenizer, which is in tokenizer.json, and by rounding on the
     number of devices, which is in each checkpoint's metadata.
     """
@@ -76,6 +79,7 @@ class RunConfig:
     model: ModelConfig
     training: TrainConfig
     corpus: str
+    start: str | None = None
 
     def __post_init__(self):
         settle(self)

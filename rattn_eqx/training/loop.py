@@ -20,15 +20,26 @@ from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.model.sharding import batch_mesh, replicate
 from rattn_eqx.training.checkpoint import CheckpointError, claimed_metadata, explained, restore_latest, save_checkpoint
 from rattn_eqx.training.config import RunConfig, TrainConfig
-from rattn_eqx.training.run_folder import Metrics, identity, load_config, metrics_obstacle, of_another_run, open_run
+from rattn_eqx.training.run_folder import (
+    Metrics,
+    digest,
+    identity,
+    load_config,
+    metrics_obstacle,
+    of_another_run,
+    open_run,
+)
 from rattn_eqx.training.step import build_model, learning_rate_schedule, make_optimizer, make_step
 
 MAX_SKIPPED = 10  # steps in a row whose gradients are not finite, before the run stops
 
 
-def initial_state(config: RunConfig) -> dict[str, Any]:
-    """The model and the optimiser state that a run begins with; what a checkpoint holds."""
-    model = build_model(config.model, config.training, key=jax.random.key(config.training.seed))
+def initial_state(config: RunConfig, model: LanguageModel | None = None) -> dict[str, Any]:
+    """The model and the optimiser state that a run begins with; what a checkpoint holds. model: None is drawn."""
+    if model is None:
+        model = build_model(config.model, config.training, key=jax.random.key(config.training.seed))
+    else:  # steps take over their arrays
+        model = jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, model)
     return {"model": model, "optimizer": make_optimizer(config.training).init(eqx.filter(model, eqx.is_array))}
 
 
@@ -87,6 +98,7 @@ def train(
     validation_tokens: Path,
     tokenizer: Tokenizer,
     *,
+    start: LanguageModel | None = None,
     report: Callable[[str], object] = tqdm.write,
     show_progress: bool = True,
 ) -> LanguageModel:
@@ -101,6 +113,7 @@ def train(
       config: the model, how it is trained, and on which corpus.
       train_tokens, validation_tokens: token files that `tokenizers.tokenize` wrote.
       tokenizer: the one they were written with.
+      start: the model to begin with, float32, whose `run_folder.digest` is config.start; None: drawn from the seed.
       report: told what happens, a line at a time.
       show_progress: draw a bar with the loss, tokens per second since the first step, and the time left.
 
@@ -111,10 +124,15 @@ def train(
       FloatingPointError: if loss or gradients stay non-finite for MAX_SKIPPED steps in a row.
       OSError: if the disk is full; the last checkpoint stays usable.
     """
+    if (None if start is None else digest(start)) != config.start:
+        raise ValueError(
+            "train: start must be the model whose digest is config.start; got "
+            f"{'none' if start is None else 'another'}; give config.start=run_folder.digest(start)"
+        )
     if jax.process_count() > 1:
         raise NotImplementedError(f"train: one process at a time; got {jax.process_count()}; launch it without others")
     with lock(folder, f"train: {folder}"):
-        return _train(folder, config, train_tokens, validation_tokens, tokenizer, report, show_progress)
+        return _train(folder, config, train_tokens, validation_tokens, tokenizer, start, report, show_progress)
 
 
 def _train(
@@ -123,6 +141,7 @@ def _train(
     train_tokens: Path,
     validation_tokens: Path,
     tokenizer: Tokenizer,
+    start: LanguageModel | None,
     report: Callable[[str], object],
     show_progress: bool,
 ) -> LanguageModel:
@@ -139,7 +158,7 @@ def _train(
     if checkpoints.is_symlink() or (checkpoints.exists() and not checkpoints.is_dir()):
         raise ValueError(f"train: {checkpoints} must be a folder and no link; remove it, or give its place as --out")
     remove_unfinished(folder)
-    state = initial_state(config)
+    state = initial_state(config, start)
 
     first = kept = 0
     mesh = batch_mesh(settings.batch_size // settings.microbatches)

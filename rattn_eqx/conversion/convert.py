@@ -1,0 +1,136 @@
+"""From a pretrained model to a converted one and what it lost: what `rattn convert` does."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rattn_eqx.conversion import verdict
+from rattn_eqx.conversion.student import student, student_config
+from rattn_eqx.conversion.transfer import transfer
+from rattn_eqx.data import files
+from rattn_eqx.data.batches import long_documents
+from rattn_eqx.data.corpus import build_corpus, describe
+from rattn_eqx.data.tokenizers import Tokenizer, tokenize
+from rattn_eqx.evaluation.text import switch_off
+from rattn_eqx.inference.cost import count_parameters
+from rattn_eqx.model.config import LayerKind
+from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.training.config import RunConfig, TrainConfig
+from rattn_eqx.training.loop import train
+from rattn_eqx.training.run_folder import digest
+from rattn_eqx.weights import own
+from rattn_eqx.weights.load import load
+
+MODEL, RESULTS = "model", "results.json"  # of a finished conversion, in its folder
+OLD, IMPOSED = "the model as it was", "its window imposed"
+TRANSFERRED, CONVERTED, WITHOUT = "after the transfer", "converted", "converted, residual branch off"
+
+
+def convert(
+    folder: Path,
+    source: Path | str,
+    *,
+    pattern: tuple[LayerKind, ...],
+    window: int,
+    transferring: TrainConfig,
+    training: TrainConfig | None,
+    corpus: str,
+    cache: Path,
+    num_texts: int = 8,
+    text_length: int = 1024,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Convert a model, and leave in the folder the converted one (`MODEL`, which every command reads) and results.
+
+    First each local layer learns by itself (`transfer`), then, if asked for, the whole model is trained on the text.
+    Called again with the same arguments it continues where it was stopped.
+
+    Args:
+      folder: of the conversion: transfer/, training/, model/ and results.json.
+      source: of the model: as `load`.
+      pattern, window: as `student_config`.
+      transferring: as `transfer`'s settings.
+      training: as `train`; None: no training after the transfer.
+      corpus, cache: of the text, as in `pretrain`; its held-out part is what losses are measured on.
+      num_texts, text_length: held-out texts, and tokens of each, that losses are measured on.
+
+    Raises:
+      ValueError: before the work, for what `load` and `student_config` refuse, a model without a tokenizer, and
+        held-out texts that are all shorter than text_length; and as `transfer` and `train`.
+
+    Returns:
+      The content of results.json: nats per token within and beyond the window's length, and facts found, by model.
+    """
+    started = time.monotonic()
+    with files.lock(folder, f"convert: {folder}"):
+        teacher, tokenizer, old = load(source, "float32", compute_dtype=transferring.compute_dtype)
+        if tokenizer is None:
+            raise ValueError(f"convert: {source} must have a tokenizer; it has none; put the checkpoint's into it")
+        config = student_config(old, pattern, window)
+        model = student(teacher, config)
+        text = build_corpus(corpus, cache, exclude=(folder,))
+        print(describe(text.manifest))
+        train_tokens, held_out = tokenize(text, tokenizer, cache)
+        texts = long_documents(held_out, text_length + 1, document=tokenizer.document)[:num_texts]
+        if not len(texts):
+            raise ValueError(
+                f"convert: a held-out text must have {text_length} tokens; none of {corpus} has; give more or longer "
+                "text, or a smaller --text-length"
+            )
+        kinds = config.layer_kinds
+        print(
+            f"model       {count_parameters(config):,} parameters, {kinds.count('local')} of {len(kinds)} layers "
+            f"local, window {window}\ntransfer    {transferring.steps:,} steps of {transferring.batch_size} x "
+            f"{transferring.context} tokens"
+        )
+        begun = model
+        model = transfer(folder / "transfer", model, transferring, train_tokens, tokenizer, show_progress=show_progress)
+        stages = {OLD: teacher, IMPOSED: verdict.window_imposed(begun), TRANSFERRED: model}
+        if training is not None:
+            run = RunConfig(config, training, text.manifest["sha256"], digest(model))
+            print(f"training    {training.steps:,} steps of {training.batch_size} x {training.context} tokens")
+            model = train(
+                folder / "training", run, train_tokens, held_out, tokenizer, start=model, show_progress=show_progress
+            )
+            stages[CONVERTED] = model
+        else:
+            stages[CONVERTED] = stages.pop(TRANSFERRED)
+        stages[WITHOUT] = switch_off(model, "residual")
+        results = _results(stages, texts, tokenizer, window)
+        if not (folder / MODEL).exists():
+            own.save(model, folder / MODEL, tokenizer=tokenizer, origin={"converted": str(source)})
+        files.write_json(folder / RESULTS, results)
+        print(table(results))
+        print(f"converted model {folder / MODEL}, {time.monotonic() - started:.0f} s in all")
+        return results
+
+
+def _results(stages: dict[str, LanguageModel], texts: np.ndarray, tokenizer: Tokenizer, window: int) -> dict[str, Any]:
+    rows = {}
+    for loss in verdict.losses(stages, texts, window):
+        facts = verdict.facts_found(stages[loss.name], tokenizer)
+        rows[loss.name] = {"within": loss.within, "beyond": loss.beyond, "facts": sum(facts), "of_facts": len(facts)}
+    old, imposed, converted = (rows[name]["beyond"] for name in (OLD, IMPOSED, CONVERTED))
+    won = (imposed - converted) / (imposed - old) if imposed > old else None
+    return {"window": window, "texts": list(texts[:, 1:].shape), "models": rows, "won_back": won}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Results in words."""
+    window, (count, length) = results["window"], results["texts"]
+    lines = [f"nats per token on {count} held-out texts of {length:,} tokens, lower is better; facts told in the first "
+        "hundred of 300 tokens and found at their end",
+        f"  {'':<34}{f'first {window}':>10}{'after':>10}{'facts':>8}"]  # fmt: skip
+    for name, row in results["models"].items():
+        facts = f"{row['facts']} of {row['of_facts']}"
+        lines.append(f"  {name:<34}{row['within']:>10.3f}{row['beyond']:>10.3f}{facts:>8}")
+    if results["won_back"] is not None:
+        lines.append(f"of what the window costs after its first {window} tokens, {results['won_back']:.0%} is won back")
+    return "\n".join(lines)
+
+
+def settings(steps: int, **options: Any) -> TrainConfig:
+    """How a stage is trained, with a warm-up of a twentieth."""
+    return TrainConfig(steps=steps, warmup_steps=steps // 20, **options)
