@@ -20,7 +20,8 @@ def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
 
     Where the window's softmax is all but one key's, d q and d k are differences of numbers that are all but equal: they
     are measured against no less than CANCELLED of the size they would have if they were not. So are d q_rla and d k_rla
-    where no residual set holds more than one key: it only scales the output, and the norm leaves of that what eps does.
+    and what a map's weights get of them, where no residual set holds more than one key: it only scales the output, and
+    the norm leaves of that what eps does.
     d sink_logits is a sum over tokens of numbers of either sign: it is measured against the root of their squares' sum.
     """
     assert got.keys() == expected.keys()
@@ -29,8 +30,11 @@ def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
     natural: dict[str, float] = {}
     if case.op != RLA and case.backward and case.window > 0:
         natural |= _sizes_of_window_gradients(case)
-    if case.op == BOTH and case.backward and _most_in_residual_sets(case) <= 1:
-        natural |= _sizes_of_residual_gradients(case, size(expected["d rla_gain"]))
+    if case.op == BOTH and case.backward:
+        of_any, of_keys = _most_in_residual_sets(case)
+        if of_any <= 1 or of_keys == 1:
+            sizes = _sizes_of_residual_gradients(case, size(expected["d rla_gain"]))
+            natural |= sizes if of_any <= 1 else {"d k_rla": sizes["d k_rla"]}
     least = {name: CANCELLED * natural[name] for name in natural if name in expected}
     if "d sink_logits" in expected and case.window > 0:
         least["d sink_logits"] = _of_sinks(case)[0]
@@ -47,7 +51,7 @@ def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
 def _sizes_of_window_gradients(case: Case) -> dict[str, float]:
     """About what d q and d k are where nothing cancels, for random numbers."""
     h, kv, _, dv = case.sizes
-    weights, sinks = _weights(case)
+    weights, sinks, _ = _weights(case)
     sinks = sinks[:, 0]
     sharpness = float(np.mean(np.square(weights).sum(axis=1) + np.square(sinks)))
     of_output = case.size  # v, or, where a norm and a gain follow, v / rms(o_swa) times the gain
@@ -65,14 +69,15 @@ def _of_sinks(case: Case) -> tuple[float, float]:
     output: were the norm not there, which leaves of that what eps does. Those of a few tokens may be much larger than
     the others': by the fourth moments of the weights, and of a product of two random numbers.
     """
-    weights, sinks = _weights(case)
-    sinks = np.maximum(sinks, 1e-30)  # float32 ends there
-    of_keys = 1 - sinks if not (case.op == BOTH and case.swa_norm) else np.ones_like(sinks)
-    size = (1 + case.mean**2) ** 0.5
+    weights, sinks, keys = _weights(case)
+    least = 1e-30  # float32 ends there
+    sinks, of_keys, size = np.maximum(sinks, least), np.ones_like(sinks), (1 + case.mean**2) ** 0.5
     if not (case.op == BOTH and case.swa_norm):
-        spread = np.square(weights).sum(axis=1) / np.square(weights.sum(axis=1))
+        total = weights.sum(axis=1)
+        spread = np.square(weights).sum(axis=1) / np.maximum(np.square(total), least)
         size = case.size * (case.mean**2 + float(np.mean(spread))) ** 0.5
-    squares = np.square(sinks * of_keys)
+        of_keys = np.maximum(keys, least)
+    squares = np.maximum(np.square(sinks * of_keys), least**2)
     count = case.t * max(case.batch, 1)
     of_all = size * (case.sizes[3] * count * float(squares.mean())) ** 0.5
     return of_all, count * float(squares.mean() ** 2 / np.square(squares).mean()) / 3
@@ -92,22 +97,26 @@ def _sizes_of_residual_gradients(case: Case, d_gain: float) -> dict[str, float]:
     h, kv, d, dv = case.sizes
     normed = d_gain / (case.t * max(case.batch, 1)) ** 0.5
     of_queries = normed * (1 + case.mean**2) ** 0.5 * (dv / d) ** 0.5 / case.size_rla
-    return {"d q_rla": of_queries, "d k_rla": of_queries * (case.t * h / (case.num_keys * kv)) ** 0.5}
+    of_map = of_queries * case.size_rla * ((1 + case.mean**2) * case.t * h * max(case.batch, 1)) ** 0.5
+    of_keys = of_queries * (case.t * h / (case.num_keys * kv)) ** 0.5
+    return {"d q_rla": of_queries, "d k_rla": of_keys, "d weight_q": of_map, "d weight_k": of_map}
 
 
-def _most_in_residual_sets(case: Case) -> int:
-    """Keys in the largest residual set of any query; a start state counts as many."""
+def _most_in_residual_sets(case: Case) -> tuple[int, int]:
+    """Keys in the largest residual set of any query, of which a start state counts as many; and in the largest of those
+    that have a key."""
     ids = case.ids()
     ids = np.zeros((1, case.num_keys), int) if ids is None else ids.reshape(-1, case.num_keys)
     starts = np.stack([np.searchsorted(row, row) for row in ids])[:, case.num_keys - case.t :]  # ids do not fall
     distance = np.arange(case.num_keys - case.t, case.num_keys) - case.window + 1 - starts
     reads_state = np.where(starts == 0, "initial_state" in case.states, "segment_state" in case.states)
-    return int((np.maximum(distance, 0) + max(case.num_keys, 2) * reads_state).max())
+    count = np.maximum(distance, 0) + max(case.num_keys, 2) * reads_state
+    return int(count.max()), int(count[distance > 0].max(initial=0))
 
 
-def _weights(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """The weights of keys [queries, s], for some queries of the first head, and of every head's sink beside the first's
-    keys [queries, h]."""
+def _weights(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The weights of keys [queries, s], for some queries of the first head; of every head's sink beside the first's
+    keys [queries, h], and of those keys together beside every head's sink."""
     arrays, ids = case.arrays(), case.ids()
     first = (0,) if case.batch else ()
     q, k = (np.asarray(arrays[name][first], np.float64)[:, 0] for name in ("q", "k"))
@@ -120,8 +129,10 @@ def _weights(case: Case) -> tuple[np.ndarray, np.ndarray]:
     highest = logits.max(axis=1, keepdims=True, where=seen, initial=-np.inf)
     weights = np.exp(logits - highest, where=seen, out=0 * logits)
     total = weights.sum(axis=1, keepdims=True)
-    sinks = np.exp(sinks - np.logaddexp(sinks, np.log(total) + highest))
-    return weights / total * (1 - sinks[:, :1]), sinks
+    of_keys = np.log(total) + highest
+    total_log = np.logaddexp(sinks, of_keys)
+    of_keys = np.exp(of_keys - total_log)
+    return weights / total * of_keys[:, :1], np.exp(sinks - total_log), of_keys
 
 
 def bounds(dtype: str, implementation: str | None, of_chunked: dict[str, float]) -> collections.defaultdict:

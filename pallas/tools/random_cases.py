@@ -67,6 +67,7 @@ def draw(seed: int, implementation: str, longest: int) -> Case:
     dv = pick("dv", ("d", "d", 1, 40, 64, 128))
     dv = d if dv == "d" else dv
     dv = 33 if dv < 8 and op == BOTH else dv  # few channels may all but cancel, which a norm enlarges
+    dv = max(dv, 5) if op == RLA else dv  # or, of a single one, in every feature at once
     batch = pick("batch", (0, 0, 0, 2, 3)) if t * s * kv * group < MOST_PAIRS / 4 else 0
     states = pick("states", ((), STATES, ("initial_state",), ("segment_state",), STATES)) if op != SWA else ()
     static: list = []

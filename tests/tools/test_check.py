@@ -52,7 +52,7 @@ def test_what_is_drawn_covers_the_contract():
     assert {"0.01", "30.0"} <= found["size"] & found["size_rla"]
     assert {"0.1", "30.0"} <= found["size_qk"]
     assert {"-1.0", "0.0", "1.0"} <= found["mean"]
-    for factor in ("more keys", "backward", "shared", "steps"):
+    for factor in ("more keys", "backward", "shared", "steps", "sinks", "swa_norm"):
         assert found[factor] == {"True", "False"}
     longest = [draw(seed, "gpu", 4096).t for seed in range(100)]
     assert min(longest) == 1
@@ -77,6 +77,25 @@ def test_what_a_norm_leaves_of_the_gradient_of_one_key_is_measured_by_what_it_to
     assert all(found[name] < 1e-4 if alone else found[name] == pytest.approx(1) for name in ("d q_rla", "d k_rla"))
     wrong = errors(case, {name: x + 1 for name, x in expected.items()}, expected)
     assert all(x > 0.5 for x in wrong.values())
+
+
+def test_a_start_state_that_is_read_beside_no_key_leaves_keys_as_they_are():
+    case = Case(BOTH, 6, 3, segments=(4, 2), states=("segment_state",))  # one key behind a window, in the first segment
+    expected = {name: np.full((4, 4), 1e-6) for name in ("d q_rla", "d k_rla")} | {"d rla_gain": np.ones((2, 8))}
+    found = errors(case, {name: 2 * x for name, x in expected.items()}, expected)
+    assert found["d k_rla"] < 1e-4
+    assert found["d q_rla"] == pytest.approx(1)
+
+
+def test_the_gradient_of_a_sink_is_measured_by_the_sizes_of_its_terms():
+    case = Case(SWA, 64, 16, sizes=(2, 1, 8, 8), sinks=True, size_qk=3.0)
+    expected = compiled(case, "float64", "reference")(case)
+    terms = np.abs(expected["d sink_logits"]).max()
+    off = errors(case, expected | {"d sink_logits": expected["d sink_logits"] + 0.01 * terms}, expected)
+    assert 1e-4 < off["d sink_logits"] < 0.02
+    far = dataclasses.replace(case, static=(("scale", -9.0),), mean=1.0)  # no sink or key but has all the weight
+    expected = compiled(far, "float64", "reference")(far)
+    assert np.isfinite(allowed(far, "gpu", expected, errors(far, expected, expected))["d sink_logits"])
 
 
 def test_the_gradient_of_one_key_is_measured_by_itself_where_eps_decides_it():
