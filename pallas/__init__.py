@@ -18,6 +18,7 @@ Names, everywhere:
 * lse: log of the sum of exponentials of a query's logits, from which the backward pass recomputes its weights. delta:
   the sum over dv of output times its gradient, which the softmax's gradient subtracts. acc, row_max, row_sum: what the
   online softmax carries from block to block. correction: what it multiplies them by when the maximum grows.
+* sink: a logit without a value in a head's softmax.
 * rstd: 1 / sqrt(mean(x^2) + eps), by which an RMS norm multiplies x. gain: what multiplies the normed output.
 * hi, lo: a float32 number as two bfloat16 ones: hi is the rounded number, lo the rounding error.
 * d_x, or dx: the gradient of x. cotangent: the gradient of the output, from which a backward pass starts.

@@ -126,7 +126,8 @@ def sliding_window_attention(
             highest, total = jnp.full(rows, jnp.finfo(dtype).min / 2, dtype), jnp.zeros(rows, dtype)
         else:
             sinks = sink_logits.astype(dtype).reshape(kv, 1, h // kv)
-            highest, total = jnp.broadcast_to(sinks, rows), jnp.ones(rows, dtype)
+            lowest = jnp.finfo(dtype).min / 2  # -inf is no sink
+            highest, total = jnp.broadcast_to(jnp.maximum(sinks, lowest), rows), jnp.ones(rows, dtype)
         empty = (highest, total, jnp.zeros((*rows, dv), dtype))
         (_, total, out), _ = jax.lax.scan(one_block, empty, blocks)
         return jnp.moveaxis(out / total[..., None], 0, 1)  # [chunk, kv, h // kv, dv]

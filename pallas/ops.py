@@ -53,7 +53,7 @@ def sliding_window_attention(
       window: keys that a query sees, itself included; 0 gives exactly 0.
       scale: multiplies the logits; 1 / sqrt(d) by default.
       sink_logits: of each query head, one more logit of its softmax, which has no value: where nothing in the window is
-        worth attending to, a head can attend to nothing. Not multiplied by `scale`. None: no such logit.
+        worth attending to, a head can attend to nothing. Not multiplied by `scale`. None: no such logit; nor is -inf.
       segment_ids: one id for each key; a query sees its own segment only. A segment is a maximal run of equal ids. What
         is not finite in one never reaches another, nor its gradients; within a segment nothing is promised of it, and
         its outputs pass no gradient on.
@@ -64,7 +64,7 @@ def sliding_window_attention(
       block_sizes: how the sequence is cut; changes no result beyond rounding.
 
     Returns:
-      One output for each query and head, in v's dtype: a mean of values, finite in float16 too.
+      One output for each query and head, in v's dtype: a mean of values (and of 0, with a sink), finite in float16 too.
 
     Raises:
       ValueError: where arguments do not fit together. NotImplementedError: for an implementation that cannot do it.
@@ -191,7 +191,7 @@ def rattention(
     implementation: str | None = None,
     block_sizes: BlockSizes | None = None,
 ) -> Float[Array, "t h dv"] | tuple[Float[Array, "t h dv"], Float[Array, "kv f dv"]]:
-    """Sliding-window attention plus residual linear attention, each with its own RMS norm and gain.
+    """Sliding-window attention plus residual linear attention, each with an RMS norm and gain, or the window as it is.
 
     o[t] = g_swa rms(o_swa[t]) + g_rla rms(o_rla[t]) with rms(x) = x / sqrt(mean(x^2) + eps) over dv (arXiv 2506.15545,
     section 3). Every causal pair of query and key is counted by exactly one branch.
@@ -202,7 +202,8 @@ def rattention(
         implementation, block_sizes: as in `sliding_window_attention` and `residual_linear_attention`. `window >= s`
         leaves the window alone, `window = 0` the residual branch; the other term is then exactly 0.
       swa_gain, rla_gain: g_swa and g_rla. `swa_gain=None` leaves the window's branch without norm and gain:
-        o[t] = o_swa[t] + g_rla rms(o_rla[t]), which begins as the attention it replaces where g_rla begins at 0.
+        o[t] = o_swa[t] + g_rla rms(o_rla[t]), which begins as the attention it replaces where g_rla begins at 0. Sinks
+        want that: they scale a head's output, which a norm undoes, but for eps.
       q_rla, k_rla: what the residual branch reads. They default to q and k, which is wrong if those already carry
         rotary embeddings or qk-norm.
       eps: inside both norms. It bounds the gradient where o_rla is exactly 0, by 1 / sqrt(eps).

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-AGAIN = 0.2  # seconds from one KeyboardInterrupt to the next, until one arrives
+AGAIN = 0.05  # seconds from one KeyboardInterrupt to the next, until one arrives
 SOON = 0.02  # seconds to the next of one that a callback swallowed, and from one look at an import that must end first
 PATIENCE = 500  # such looks: an extension module whose import is cut short may crash
 _tries = 0

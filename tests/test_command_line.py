@@ -276,7 +276,8 @@ def test_help(capsys):
     assert ended.value.code == 0
     out = capsys.readouterr().out
     (commands,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    assert set(commands.choices) == {"pretrain", "import", "generate", "evaluate", "ablate", "cost", "cache"}
+    names = {"pretrain", "import", "convert", "generate", "evaluate", "ablate", "cost", "cache"}
+    assert set(commands.choices) == names
     for name, command in commands.choices.items():
         assert name in out
         with pytest.raises(SystemExit) as ended:
@@ -469,7 +470,7 @@ def test_home_is_found_in_every_path(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (commands,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
     names = {"--out", "--corpus", "--cache", "--run", "--text", "--grid", "--replay", "--prompts", "--perplexity"}
-    given = {"evaluate": ["--task", "mqar"], "import": ["x", "--out=x"]}
+    given = {"evaluate": ["--task", "mqar"], "import": ["x", "--out=x"], "convert": ["x", "--out=x"]}
     for name, command in commands.choices.items():
         for action in command._actions:
             if names.intersection(action.option_strings):
@@ -598,8 +599,8 @@ def test_a_reader_that_goes_away_ends_it_quietly():
     read, write = os.pipe()
     os.close(read)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": ""}
-    for arguments, status in ((["cost"], 141), (["--help"], 0)):
-        command = [sys.executable, "-m", "rattn_eqx", *arguments]
+    for given, status in ((["cost"], 141), (["--help"], 0)):
+        command = [sys.executable, "-m", "rattn_eqx", *given]
         done = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, timeout=60)
         assert (done.returncode, done.stderr) == (status, b"")
     os.close(write)

@@ -69,7 +69,7 @@ class ForwardOutputs:
     out: Any = None  # [b, t, h, dv]
     lse: Any = None  # [b, h, t]: log2 of the sum of exp2 of the window's logits
     y_swa: Any = None  # [b, t, h, dv]: o_swa / rms(o_swa), packed; also of a window without a norm, if not alone
-    r_swa: Any = None  # [b, h, t]: 1 / rms(o_swa)
+    r_swa: Any = None  # [b, h, t]: 1 / rms(o_swa), likewise
     y_rla: Any = None
     r_rla: Any = None
     y_rla_lo: Any = None  # with `plan.precise`: the second packed part
@@ -193,9 +193,9 @@ class _Consumer:
         gain = to_registers(self.gain_rows.at[self.warpgroup, branch], PER_COLUMN)
         return x * down(gain, ROWS)
 
-    def norm(self, x):
+    def norm(self, x, eps: float):
         """(x / rms(x), 1 / rms(x)) of [ROWS, d]."""
-        r = lax.rsqrt((x * x).sum(axis=1) * (1.0 / self.plan.value_size) + self.plan.eps)
+        r = lax.rsqrt((x * x).sum(axis=1) * (1.0 / self.plan.value_size) + eps)
         return x * across(r, x.shape[1]), r
 
     def put(self, value, output, place: Place) -> None:
@@ -217,8 +217,9 @@ class _Consumer:
             start = to_registers(source, PER_ROW, optimized=False)
 
         prefetch = lambda load: load_next(load, plan, index, is_last, self.warpgroup)
-        out = o_rla = r = step = None
+        out: Any = None
         rms_swa: Any = None
+        o_rla = r = step = None
         if plan.swa:
             plgpu.barrier_wait(self.mine(self.loaded))
             q_tile = self.mine(self.q_tile)
@@ -228,18 +229,18 @@ class _Consumer:
             prefetch(self.load_q)
             self.put_rows(lse, outputs.lse, place)
             if not plan.swa_alone:
-                out, r = self.norm(out)
+                out, r = self.norm(out, plan.swa_eps)
                 self.put_rows(r, outputs.r_swa, place)
                 rms_swa = None if plan.swa_normed else 1.0 / r
                 if plan.rla or outputs.y_swa is not None:  # the stage keeps it, too, to free its registers
-                    step = step_of_normed(r, plan.value_size, plan.eps)
+                    step = step_of_normed(r, plan.value_size, plan.swa_eps)
                     self.put(pack_normed(out, step), outputs.y_swa, place)
         if plan.rla:
             q_tile, loaded = self.mine(self.q_rla_tile), self.mine(self.rla_loaded)
             q_is_read = lambda: prefetch(self.load_q_rla)
             o_rla, use = residual_forward.read(inputs, self.ring, place, plan, q_tile, loaded, start, use, q_is_read)
             if plan.rla_normed:
-                o_rla, r = self.norm(o_rla)
+                o_rla, r = self.norm(o_rla, plan.eps)
                 self.put_rows(r, outputs.r_rla, place)
             if plan.swa:
                 out = load_normed(self.mine(self.stage), step)

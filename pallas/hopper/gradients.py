@@ -132,7 +132,7 @@ def _delta(plan: Plan, inputs: Inputs, of_queries: ForwardOutputs, d_out):
     r = of_queries.r_swa
     d_y = d_out if inputs.swa_gain is None else d_out * inputs.swa_gain[:, None]
     steps = lax.bitcast_convert_type(of_queries.y_swa, jnp.int16).astype(jnp.float32)
-    along = (d_y * steps).sum(axis=-1).swapaxes(1, 2) * step_of_normed(r, plan.value_size, plan.eps)
+    along = (d_y * steps).sum(axis=-1).swapaxes(1, 2) * step_of_normed(r, plan.value_size, plan.swa_eps)
     return along / r if inputs.swa_gain is None else along * r * r * plan.eps  # of o_swa's size a norm leaves eps
 
 

@@ -51,8 +51,8 @@ def sliding_window_attention(q, k, v, *, window, scale, sink_logits, segment_ids
     if window == 0:
         return jnp.zeros((*q.shape[:2], v.shape[2]), v.dtype)
     (t, _, d), (s, _, dv) = q.shape, v.shape
-    cudnn_knows = jax.default_backend() == "gpu" and segment_ids is None and t == s and d == dv and d % 8 == 0
-    cudnn_knows &= sink_logits is None
+    plain = segment_ids is None and sink_logits is None and t == s and d == dv
+    cudnn_knows = jax.default_backend() == "gpu" and plain and d % 8 == 0
     if cudnn_knows and window > WIDEST:
         reach = None if window >= t else (window - 1, 0)
         attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")

@@ -95,6 +95,11 @@ class Plan:
         return self.swa and not self.rla and not self.swa_normed
 
     @property
+    def swa_eps(self) -> float:
+        """Inside the norm in which the window's output is kept; without a norm of its own as good as 0."""
+        return self.eps if self.swa_normed else 1e-30
+
+    @property
     def slices_at_once(self) -> int:
         return min(self.slices, 2)
 

@@ -85,7 +85,7 @@ class StepPlan:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepInputs:
-    """Of the token; gains may have a batch axis of 1. Fields are in the order of the kernel's operands."""
+    """Of the token; gains and sinks may have a batch axis of 1. Fields are in the order of the kernel's operands."""
 
     features_k: Any = None  # [b, kv, f] float32: phi of the key that leaves, of a feature map that XLA computes
     features_q: Any = None  # [b, h, f] float32: phi(q_rla), likewise
@@ -95,7 +95,7 @@ class StepInputs:
     q_rla: Any = None  # [b, h, d], of a feature map that the kernel computes
     rla_gain: Any = None  # [b or 1, h, d] float32
     sink_logits: Any = None  # [b or 1, kv, columns] float32
-    swa_gain: Any = None
+    swa_gain: Any = None  # [b or 1, h, d] float32
     v: Any = None  # [b, kv, d]
 
 

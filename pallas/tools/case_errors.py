@@ -22,7 +22,8 @@ def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
     are measured against no less than CANCELLED of the size they would have if they were not. So are d q_rla and d k_rla
     and what a map's weights get of them, where no residual set holds more than one key: it only scales the output, and
     the norm leaves of that what eps does.
-    d sink_logits is a sum over tokens of numbers of either sign: it is measured against the root of their squares' sum.
+    d sink_logits is a sum over tokens of numbers of either sign: it is measured against no less than the root of their
+    squares' sum.
     """
     assert got.keys() == expected.keys()
     size = lambda x: float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
@@ -34,7 +35,7 @@ def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
         of_any, of_keys = _most_in_residual_sets(case)
         if of_any <= 1 or of_keys == 1:
             sizes = _sizes_of_residual_gradients(case, size(expected["d rla_gain"]))
-            natural |= sizes if of_any <= 1 else {"d k_rla": sizes["d k_rla"]}
+            natural |= sizes if of_any <= 1 else {name: sizes[name] for name in ("d k_rla", "d weight_k")}
     least = {name: CANCELLED * natural[name] for name in natural if name in expected}
     if "d sink_logits" in expected and case.window > 0:
         least["d sink_logits"] = _of_sinks(case)[0]
@@ -51,9 +52,10 @@ def errors(case: Case, got: dict, expected: dict) -> dict[str, float]:
 def _sizes_of_window_gradients(case: Case) -> dict[str, float]:
     """About what d q and d k are where nothing cancels, for random numbers."""
     h, kv, _, dv = case.sizes
-    weights, sinks, _ = _weights(case)
-    sinks = sinks[:, 0]
-    sharpness = float(np.mean(np.square(weights).sum(axis=1) + np.square(sinks)))
+    weights, *_ = _weights(case)
+    if case.op == BOTH and case.swa_norm:  # which undoes what a sink does
+        weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-30)
+    sharpness = float(np.mean(np.square(weights).sum(axis=1)))
     of_output = case.size  # v, or, where a norm and a gain follow, v / rms(o_swa) times the gain
     if case.op == BOTH and case.swa_norm:
         of_output = (1 + case.mean**2) * (case.mean**2 + sharpness) ** -0.5

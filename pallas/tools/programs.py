@@ -33,6 +33,8 @@ class Case:
     feature_map: str = "softmax"  # or "custom": one that the kernels do not know, so that XLA computes its features
     segmented: bool = False
     with_states: bool = False
+    sinks: bool = False
+    swa_norm: bool = True
     backward: bool = True
     most_memory: float | None = None
     implementation: str = "gpu"
@@ -54,6 +56,9 @@ def program(case: Case, array):
     if c.op == "rattention":
         x |= {"q_rla": x["q"], "k_rla": x["k"]}
         whole = {name: array(queries[2:], jnp.float32) for name in ("swa_gain", "rla_gain")}
+        whole |= {} if c.swa_norm else {"swa_gain": None}
+    if c.sinks:
+        whole["sink_logits"] = array((c.num_heads,), jnp.float32)
     if c.op != "sliding_window_attention":
         phi = jax.nn.silu if c.feature_map == "custom" else getattr(feature_map, c.feature_map)
         settings["feature_map"] = phi
@@ -87,6 +92,9 @@ def step_program(case: Case, array):
         f = jax.eval_shape(phi, jax.ShapeDtypeStruct((d,), jnp.float32)).shape[0]
         token["k_rla"], settings["feature_map"], state = key, phi, array((b, kv, f, d), jnp.float32)
         gains = {name: array((case.num_heads, d), jnp.float32) for name in ("swa_gain", "rla_gain")}
+        gains |= {} if case.swa_norm else {"swa_gain": None}
+    if case.sinks:
+        gains["sink_logits"] = array((case.num_heads,), jnp.float32)
     held = ring, ring if residual else None, ring, state, array((b,), jnp.int32)
 
     def one(q, token, cache, gains):

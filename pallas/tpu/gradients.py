@@ -1,4 +1,4 @@
-"""Differentiation around the TPU kernels: of one branch, and of the sum of both after their norms.
+"""Differentiation around the TPU kernels: of one branch, and of the sum of both after their norms, if they have any.
 
 For the backward pass the sum saves of each branch rstd and the normed output, quantised to int16 where the plan allows.
 """

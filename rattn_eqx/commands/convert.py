@@ -36,6 +36,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--microbatches", type=whole(), default=1, help="pieces that a step's batch is computed in, to save memory")
     add("--compute-dtype", choices=["float32", "bfloat16"], default="float32", help="parameters stay float32")
     add("--rematerialise", action="store_true", help="recompute blocks in the backward pass, to save memory")
+    add("--evaluation-tokens", type=whole(), default=16384, help="held-out tokens that training is evaluated on")
     add("--checkpoint-every", type=whole(), default=50, help="steps between checkpoints")
     add("--texts", type=whole(), default=8, help="held-out texts that losses are measured on")
     add("--text-length", type=whole(), default=1024, help="tokens of each")
@@ -55,7 +56,10 @@ def run(options: argparse.Namespace) -> None:
     training = None
     if options.steps:
         of_all: dict[str, Any] = dict(
-            rematerialise=options.rematerialise, microbatches=options.microbatches, weight_decay=0.0
+            evaluation_tokens=options.evaluation_tokens,
+            rematerialise=options.rematerialise,
+            microbatches=options.microbatches,
+            weight_decay=0.0,
         )
         training = settings(options.steps, learning_rate=options.learning_rate, **of_all, **shared)
     convert(

@@ -1,11 +1,15 @@
 """From a pretrained model to a converted one and what it lost: what `rattn convert` does."""
 
+import dataclasses
+import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pallas.tools.provenance import facts
 from rattn_eqx.conversion import verdict
 from rattn_eqx.conversion.student import student, student_config
 from rattn_eqx.conversion.transfer import transfer
@@ -23,7 +27,7 @@ from rattn_eqx.training.run_folder import digest
 from rattn_eqx.weights import own
 from rattn_eqx.weights.load import load
 
-MODEL, RESULTS = "model", "results.json"  # of a finished conversion, in its folder
+ABOUT, MODEL, RESULTS = "conversion.json", "model", "results.json"  # of a conversion, in its folder
 OLD, IMPOSED = "the model as it was", "its window imposed"
 TRANSFERRED, CONVERTED, WITHOUT = "after the transfer", "converted", "converted, residual branch off"
 
@@ -64,12 +68,17 @@ def convert(
       The content of results.json: nats per token within and beyond the window's length, and facts found, by model.
     """
     started = time.monotonic()
+    if not window < text_length:
+        raise ValueError(f"convert: texts must be longer than the window; got {text_length} tokens and window={window}")
+    if (folder / "config.json").exists():
+        raise ValueError(f"convert: --out must be a folder of its own; {folder} holds a model; give another")
     with files.lock(folder, f"convert: {folder}"):
         teacher, tokenizer, old = load(source, "float32", compute_dtype=transferring.compute_dtype)
         if tokenizer is None:
             raise ValueError(f"convert: {source} must have a tokenizer; it has none; put the checkpoint's into it")
         config = student_config(old, pattern, window)
         model = student(teacher, config)
+        verdict.check_prompts(tokenizer)
         text = build_corpus(corpus, cache, exclude=(folder,))
         print(describe(text.manifest))
         train_tokens, held_out = tokenize(text, tokenizer, cache)
@@ -79,6 +88,11 @@ def convert(
                 f"convert: a held-out text must have {text_length} tokens; none of {corpus} has; give more or longer "
                 "text, or a smaller --text-length"
             )
+        about = {"source": str(source), "model": digest(teacher), "config": dataclasses.asdict(config),
+            "corpus": text.manifest["sha256"], "transfer": dataclasses.asdict(transferring),
+            "training": None if training is None else dataclasses.asdict(training)}  # fmt: skip
+        about = json.loads(json.dumps(about))
+        _open(folder, about)
         kinds = config.layer_kinds
         print(
             f"model       {count_parameters(config):,} parameters, {kinds.count('local')} of {len(kinds)} layers "
@@ -98,34 +112,54 @@ def convert(
         else:
             stages[CONVERTED] = stages.pop(TRANSFERRED)
         stages[WITHOUT] = switch_off(model, "residual")
+        if not (folder / MODEL).exists():  # else it is this one: `_open` saw to that
+            own.save(model, folder / MODEL, tokenizer=tokenizer, origin={"converted": about})
         results = _results(stages, texts, tokenizer, window)
-        if not (folder / MODEL).exists():
-            own.save(model, folder / MODEL, tokenizer=tokenizer, origin={"converted": str(source)})
-        files.write_json(folder / RESULTS, results)
+        files.write_json(folder / RESULTS, results | {"about": about, "run": facts(None)})
         print(table(results))
         print(f"converted model {folder / MODEL}, {time.monotonic() - started:.0f} s in all")
         return results
 
 
+def _open(folder: Path, about: dict[str, Any]) -> None:
+    """Begin a conversion, or check that the folder holds the one of these arguments."""
+    path = folder / ABOUT
+    if not path.exists():
+        if left := [name for name in ("transfer", "training", MODEL) if (folder / name).exists()]:
+            raise ValueError(f"convert: {folder} has {left[0]} but no {ABOUT}, which says of what; give another --out")
+        files.write_json(path, about)
+        return
+    held = files.read_json(path)
+    if held != about:
+        different = [name for name in about if not isinstance(held, dict) or held.get(name) != about[name]]
+        raise ValueError(
+            f"convert: {folder} holds a conversion that differs in {', '.join(different)}; give another --out, or the "
+            "arguments that it was started with"
+        )
+
+
 def _results(stages: dict[str, LanguageModel], texts: np.ndarray, tokenizer: Tokenizer, window: int) -> dict[str, Any]:
     rows = {}
     for loss in verdict.losses(stages, texts, window):
-        facts = verdict.facts_found(stages[loss.name], tokenizer)
-        rows[loss.name] = {"within": loss.within, "beyond": loss.beyond, "facts": sum(facts), "of_facts": len(facts)}
+        found = verdict.facts_found(stages[loss.name], tokenizer)
+        within, beyond = (x if math.isfinite(x) else None for x in (loss.within, loss.beyond))
+        rows[loss.name] = {"within": within, "beyond": beyond, "facts": sum(found), "of_facts": len(found)}
     old, imposed, converted = (rows[name]["beyond"] for name in (OLD, IMPOSED, CONVERTED))
-    won = (imposed - converted) / (imposed - old) if imposed > old else None
+    known = None not in (old, imposed, converted) and imposed > old
+    won = (imposed - converted) / (imposed - old) if known else None
     return {"window": window, "texts": list(texts[:, 1:].shape), "models": rows, "won_back": won}
 
 
 def table(results: dict[str, Any]) -> str:
     """Results in words."""
     window, (count, length) = results["window"], results["texts"]
-    lines = [f"nats per token on {count} held-out texts of {length:,} tokens, lower is better; facts told in the first "
-        "hundred of 300 tokens and found at their end",
+    lines = [f"nats per token on {count} held-out texts of {length:,} tokens, lower is better; facts told early in "
+        "300 tokens and found at their end",
         f"  {'':<34}{f'first {window}':>10}{'after':>10}{'facts':>8}"]  # fmt: skip
     for name, row in results["models"].items():
-        facts = f"{row['facts']} of {row['of_facts']}"
-        lines.append(f"  {name:<34}{row['within']:>10.3f}{row['beyond']:>10.3f}{facts:>8}")
+        told = f"{row['facts']} of {row['of_facts']}"
+        losses = [f"{'not finite' if x is None else f'{x:.3f}':>10}" for x in (row["within"], row["beyond"])]
+        lines.append(f"  {name:<34}{''.join(losses)}{told:>8}")
     if results["won_back"] is not None:
         lines.append(f"of what the window costs after its first {window} tokens, {results['won_back']:.0%} is won back")
     return "\n".join(lines)

@@ -48,6 +48,8 @@ def student_config(config: ModelConfig, pattern: tuple[LayerKind, ...], window: 
         window=window,
         residual=True,
         feature_map="softmax",
+        learned_feature_scale=False,
+        num_meta_tokens=0,
         feature_projection=True,
         swa_gain=None,
         rla_gain=0.0,

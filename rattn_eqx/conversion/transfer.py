@@ -7,6 +7,7 @@ which the converted model still holds, so that no layer has to make up for what 
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from rattn_eqx.model.attention import RAttention
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.training.checkpoint import explained, restore_latest, save_checkpoint
 from rattn_eqx.training.config import TrainConfig
+from rattn_eqx.training.loop import MAX_SKIPPED
 from rattn_eqx.training.run_folder import Metrics, digest, metrics_obstacle
 from rattn_eqx.training.step import apply_if_finite, learning_rate_schedule
 
@@ -85,7 +87,8 @@ def transfer(
       report, show_progress: as of `train`.
 
     Raises:
-      ValueError: if the folder holds a transfer of another model, text or settings. Others: as `train`.
+      ValueError: if the folder holds a transfer of another model, text or settings. LockedError, FloatingPointError,
+        OSError: as `train`.
     """
     with lock(folder, f"transfer: {folder}"):
         return _transfer(folder, model, settings, tokens, tokenizer, report, show_progress)
@@ -93,6 +96,9 @@ def transfer(
 
 def _transfer(folder, model, settings: TrainConfig, tokens: Path, tokenizer: Tokenizer, report, show_progress: bool):
     """`transfer`, by the one process that holds the folder's lock."""
+    checkpoints = folder / "checkpoints"
+    if checkpoints.is_symlink() or (checkpoints.exists() and not checkpoints.is_dir()):
+        raise ValueError(f"transfer: {checkpoints} must be a folder and no link; remove it, or give another --out")
     batches = training_batches(
         tokens,
         context=settings.context,
@@ -113,7 +119,7 @@ def _transfer(folder, model, settings: TrainConfig, tokens: Path, tokenizer: Tok
             return "it belongs to the transfer of another model, text or settings"
         return metrics_obstacle(folder / "metrics.jsonl", metadata)
 
-    restored = restore_latest(folder / "checkpoints", state, report=report, obstacle=obstacle)
+    restored = restore_latest(checkpoints, state, report=report, obstacle=obstacle)
     if restored is not None:
         state, metadata, path = restored
         first, kept = int(metadata["step"]), metadata["metrics"]["rows"]
@@ -138,14 +144,19 @@ def _transfer(folder, model, settings: TrainConfig, tokens: Path, tokenizer: Tok
             state, mean, shares = step(state, arrays, next(batches))
             row = {"step": number, "lost": float(mean)} | {f"layer {i}": float(x) for i, x in enumerate(shares)}
             with explained(f"transfer: the metrics of step {number}", folder):
-                metrics.add({name: x if x == x else None for name, x in row.items()})
+                metrics.add({name: x if math.isfinite(x) else None for name, x in row.items()})
             bar.set_postfix_str(f"{row['lost']:.3f} of the layers' outputs lost", refresh=False)
             bar.update()
+            if int(state["optimizer"].notfinite_count) >= MAX_SKIPPED:
+                raise FloatingPointError(
+                    f"transfer: loss or gradients were not finite for {MAX_SKIPPED} steps in a row, up to step "
+                    f"{number}; lower --transfer-rate (now {settings.learning_rate:g}) in a new folder"
+                )
             if number == settings.steps or number % settings.checkpoint_every == 0:
                 with explained(f"transfer: the metrics of step {number}", folder):
                     rows = metrics.state()
                 place = {"step": number, "transfer": of_this, "metrics": rows}
-                save_checkpoint(folder / "checkpoints", number, state, place)
+                save_checkpoint(checkpoints, number, state, place)
     return eqx.combine(state["own"], rest)
 
 

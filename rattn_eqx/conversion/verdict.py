@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,6 +14,7 @@ from pallas.checked import checked
 from rattn_eqx.data.pretrained_tokenizer import PretrainedTokenizer
 from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.evaluation.text import switch_off
+from rattn_eqx.inference.chat import chat_prompt
 from rattn_eqx.inference.text import generate_texts
 from rattn_eqx.model.attention import RAttention
 from rattn_eqx.model.language_model import LanguageModel, map_logits
@@ -69,7 +71,7 @@ def _nats(model: LanguageModel, text: Int[Array, "length"]) -> Float[Array, "len
 
 
 def fact_prompts(tokenizer: Tokenizer, length: int = 300) -> list[tuple[str, str]]:
-    """(prompt, answer): of about `length` tokens, with the fact in the first hundred and the question at the end."""
+    """(prompt, answer): of about `length` tokens, with the fact in the second sentence and the question at the end."""
     found = []
     for number, (fact, question, answer) in enumerate(FACTS):
         sentences, ending = [FILLER[number % len(FILLER)], fact], f" {question}"
@@ -81,12 +83,25 @@ def fact_prompts(tokenizer: Tokenizer, length: int = 300) -> list[tuple[str, str
 
 def facts_found(model: LanguageModel, tokenizer: Tokenizer, *, num_tokens: int = 24) -> list[bool]:
     """Whether the greedy answer to each of `fact_prompts` has the word: as a chat, where the tokenizer knows one."""
+    prompts, words = _asked(tokenizer)
+    answers = [""] * len(words)
+    keys = jax.random.split(jax.random.key(0), len(words))
+    options: dict[str, Any] = dict(num_tokens=num_tokens, temperature=0.0, key=keys)
+    for number, text, _ in generate_texts(model, tokenizer, prompts, **options):
+        answers[number] += text
+    return [word in answer for answer, word in zip(answers, words, strict=True)]
+
+
+def check_prompts(tokenizer: Tokenizer) -> None:
+    """Raises what `facts_found` would of the tokenizer's chat template, before the work."""
+    for prompt in _asked(tokenizer)[0]:
+        if not isinstance(prompt, str):
+            chat_prompt(tokenizer, prompt)
+
+
+def _asked(tokenizer: Tokenizer) -> tuple[list[Any], list[str]]:
+    """The prompts, as chats where the tokenizer knows one, and the words that answer them."""
     chats = isinstance(tokenizer, PretrainedTokenizer) and tokenizer.chat_template is not None
     pairs = fact_prompts(tokenizer)
     prompts = [[{"role": "user", "content": text}] if chats else f"{text}\nAnswer:" for text, _ in pairs]
-    answers = [""] * len(pairs)
-    keys = jax.random.split(jax.random.key(0), len(pairs))
-    options: dict = dict(num_tokens=num_tokens, temperature=0.0, key=keys, max_length=512)
-    for number, text, _ in generate_texts(model, tokenizer, prompts, **options):
-        answers[number] += text
-    return [word in answer for answer, (_, word) in zip(answers, pairs, strict=True)]
+    return prompts, [word for _, word in pairs]

@@ -62,8 +62,9 @@ class FeatureProjection(eqx.Module):
     key: Float[Array, "kv d d"]
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_size: int):
-        self.query = jnp.broadcast_to(jnp.eye(head_size), (num_heads, head_size, head_size))
-        self.key = jnp.broadcast_to(jnp.eye(head_size), (num_kv_heads, head_size, head_size))
+        identity = jnp.eye(head_size, dtype=jnp.float32)
+        self.query = jnp.broadcast_to(identity, (num_heads, head_size, head_size))
+        self.key = jnp.broadcast_to(identity, (num_kv_heads, head_size, head_size))
 
 
 @checked
@@ -87,7 +88,8 @@ class RAttention(eqx.Module):
       swa_gain, rla_gain: what the learned gains begin at. A small rla_gain lets the window's branch learn first. With
         swa_gain None the window's branch has neither norm nor gain: o = o_swa + rla_gain rms(o_rla), which with an
         rla_gain of 0 is the window alone, as a pretrained model knows it.
-      sinks: a learned logit for each query head, without a value, in the window's softmax; it begins at 0.
+      sinks: a learned logit for each query head, without a value, in the window's softmax; it begins at 0. A norm
+        undoes what it does: give it with swa_gain=None, or residual=False.
       qk_norm: norm the window's q and k over each head's channels.
       rope_theta: base of the rotary embedding's wavelengths.
       rope_scaling: of its frequencies.

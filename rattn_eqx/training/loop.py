@@ -38,8 +38,11 @@ def initial_state(config: RunConfig, model: LanguageModel | None = None) -> dict
     """The model and the optimiser state that a run begins with; what a checkpoint holds. model: None is drawn."""
     if model is None:
         model = build_model(config.model, config.training, key=jax.random.key(config.training.seed))
-    else:  # steps take over their arrays
-        model = jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, model)
+    else:  # as the config computes; and copied, since steps take over their arrays
+        make = lambda key: build_model(config.model, config.training, key=key)
+        like = eqx.filter_eval_shape(make, jax.random.key(config.training.seed))
+        copies = [jnp.copy(x) if eqx.is_array(x) else x for x in jax.tree.leaves(model)]
+        model = jax.tree.unflatten(jax.tree.structure(like), copies)
     return {"model": model, "optimizer": make_optimizer(config.training).init(eqx.filter(model, eqx.is_array))}
 
 
@@ -128,6 +131,10 @@ def train(
         raise ValueError(
             "train: start must be the model whose digest is config.start; got "
             f"{'none' if start is None else 'another'}; give config.start=run_folder.digest(start)"
+        )
+    if start is not None and start.config != config.model:
+        raise ValueError(
+            "train: start must have the config of config.model; got another; give config.model=start.config"
         )
     if jax.process_count() > 1:
         raise NotImplementedError(f"train: one process at a time; got {jax.process_count()}; launch it without others")

@@ -18,10 +18,11 @@ from rattn_eqx.conversion import verdict
 from rattn_eqx.conversion.student import own_parameters, replaced, student, student_config
 from rattn_eqx.conversion.transfer import lost_shares, transfer
 from rattn_eqx.data.tokenizers import BYTE_VOCABULARY, ByteTokenizer
-from rattn_eqx.evaluation.text import switch_off
 from rattn_eqx.model.attention import RAttention
 from rattn_eqx.model.config import ModelConfig
-from rattn_eqx.training.config import TrainConfig
+from rattn_eqx.training.config import RunConfig, TrainConfig
+from rattn_eqx.training.loop import initial_state, load_model, train
+from rattn_eqx.training.run_folder import digest
 from rattn_eqx.weights import own
 from rattn_eqx.weights.load import load
 
@@ -166,17 +167,84 @@ def test_the_command_leaves_a_model_that_others_read_and_a_table(tmp_path, capsy
     model, _, config = load(out / "model")
     assert config.layer_kinds == ("local", "global_rope") * 2
     assert (config.sinks, config.swa_gain, config.window) == (True, None, 6)
-    layers: list[Any] = [block.attention for block in model.blocks[::2]]
-    assert all(np.abs(layer.sink_logits).max() > 0 for layer in layers)
-    assert switch_off(model, "residual").config == config
+    trained, _, run = load_model(out / "training")
+    assert digest(model) == digest(trained) != run.start
+    beyond = [results["models"][name]["beyond"] for name in (*names[:2], "converted")]
+    assert results["won_back"] == pytest.approx((beyond[1] - beyond[2]) / (beyond[1] - beyond[0]))
+    assert results["about"]["training"]["evaluation_tokens"] == 16384
+    num_rows = lambda name: len((out / name / "metrics.jsonl").read_text().splitlines())
+    rows = num_rows("transfer"), num_rows("training")
 
     assert main(arguments) == 0, "again, it finds all done"
     assert capsys.readouterr().out.splitlines()[-9:-1] == said.splitlines()[-9:-1]
+    assert (num_rows("transfer"), num_rows("training")) == rows, "nothing was trained again"
     assert main(["generate", "--run", str(out / "model"), "--prompt", "a", "--num-tokens", "3"]) == 0
     capsys.readouterr()
-    assert main([*arguments[:-1], "0"]) == 2
-    assert main([*arguments, "--pattern", "locale"]) == 2
-    assert "--pattern must hold local and global alone; got 'locale'" in capsys.readouterr().err
+    for changed, words in (
+        (["--steps", "0"], "holds a conversion that differs in training; give another --out"),
+        (["--window", "5"], "differs in config"),
+        (["--pattern", "locale"], "--pattern must hold local and global alone; got 'locale'"),
+        (["--text-length", "6"], "texts must be longer than the window; got 6 tokens and window=6"),
+        (["--out", str(old)], "holds a model; give another"),
+        (["--text-length", "5000", "--out", str(tmp_path / "new")], "a held-out text must have 5000 tokens"),
+    ):
+        assert main([*arguments, *changed]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_the_old_model_with_its_window_imposed_is_a_plain_window():
+    teacher, model = pair(window=5)
+    plain_config = dataclasses.replace(model.config, residual=False, sinks=False, feature_projection=False)
+    plain = drawn(plain_config, size=0.4)
+    of_block = lambda x: (x.attention_norm, x.attention.projections, x.feed_forward_norm, x.feed_forward)
+    where = lambda model: [model.embedding, model.final_norm, *(part for x in model.blocks for part in of_block(x))]
+    plain = eqx.tree_at(where, plain, where(teacher))
+    got, expected = (eqx.filter_jit(x)(jnp.asarray(TOKENS[0])) for x in (verdict.window_imposed(model), plain))
+    assert relative_rms(got, expected) < 1e-6
+
+
+def test_a_loss_is_that_of_its_positions():
+    teacher, _ = pair(window=5)
+    (loss,) = verdict.losses({"it": teacher}, TOKENS, window=7)
+    nats = [-jax.nn.log_softmax(teacher(jnp.asarray(x[:-1])))[np.arange(39), x[1:]] for x in TOKENS]
+    assert loss.within == pytest.approx(np.mean([x[:7] for x in nats]), rel=1e-5)
+    assert loss.beyond == pytest.approx(np.mean([x[7:] for x in nats]), rel=1e-5)
+
+
+def test_facts_are_found_where_the_answer_has_the_word(monkeypatch):
+    teacher, _ = pair(window=5)
+
+    def answers(model, tokenizer, prompts, **options):
+        assert all(prompt.endswith("?\nAnswer:") for prompt in prompts)
+        yield from ((0, "behind the paint", None), (1, "4716", "end"), (0, "ing", "end"), (4, "It was green.", "end"))
+
+    monkeypatch.setattr(verdict, "generate_texts", answers)
+    assert verdict.facts_found(teacher, ByteTokenizer()) == [True, False, False, False, True]
+
+
+@pytest.mark.standard_dtype_promotion  # optax
+def test_training_begins_with_the_model_it_is_given_and_no_other(tmp_path, tokens):
+    _, model = pair(window=5)
+    config = RunConfig(model.config, dataclasses.replace(SETTINGS, steps=2), "of no corpus", digest(model))
+    go = lambda config, start: train(
+        tmp_path / "run", config, tokens, tokens, ByteTokenizer(), start=start, show_progress=False
+    )
+    trained = go(config, model)
+    moved = [
+        np.abs(x - y).max() for x, y in zip(*map(jax.tree.leaves, (trained, model)), strict=True) if eqx.is_array(x)
+    ]
+    assert 0 < max(moved) < 0.1, "two steps from it"
+    wider = dataclasses.replace(config, model=dataclasses.replace(model.config, window=6))
+    for changed, start, words in (
+        (config, None, "got none"),
+        (dataclasses.replace(config, start=None), model, "got another"),
+        (config, pair(window=5)[0], "got another"),
+        (wider, model, "must have the config of config.model"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            go(changed, start)
+    kept = dataclasses.replace(config, training=dataclasses.replace(config.training, rematerialise=True))
+    assert initial_state(kept, model)["model"].rematerialise
 
 
 def test_a_fact_stands_early_and_its_question_at_the_end():

@@ -54,7 +54,7 @@ CASES = [
     Case(BOTH, 2300, 100, sizes=(1, 1, 4, 4), segments=(1000, 1300)),
     Case(SWA, 500, 100, s=563, sizes=(4, 2, 8, 5), segments=(70, 1, 130, 300, 62), sinks=True),
     Case(BOTH, 150, 30, sizes=(3, 1, 8, 8), segments=(100, 50), sinks=True, swa_norm=False),
-    Case(BOTH, 150, 1, s=200, sizes=(4, 2, 8, 5), sinks=True),
+    Case(BOTH, 150, 30, s=200, sizes=(4, 2, 8, 5), sinks=True, size=0.1, static=(("eps", 0.01),)),
 ]
 FEW = [
     Case(SWA, 63, 64, sizes=(4, 2, 8, 5)),
@@ -234,6 +234,25 @@ def test_a_wrong_rank_dtype_or_size_is_named_by_its_argument(op, argument, wrong
 def test_a_wrong_size_of_a_state_gain_or_residual_input_is_named(op, argument, wrong):
     with pytest.raises((jaxtyping.TypeCheckError, ValueError), match=argument):
         call(op, **{argument: wrong})
+
+
+@pytest.mark.parametrize("op", [SWA, BOTH])
+def test_a_sink_of_minus_infinity_is_none(op):
+    window = 1200  # several blocks of keys, of which the first are before the sequence
+    q, k, v = (jnp.asarray(x) for x in np.random.default_rng(0).standard_normal((3, 1500, 2, 4)).astype(np.float32))
+    gains = {} if op == SWA else {"swa_gain": None, "rla_gain": jnp.ones((2, 4))}
+    sinks = jnp.asarray([-jnp.inf, 0.0])
+
+    @jax.jit
+    def both(sinks):
+        call = lambda sinks: getattr(pallas, op)(q, k, v, window=window, sink_logits=sinks, **gains)
+        return call(sinks), call(None), jax.grad(lambda sinks: call(sinks).sum())(sinks)
+
+    with_sinks, without, gradient = map(np.asarray, both(sinks))
+    np.testing.assert_allclose(with_sinks[:, 0], without[:, 0], rtol=1e-5, atol=1e-6)
+    assert np.abs(with_sinks[:, 1] - without[:, 1]).max() > 1e-4
+    assert gradient[0] == 0
+    assert np.isfinite(gradient[1])
 
 
 @pytest.mark.parametrize("name", ["initial_state", "segment_state"])

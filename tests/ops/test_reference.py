@@ -1,6 +1,7 @@
 """`implementation="reference"` equals the token loop, and is exactly zero where nothing is read."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ def test_scale_and_eps():
 
 @pytest.mark.parametrize("window", [1, 5, 20])
 def test_sinks_and_a_window_without_a_norm(window):
-    arrays = token_loop.draw(12) | {"swa_gain": None, "sink_logits": np.array([-1.0, 0.0, 1.0, 30.0])}
+    arrays: dict[str, Any] = token_loop.draw(12) | {"swa_gain": None, "sink_logits": np.array([-1.0, 0.0, 1.0, 30.0])}
     of_window = {name: arrays[name] for name in ("q", "k", "v", "sink_logits")}
     static = {"window": window, "implementation": "reference"}
 
