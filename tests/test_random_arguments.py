@@ -10,8 +10,8 @@ import jax
 import pytest
 from training_child import MODEL, SAMPLE
 
-from rattn_eqx import commands as command_line
 from rattn_eqx.__main__ import main
+from rattn_eqx.commands import pretrain
 from rattn_eqx.model.presets import presets
 
 pytestmark = [pytest.mark.slow, pytest.mark.standard_dtype_promotion]  # optax
@@ -40,7 +40,7 @@ def options(folder: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
     rates = dict.fromkeys(["--learning-rate", "--weight-decay", "--clip-norm"], NUMBERS)
     words = dict.fromkeys(["--pattern", "--feature-map", "--optimizer", "--tokenizer", "--preset", "--prompt"], NAMES)
     seeds = {"--seed": NUMBERS + LARGE, "--evaluation-tokens": NUMBERS + LARGE, "--devices": NUMBERS + LARGE}
-    pretrain = ["--out", "run", "--corpus", str(SAMPLE), *cache, "--steps", "2", "--context", "32", "--devices", "1",
+    trained = ["--out", "run", "--corpus", str(SAMPLE), *cache, "--steps", "2", "--context", "32", "--devices", "1",
         "--evaluation-tokens", "256", "--sample-tokens", "2"]  # fmt: skip
     trial = ["name", "model", "model.window", "model.num_layers", "model.model_width", "model.vocabulary_size",
         "model.pattern", "model.feature_map", "model.head_size", "training.steps", "training.batch_size",
@@ -52,7 +52,7 @@ def options(folder: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
     task = [f"{name}={x}" for name in ("num_pairs", "num_queries", "gap", "vocabulary_size", "x") for x in VALUES]
     lengths = ["", "x", "0", "8", "64,32", "1k", "9" * 400, "\u00b2", "2147483647", "2097151k", "2097152k", ","]
     return {
-        "pretrain": (pretrain, sizes | often | rates | words | seeds | {"--corpus": paths, "--cache": paths}),
+        "pretrain": (trained, sizes | often | rates | words | seeds | {"--corpus": paths, "--cache": paths}),
         "generate": (
             ["--run", "run", "--num-tokens", "2"],
             {"--run": paths, "--num-tokens": NUMBERS, "--temperature": NUMBERS + LARGE, "--top-k": NUMBERS + LARGE,
@@ -97,7 +97,7 @@ def test_random_argument_lists(tmp_path, monkeypatch, capfd, count):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setitem(presets, "tiny", MODEL)
-    monkeypatch.setattr(command_line, "_use_cpu_devices", lambda count: None)
+    monkeypatch.setattr(pretrain, "_use_cpu_devices", lambda count: None)
     for name in ("home", "folder"):
         (tmp_path / name).mkdir()
     (tmp_path / "grid.py").write_text(GRID)
