@@ -1,7 +1,6 @@
 """From a pretrained model to a converted one and what it lost: what `rattn convert` does."""
 
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
@@ -23,9 +22,9 @@ from rattn_eqx.model.config import LayerKind
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.training.config import RunConfig, TrainConfig
 from rattn_eqx.training.loop import train
-from rattn_eqx.training.run_folder import digest
+from rattn_eqx.training.run_folder import as_json, digest
 from rattn_eqx.weights import own
-from rattn_eqx.weights.load import load
+from rattn_eqx.weights.load import load_with_tokenizer
 
 ABOUT, MODEL, RESULTS = "conversion.json", "model", "results.json"  # of a conversion, in its folder
 OLD, IMPOSED = "the model as it was", "its window imposed"
@@ -73,10 +72,8 @@ def convert(
     if (folder / "config.json").exists():
         raise ValueError(f"convert: --out must be a folder of its own; {folder} holds a model; give another")
     with files.lock(folder, f"convert: {folder}"):
-        teacher, tokenizer, old = load(source, "float32", compute_dtype=transferring.compute_dtype)
-        if tokenizer is None:
-            raise ValueError(f"convert: {source} must have a tokenizer; it has none; put the checkpoint's into it")
-        config = student_config(old, pattern, window)
+        teacher, tokenizer = load_with_tokenizer(source, "float32", compute_dtype=transferring.compute_dtype)
+        config = student_config(teacher.config, pattern, window)
         model = student(teacher, config)
         verdict.check_prompts(tokenizer)
         text = build_corpus(corpus, cache, exclude=(folder,))
@@ -88,10 +85,9 @@ def convert(
                 f"convert: a held-out text must have {text_length} tokens; none of {corpus} has; give more or longer "
                 "text, or a smaller --text-length"
             )
-        about = {"source": str(source), "model": digest(teacher), "config": dataclasses.asdict(config),
+        about = as_json({"source": str(source), "model": digest(teacher), "config": dataclasses.asdict(config),
             "corpus": text.manifest["sha256"], "transfer": dataclasses.asdict(transferring),
-            "training": None if training is None else dataclasses.asdict(training)}  # fmt: skip
-        about = json.loads(json.dumps(about))
+            "training": None if training is None else dataclasses.asdict(training)})  # fmt: skip
         _open(folder, about)
         kinds = config.layer_kinds
         print(
@@ -99,19 +95,16 @@ def convert(
             f"local, window {window}\ntransfer    {transferring.steps:,} steps of {transferring.batch_size} x "
             f"{transferring.context} tokens"
         )
-        begun = model
+        stages = {OLD: teacher, IMPOSED: verdict.window_imposed(model)}
         model = transfer(folder / "transfer", model, transferring, train_tokens, tokenizer, show_progress=show_progress)
-        stages = {OLD: teacher, IMPOSED: verdict.window_imposed(begun), TRANSFERRED: model}
         if training is not None:
+            stages[TRANSFERRED] = model
             run = RunConfig(config, training, text.manifest["sha256"], digest(model))
             print(f"training    {training.steps:,} steps of {training.batch_size} x {training.context} tokens")
             model = train(
                 folder / "training", run, train_tokens, held_out, tokenizer, start=model, show_progress=show_progress
             )
-            stages[CONVERTED] = model
-        else:
-            stages[CONVERTED] = stages.pop(TRANSFERRED)
-        stages[WITHOUT] = switch_off(model, "residual")
+        stages |= {CONVERTED: model, WITHOUT: switch_off(model, "residual")}
         if not (folder / MODEL).exists():  # else it is this one: `_open` saw to that
             own.save(model, folder / MODEL, tokenizer=tokenizer, origin={"converted": about})
         results = _results(stages, texts, tokenizer, window)

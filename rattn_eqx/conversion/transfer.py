@@ -6,7 +6,6 @@ which the converted model still holds, so that no layer has to make up for what 
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,15 +20,14 @@ from tqdm import tqdm
 
 from pallas.checked import checked
 from rattn_eqx.conversion.student import own_parameters, replaced
-from rattn_eqx.data.batches import training_batches
 from rattn_eqx.data.files import lock, remove_unfinished
 from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.model.attention import RAttention
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.training.checkpoint import explained, restore_latest, save_checkpoint
 from rattn_eqx.training.config import TrainConfig
-from rattn_eqx.training.loop import MAX_SKIPPED
-from rattn_eqx.training.run_folder import Metrics, digest, metrics_obstacle
+from rattn_eqx.training.loop import MAX_SKIPPED, batches_of, checkpoints_of
+from rattn_eqx.training.run_folder import Metrics, as_json, digest, metrics_obstacle
 from rattn_eqx.training.step import apply_if_finite, learning_rate_schedule
 
 SINKS = 10.0  # how much faster sinks learn: logits have far to go, matrices near the identity have not
@@ -96,22 +94,13 @@ def transfer(
 
 def _transfer(folder, model, settings: TrainConfig, tokens: Path, tokenizer: Tokenizer, report, show_progress: bool):
     """`transfer`, by the one process that holds the folder's lock."""
-    checkpoints = folder / "checkpoints"
-    if checkpoints.is_symlink() or (checkpoints.exists() and not checkpoints.is_dir()):
-        raise ValueError(f"transfer: {checkpoints} must be a folder and no link; remove it, or give another --out")
-    batches = training_batches(
-        tokens,
-        context=settings.context,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        document=tokenizer.document,
-    )
+    checkpoints, batches = checkpoints_of("transfer", folder), batches_of(tokens, settings, tokenizer)
     remove_unfinished(folder)
     own, rest = eqx.partition(model, own_parameters(model))
     optimizer = _optimizer(settings)
     state = {"own": own, "optimizer": optimizer.init(own)}
-    of_this = {"model": digest(model), "config": dataclasses.asdict(model.config), "tokens": tokens.parent.name}
-    of_this = json.loads(json.dumps(of_this | {"settings": dataclasses.asdict(settings)}))
+    of_this = as_json({"model": digest(model), "config": dataclasses.asdict(model.config),
+        "tokens": tokens.parent.name, "settings": dataclasses.asdict(settings)})  # fmt: skip
     at_start, first, kept = batches.get_state(), 0, 0
 
     def obstacle(metadata: dict[str, Any]) -> str | None:

@@ -8,17 +8,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Int32
 
 from pallas.checked import checked
 from rattn_eqx.data.pretrained_tokenizer import PretrainedTokenizer
 from rattn_eqx.data.tokenizers import Tokenizer
-from rattn_eqx.evaluation.text import switch_off
+from rattn_eqx.evaluation.text import nats_by_position, switch_off
 from rattn_eqx.inference.chat import chat_prompt
 from rattn_eqx.inference.text import generate_texts
 from rattn_eqx.model.attention import RAttention
-from rattn_eqx.model.language_model import LanguageModel, map_logits
-from rattn_eqx.model.loss import nats_of_tokens
+from rattn_eqx.model.language_model import LanguageModel
 
 NEVER = -1e9  # a sink's logit that no softmax sees
 
@@ -61,13 +60,8 @@ def window_imposed(model: LanguageModel) -> LanguageModel:
 def losses(models: dict[str, LanguageModel], texts: Int32[np.ndarray, "n length"], window: int) -> Iterator[Loss]:
     """The loss of each model on the same texts, one after the other."""
     for name, model in models.items():
-        nats = np.stack([np.asarray(_nats(model, jnp.asarray(text)), np.float64) for text in texts])
+        nats = np.stack([np.asarray(nats_by_position(model, jnp.asarray(text)), np.float64) for text in texts])
         yield Loss(name, float(nats[:, :window].mean()), float(nats[:, window:].mean()))
-
-
-@eqx.filter_jit
-def _nats(model: LanguageModel, text: Int[Array, "length"]) -> Float[Array, "length-1"]:
-    return map_logits(nats_of_tokens, model, text[None, :-1], None, text[None, 1:])[0]
 
 
 def fact_prompts(tokenizer: Tokenizer, length: int = 300) -> list[tuple[str, str]]:

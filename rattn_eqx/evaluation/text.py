@@ -69,7 +69,7 @@ def loss_by_position(
     """
     if not len(documents):
         return []
-    nats = np.sum([np.asarray(_nats(model, jnp.asarray(x)), np.float64) for x in documents], axis=0)
+    nats = np.sum([np.asarray(nats_by_position(model, jnp.asarray(x)), np.float64) for x in documents], axis=0)
     num_bytes = tokenizer.byte_lengths[documents[:, 1:]].sum(axis=0)
     bits = lambda low, high: bits_per_byte(float(nats[low:high].sum()), int(num_bytes[low:high].sum()))
     return [(low, high, bits(low, high)) for low, high in itertools.pairwise(position_edges(len(num_bytes)))]
@@ -84,7 +84,8 @@ def position_edges(count: int) -> list[int]:
 
 
 @eqx.filter_jit
-def _nats(model: LanguageModel, document: Int[Array, "length"]) -> Float[Array, "length-1"]:
+def nats_by_position(model: LanguageModel, document: Int[Array, "length"]) -> Float[Array, "length-1"]:
+    """-log p of each token of a document but the first, from those before it."""
     return map_logits(nats_of_tokens, model, document[None, :-1], None, document[None, 1:])[0]
 
 

@@ -81,6 +81,25 @@ def load_model(folder: Path, *, report: Callable[[str], object] = print) -> tupl
     return state["model"], tokenizer, config
 
 
+def batches_of(tokens: Path, settings: TrainConfig, tokenizer: Tokenizer) -> Any:
+    """The `training_batches` of a run."""
+    return training_batches(
+        tokens,
+        context=settings.context,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        document=tokenizer.document,
+    )
+
+
+def checkpoints_of(function: str, folder: Path) -> Path:
+    """Where a run's checkpoints are; a ValueError for what is no folder of its own."""
+    path = folder / "checkpoints"
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f"{function}: {path} must be a folder and no link; remove it, or give its place as --out")
+    return path
+
+
 def validation_loss(model: LanguageModel, config: TrainConfig, validation_tokens: Path, tokenizer: Tokenizer) -> float:
     """Bits per byte on the first `config.evaluation_tokens` validation tokens."""
     batches = validation_batches(
@@ -153,17 +172,10 @@ def _train(
     show_progress: bool,
 ) -> LanguageModel:
     """`train`, by the one process that holds the folder's lock."""
-    settings, checkpoints = config.training, folder / "checkpoints"
-    batches = training_batches(
-        train_tokens,
-        context=settings.context,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        document=tokenizer.document,
-    )
+    settings = config.training
+    batches = batches_of(train_tokens, settings, tokenizer)
     open_run(folder, config, tokenizer)
-    if checkpoints.is_symlink() or (checkpoints.exists() and not checkpoints.is_dir()):
-        raise ValueError(f"train: {checkpoints} must be a folder and no link; remove it, or give its place as --out")
+    checkpoints = checkpoints_of("train", folder)
     remove_unfinished(folder)
     state = initial_state(config, start)
 

@@ -76,12 +76,15 @@ def open_run(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
 
 def identity(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a run's checkpoints belong to, as JSON holds it: its config, the corpus's digest among it, its tokenizer."""
-    return {"config": _as_json(config), "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()}
+    return {
+        "config": as_json(dataclasses.asdict(config)),
+        "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
+    }
 
 
-def _as_json(config: RunConfig) -> dict[str, Any]:
-    """What config.json gives back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """What a file of JSON gives back of values: lists for tuples."""
+    return json.loads(json.dumps(values))
 
 
 def digest(parameters: Any) -> str:
@@ -104,7 +107,7 @@ def of_another_run(metadata: dict[str, Any], run: dict[str, Any]) -> str | None:
         stated, _ = _config_of(config)  # a field that is younger than the checkpoint has its default
     except ValueError as error:
         return f"its config is no config of this version of rattn-eqx: {error}"
-    found = {"config": _as_json(stated), "tokenizer": tokenizer}
+    found = {"config": as_json(dataclasses.asdict(stated)), "tokenizer": tokenizer}
     different = _differences(found, run, "in it", "in config.json and tokenizer.json")
     return f"it belongs to another run: {different}" if different else None
 

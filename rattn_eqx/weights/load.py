@@ -73,14 +73,16 @@ def load(
 
 
 def load_with_tokenizer(
-    path: Path | str, *, report: Callable[[str], object] = print
+    path: Path | str, dtype: str | None = "stored", **options: Any
 ) -> tuple[LanguageModel, Tokenizer]:
     """`load` as commands use it, which write and read text: parameters as they are stored, and a tokenizer for sure.
+
+    options: compute_dtype and report, as of `load`.
 
     Raises:
       ValueError: as `load`, and for a model without a tokenizer.
     """
-    model, tokenizer, _ = load(path, "stored", report=report)
+    model, tokenizer, _ = load(path, dtype, **options)
     if tokenizer is None:
         raise ValueError(f"load: {path} must have a tokenizer; it has none; put the checkpoint's into it")
     return model, tokenizer
