@@ -35,6 +35,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--batch-size", type=whole(), default=1, help="sequences in a step")
     add("--microbatches", type=whole(), default=1, help="pieces that a step's batch is computed in, to save memory")
     add("--compute-dtype", choices=["float32", "bfloat16"], default="float32", help="parameters stay float32")
+    add("--distillation", type=finite, default=0.0, help="share of that training's loss: KL from the old model, 0 to 1")
+    add("--window-dropout", type=finite, default=0.0, help="how often a layer's window is silent in it, at first")
+    add("--windows", type=windows, default=(), metavar="W,...", help="windows that its steps draw from, at random")
+    add("--no-residual", action="store_true", help="the window alone, to compare with")
+    add("--no-sinks", action="store_true", help="no learned logits without a value in the window's softmax")
     add("--rematerialise", action="store_true", help="recompute blocks in the backward pass, to save memory")
     add("--evaluation-tokens", type=whole(), default=16384, help="held-out tokens that training is evaluated on")
     add("--checkpoint-every", type=whole(), default=50, help="steps between checkpoints")
@@ -43,8 +48,14 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="of the shuffle")
 
 
+def windows(text: str) -> tuple[int, ...]:
+    """Windows such as "32,64"."""
+    return tuple(map(whole(), text.split(",")))
+
+
 def run(options: argparse.Namespace) -> None:
     from rattn_eqx.conversion.convert import convert, settings
+    from rattn_eqx.training.config import Objective
 
     kinds: dict[str, Any] = {"local": "local", "global": "global_rope", "global_rope": "global_rope"}
     names = options.pattern.split(",")
@@ -53,7 +64,13 @@ def run(options: argparse.Namespace) -> None:
     shared: dict[str, Any] = {
         name: getattr(options, name) for name in ("batch_size", "context", "compute_dtype", "checkpoint_every", "seed")
     }
-    training = None
+    training = objective = None
+    of_objective = {name: getattr(options, name) for name in ("distillation", "window_dropout", "windows")}
+    if any(of_objective.values()):
+        if not options.steps:
+            raise ValueError("convert: --distillation, --window-dropout and --windows belong to --steps above 0; got 0")
+        teacher = "filled in" if options.distillation > 0 else None
+        objective = Objective(teacher=teacher, **of_objective)
     if options.steps:
         of_all: dict[str, Any] = dict(
             evaluation_tokens=options.evaluation_tokens,
@@ -69,6 +86,9 @@ def run(options: argparse.Namespace) -> None:
         window=options.window,
         transferring=settings(options.transfer_steps, learning_rate=options.transfer_rate, **shared),
         training=training,
+        objective=objective,
+        residual=not options.no_residual,
+        sinks=not options.no_sinks,
         corpus=options.corpus,
         cache=options.cache,
         num_texts=options.texts,

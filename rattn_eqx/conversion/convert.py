@@ -20,7 +20,7 @@ from rattn_eqx.evaluation.text import switch_off
 from rattn_eqx.inference.cost import count_parameters
 from rattn_eqx.model.config import LayerKind
 from rattn_eqx.model.language_model import LanguageModel
-from rattn_eqx.training.config import RunConfig, TrainConfig
+from rattn_eqx.training.config import Objective, RunConfig, TrainConfig
 from rattn_eqx.training.loop import train
 from rattn_eqx.training.run_folder import as_json, digest
 from rattn_eqx.weights import own
@@ -39,6 +39,9 @@ def convert(
     window: int,
     transferring: TrainConfig,
     training: TrainConfig | None,
+    objective: Objective | None = None,
+    residual: bool = True,
+    sinks: bool = True,
     corpus: str,
     cache: Path,
     num_texts: int = 8,
@@ -53,9 +56,10 @@ def convert(
     Args:
       folder: of the conversion: transfer/, training/, model/ and results.json.
       source: of the model: as `load`.
-      pattern, window: as `student_config`.
+      pattern, window, residual, sinks: as `student_config`.
       transferring: as `transfer`'s settings.
       training: as `train`; None: no training after the transfer.
+      objective: of that training; its teacher is filled in.
       corpus, cache: of the text, as in `pretrain`; its held-out part is what losses are measured on.
       num_texts, text_length: held-out texts, and tokens of each, that losses are measured on.
 
@@ -73,8 +77,10 @@ def convert(
         raise ValueError(f"convert: --out must be a folder of its own; {folder} holds a model; give another")
     with files.lock(folder, f"convert: {folder}"):
         teacher, tokenizer = load_with_tokenizer(source, "float32", compute_dtype=transferring.compute_dtype)
-        config = student_config(teacher.config, pattern, window)
-        model = student(teacher, config)
+        config = student_config(teacher.config, pattern, window, residual=residual, sinks=sinks)
+        model, start = student(teacher, config), digest(teacher)
+        if objective is not None:
+            objective = dataclasses.replace(objective, teacher=start if objective.distillation else None)
         verdict.check_prompts(tokenizer)
         text = build_corpus(corpus, cache, exclude=(folder,))
         print(describe(text.manifest))
@@ -85,9 +91,10 @@ def convert(
                 f"convert: a held-out text must have {text_length} tokens; none of {corpus} has; give more or longer "
                 "text, or a smaller --text-length"
             )
-        about = as_json({"source": str(source), "model": digest(teacher), "config": dataclasses.asdict(config),
+        about = as_json({"source": str(source), "model": start, "config": dataclasses.asdict(config),
             "corpus": text.manifest["sha256"], "transfer": dataclasses.asdict(transferring),
-            "training": None if training is None else dataclasses.asdict(training)})  # fmt: skip
+            "training": None if training is None else dataclasses.asdict(training),
+            "objective": None if objective is None else dataclasses.asdict(objective)})  # fmt: skip
         _open(folder, about)
         kinds = config.layer_kinds
         print(
@@ -99,11 +106,11 @@ def convert(
         model = transfer(folder / "transfer", model, transferring, train_tokens, tokenizer, show_progress=show_progress)
         if training is not None:
             stages[TRANSFERRED] = model
-            run = RunConfig(config, training, text.manifest["sha256"], digest(model))
+            run = RunConfig(config, training, text.manifest["sha256"], digest(model), objective)
+            old = teacher if objective is not None and objective.distillation else None
             print(f"training    {training.steps:,} steps of {training.batch_size} x {training.context} tokens")
-            model = train(
-                folder / "training", run, train_tokens, held_out, tokenizer, start=model, show_progress=show_progress
-            )
+            options: dict[str, Any] = dict(start=model, teacher=old, show_progress=show_progress)
+            model = train(folder / "training", run, train_tokens, held_out, tokenizer, **options)
         stages |= {CONVERTED: model, WITHOUT: switch_off(model, "residual")}
         if not (folder / MODEL).exists():  # else it is this one: `_open` saw to that
             own.save(model, folder / MODEL, tokenizer=tokenizer, origin={"converted": about})

@@ -18,11 +18,20 @@ from rattn_eqx.model.config import LayerKind, ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
 
 
-def student_config(config: ModelConfig, pattern: tuple[LayerKind, ...], window: int) -> ModelConfig:
+def student_config(
+    config: ModelConfig,
+    pattern: tuple[LayerKind, ...],
+    window: int,
+    *,
+    residual: bool = True,
+    sinks: bool = True,
+) -> ModelConfig:
     """The config of the converted model.
 
     Args:
       pattern: repeated down the layers: where it says "local" the layer becomes local, elsewhere it stays as it is.
+      residual: False leaves the window alone, to compare with.
+      sinks: a learned logit without a value for each head of a local layer.
 
     Raises:
       ValueError: for an old model with local layers, a window below 1, a layer without positions that would become
@@ -46,14 +55,14 @@ def student_config(config: ModelConfig, pattern: tuple[LayerKind, ...], window: 
         config,
         pattern=tuple("local" if local else kind for kind, local in zip(old, becomes_local, strict=True)),
         window=window,
-        residual=True,
+        residual=residual,
         feature_map="softmax",
         learned_feature_scale=False,
         num_meta_tokens=0,
-        feature_projection=True,
+        feature_projection=residual,
         swa_gain=None,
         rla_gain=0.0,
-        sinks=True,
+        sinks=sinks,
     )
 
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +15,8 @@ from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.evaluation.text import nats_by_position, switch_off
 from rattn_eqx.inference.chat import chat_prompt
 from rattn_eqx.inference.text import generate_texts
-from rattn_eqx.model.attention import RAttention
 from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.training.objective import with_sinks
 
 NEVER = -1e9  # a sink's logit that no softmax sees
 
@@ -51,9 +50,7 @@ class Loss:
 
 def window_imposed(model: LanguageModel) -> LanguageModel:
     """The old model with each local layer's window forced on it: no sink, no residual branch."""
-    where = lambda model: [x.attention.sink_logits for x in model.blocks if isinstance(x.attention, RAttention)]
-    imposed = eqx.tree_at(where, model, replace_fn=lambda x: jnp.full_like(x, NEVER))
-    return switch_off(imposed, "residual")
+    return switch_off(with_sinks(model, lambda number, sinks: jnp.full_like(sinks, NEVER)), "residual")
 
 
 @checked

@@ -298,7 +298,7 @@ def batch_logits(
     model: LanguageModel, tokens: Int[Array, "batch t"], segment_ids: Int[Array, "batch t"] | None = None
 ) -> Float[Array, "batch t vocabulary"]:
     """The model's logits for each sequence of a batch; without segment ids each is one document."""
-    return _each(model, tokens, segment_ids)
+    return each_sequence(model, tokens, segment_ids)
 
 
 @checked
@@ -316,7 +316,7 @@ def map_logits(
     """
     if tokens.size <= _block(model):
         return function(batch_logits(model, tokens, segment_ids), *others)
-    stream = _each(model.final_stream, tokens, segment_ids)
+    stream = each_sequence(model.final_stream, tokens, segment_ids)
     in_row = jax.tree.map(lambda x: x.reshape(tokens.size, *x.shape[2:]), (stream, *others))
     return jax.tree.map(lambda x: x.reshape(tokens.shape), by_token(function, model, *in_row))
 
@@ -338,7 +338,8 @@ def _block(model: LanguageModel) -> int:
     return max(1, MAX_LOGITS // model.config.vocabulary_size)
 
 
-def _each(apply: Callable, tokens: Array, segment_ids: Array | None) -> Array:
+def each_sequence(apply: Callable, tokens: Array, segment_ids: Array | None) -> Array:
+    """`apply(tokens, segment_ids)` of each sequence of a batch."""
     if tokens.shape[0] == 1:  # without the batch axis, XLA's matrix products on CPU take a third less time
         return apply(tokens[0], None if segment_ids is None else segment_ids[0])[None]
     return jax.vmap(apply)(tokens, segment_ids)

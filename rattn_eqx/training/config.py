@@ -66,11 +66,44 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a converted model is trained to besides the loss on the text, so that it does not pass by a branch.
+
+    `distillation`, 0 to 1, is the share of the loss that is KL(old || new) of the next token, in nats, from the model
+    whose sha256 is `teacher` (`run_folder.digest`). `window_dropout` is how probable it is at first that a local
+    layer's window says nothing for a step, drawn for each layer; it falls in a line to 0 at half of the steps.
+    `windows`: each step takes one of them in place of the model's, drawn evenly; the last tenth of the steps takes the
+    model's own.
+    """
+
+    distillation: float | int = 0.0
+    teacher: str | None = None
+    window_dropout: float | int = 0.0
+    windows: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        settle(self)
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"Objective: distillation must be a share, 0 to 1; got {self.distillation}")
+        if not 0 <= self.window_dropout < 1:
+            raise ValueError(
+                f"Objective: window_dropout must be a probability, at least 0 and below 1; got {self.window_dropout}"
+            )
+        if (self.distillation > 0) is not (self.teacher is not None):
+            raise ValueError(
+                f"Objective: teacher belongs to a distillation above 0; got distillation={self.distillation}, "
+                f"teacher={self.teacher}"
+            )
+        if small := [window for window in self.windows if window < 1]:
+            raise ValueError(f"Objective: windows must be at least 1 each; got {small[0]}")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """The model, how it is trained, and on what: `corpus` is the sha256 of the corpus's text, as it is split.
 
     `start` is the sha256 of the parameters that the run begins with (`run_folder.digest`), None where they are drawn
-    from the seed.
+    from the seed. `objective`: None is the loss on the text alone.
 
     A run's result depends on two things more: on its tokenizer, which is in tokenizer.json, and by rounding on the
     number of devices, which is in each checkpoint's metadata.
@@ -80,6 +113,7 @@ class RunConfig:
     training: TrainConfig
     corpus: str
     start: str | None = None
+    objective: Objective | None = None
 
     def __post_init__(self):
         settle(self)

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from rattn_eqx.evaluation.text import evaluate
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.model.sharding import batch_mesh, replicate
 from rattn_eqx.training.checkpoint import CheckpointError, claimed_metadata, explained, restore_latest, save_checkpoint
-from rattn_eqx.training.config import RunConfig, TrainConfig
+from rattn_eqx.training.config import Objective, RunConfig, TrainConfig
+from rattn_eqx.training.objective import Aim, with_window
 from rattn_eqx.training.run_folder import (
     Metrics,
     digest,
@@ -121,6 +123,7 @@ def train(
     tokenizer: Tokenizer,
     *,
     start: LanguageModel | None = None,
+    teacher: LanguageModel | None = None,
     report: Callable[[str], object] = tqdm.write,
     show_progress: bool = True,
 ) -> LanguageModel:
@@ -136,11 +139,13 @@ def train(
       train_tokens, validation_tokens: token files that `tokenizers.tokenize` wrote.
       tokenizer: the one they were written with.
       start: the model to begin with, float32, whose `run_folder.digest` is config.start; None: drawn from the seed.
+      teacher: the model that an objective distils from, whose digest is config.objective.teacher.
       report: told what happens, a line at a time.
       show_progress: draw a bar with the loss, tokens per second since the first step, and the time left.
 
     Raises:
-      ValueError: if the folder holds a run of another config, or nothing but damaged or foreign checkpoints.
+      ValueError: if the folder holds a run of another config, or nothing but damaged or foreign checkpoints; and as
+        `objective.Aim`.
       LockedError: if another process trains in the folder.
       NotImplementedError: in a launch of several processes.
       FloatingPointError: if loss or gradients stay non-finite for MAX_SKIPPED steps in a row.
@@ -158,7 +163,7 @@ def train(
     if jax.process_count() > 1:
         raise NotImplementedError(f"train: one process at a time; got {jax.process_count()}; launch it without others")
     with lock(folder, f"train: {folder}"):
-        return _train(folder, config, train_tokens, validation_tokens, tokenizer, start, report, show_progress)
+        return _train(folder, config, train_tokens, validation_tokens, tokenizer, start, teacher, report, show_progress)
 
 
 def _train(
@@ -168,6 +173,7 @@ def _train(
     validation_tokens: Path,
     tokenizer: Tokenizer,
     start: LanguageModel | None,
+    teacher: LanguageModel | None,
     report: Callable[[str], object],
     show_progress: bool,
 ) -> LanguageModel:
@@ -178,6 +184,7 @@ def _train(
     checkpoints = checkpoints_of("train", folder)
     remove_unfinished(folder)
     state = initial_state(config, start)
+    aim = Aim(config.objective or Objective(), state["model"], teacher, settings.seed, settings.steps)
 
     first = kept = 0
     mesh = batch_mesh(settings.batch_size // settings.microbatches)
@@ -203,7 +210,13 @@ def _train(
 
     parameters, static = eqx.partition(state["model"], eqx.is_array)
     parameters, optimizer_state = replicate((parameters, state["optimizer"]), mesh)
-    step = make_step(static, settings, mesh)
+    teacher_arrays = replicate(aim.teacher, mesh)
+
+    @functools.cache
+    def step_of(window: int | None) -> Callable:
+        of_window = static if window is None else with_window(static, window)
+        return make_step(of_window, settings, mesh, aim.loss)
+
     learning_rate = learning_rate_schedule(settings)
     started = compiled = time.monotonic()
     skipped_before = int(optimizer_state.total_notfinite)
@@ -219,7 +232,8 @@ def _train(
 
         for number in range(first + 1, settings.steps + 1):
             batch = next(batches)
-            parameters, optimizer_state, loss, norm = step(parameters, optimizer_state, batch)
+            step, silent = step_of(aim.window(number)), aim.silent(number)
+            parameters, optimizer_state, loss, norm = step(parameters, optimizer_state, batch, teacher_arrays, silent)
             skipped = int(optimizer_state.total_notfinite)
             bytes_per_token = tokenizer.byte_lengths[batch["targets"]].mean()
             bits = float(loss) / math.log(2) / bytes_per_token

@@ -29,7 +29,7 @@ from rattn_eqx.data.files import (
 from rattn_eqx.data.tokenizers import Tokenizer, load_tokenizer
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.fields import made
-from rattn_eqx.training.config import RunConfig, TrainConfig
+from rattn_eqx.training.config import Objective, RunConfig, TrainConfig
 
 _LONGEST_ROW = 2**12  # bytes of a line of metrics.jsonl
 
@@ -160,7 +160,14 @@ def _config_of(values: Any) -> tuple[RunConfig, dict[str, Any]]:
     start = values.get("start")  # younger than some runs
     if not isinstance(start, str | None):
         raise ValueError(f"start must be a text or null; got {start!r:.80}")
-    return RunConfig(made(ModelConfig, model), made(TrainConfig, training), corpus, start), former
+    match values.get("objective"):  # younger too
+        case None:
+            objective = None
+        case dict(stated):
+            objective = made(Objective, stated)
+        case other:
+            raise ValueError(f"objective must be an object or null; got {other!r:.80}")
+    return RunConfig(made(ModelConfig, model), made(TrainConfig, training), corpus, start, objective), former
 
 
 class Metrics:

@@ -117,30 +117,36 @@ def train_step(
     return optax.apply_updates(parameters, updates), optimizer_state, loss, norm
 
 
-def make_step(static: LanguageModel, config: TrainConfig, mesh: Mesh | None = None) -> Callable:
+def make_step(
+    static: LanguageModel, config: TrainConfig, mesh: Mesh | None = None, loss: Callable = mean_loss
+) -> Callable:
     """The compiled step (parameters, optimiser state, batch) -> (parameters, optimiser state, loss, gradient norm).
 
     The batch is cut over the mesh's devices, if there is one, and each device's share into `config.microbatches`
     pieces, one after the other.
+
+    Args:
+      loss: of (model, batch) and whatever arrays the step is called with after the batch, whole on every device.
     """
     optimizer = make_optimizer(config)
 
-    def loss_and_gradients(parameters, batch):
-        return jax.value_and_grad(lambda p: mean_loss(eqx.combine(p, static), batch))(parameters)
+    def loss_and_gradients(parameters, others, batch):
+        return jax.value_and_grad(lambda p: loss(eqx.combine(p, static), batch, *others))(parameters)
 
-    def device_mean(parameters, batch):
+    def device_mean(parameters, others, batch):
         if config.microbatches == 1:
-            return loss_and_gradients(parameters, batch)
+            return loss_and_gradients(parameters, others, batch)
         pieces = jax.tree.map(lambda x: x.reshape(config.microbatches, -1, *x.shape[1:]), batch)
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters))
-        add = lambda total, piece: (jax.tree.map(jnp.add, total, loss_and_gradients(parameters, piece)), None)
+        add = lambda total, piece: (jax.tree.map(jnp.add, total, loss_and_gradients(parameters, others, piece)), None)
         return jax.tree.map(lambda x: x / config.microbatches, jax.lax.scan(add, zero, pieces)[0])
 
     mean = device_mean
     if mesh is not None:
-        mean = over_batch(lambda *arguments: jax.lax.pmean(device_mean(*arguments), BATCH), mesh, 1)
+        mean = over_batch(lambda *arguments: jax.lax.pmean(device_mean(*arguments), BATCH), mesh, 2)
 
-    def step(parameters, optimizer_state, batch):
-        return train_step(mean, optimizer, parameters, optimizer_state, batch)
+    def step(parameters, optimizer_state, batch, *others):
+        of_batch = lambda parameters, batch: mean(parameters, others, batch)
+        return train_step(of_batch, optimizer, parameters, optimizer_state, batch)
 
     return jax.jit(step, donate_argnums=(0, 1))

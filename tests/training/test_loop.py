@@ -284,7 +284,7 @@ def test_bad_steps_are_skipped_and_a_loss_that_stays_bad_stops_the_run(scratch, 
         loss = really(model, batch)
         return factor * loss if bad_gradients else loss + jax.lax.stop_gradient(factor - 1.0)
 
-    monkeypatch.setattr(stepping, "mean_loss", mean_loss)
+    monkeypatch.setattr(objectives, "mean_loss", mean_loss)
     folder, said = tmp_path / "run", []
     with pytest.raises(FloatingPointError, match="not finite for 10 steps in a row, up to step 17; lower the learning"):
         run(folder, scratch, said.append, checkpoint_every=5)
