@@ -1,6 +1,7 @@
 """Layer-wise transfer: every local layer learns to give, from the old model's stream, what the old layer gives there.
 
-Only what is new in a local layer is learned: sinks, gains and matrices before the map. The stream is the old model's,
+Only what is new in a local layer is learned: sinks, which are first fitted (`sinks.py`), gains and matrices before the
+map. The stream is the old model's,
 which the converted model still holds, so that no layer has to make up for what another has not learned yet.
 """
 
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from pallas.checked import checked
+from rattn_eqx.conversion.sinks import fit_sinks
 from rattn_eqx.conversion.student import own_parameters, replaced
 from rattn_eqx.data.files import lock, remove_unfinished
 from rattn_eqx.data.tokenizers import Tokenizer
@@ -30,6 +32,7 @@ from rattn_eqx.training.loop import MAX_SKIPPED, batches_of, checkpoints_of
 from rattn_eqx.training.run_folder import Metrics, as_json, digest, metrics_obstacle
 from rattn_eqx.training.step import apply_if_finite, learning_rate_schedule
 
+FITTED = 4  # sequences that the sinks are fitted to before the first step
 SINKS = 10.0  # how much faster sinks learn: logits have far to go, matrices near the identity have not
 
 
@@ -109,7 +112,12 @@ def _transfer(folder, model, settings: TrainConfig, tokens: Path, tokenizer: Tok
         return metrics_obstacle(folder / "metrics.jsonl", metadata)
 
     restored = restore_latest(checkpoints, state, report=report, obstacle=obstacle)
-    if restored is not None:
+    if restored is None:
+        with contextlib.closing(batches_of(tokens, settings, tokenizer)) as beginning:
+            batch = next(beginning)
+        fitted = fit_sinks(model, jnp.asarray(batch["tokens"][:FITTED]), jnp.asarray(batch["segment_ids"][:FITTED]))
+        state["own"], _ = eqx.partition(fitted, own_parameters(fitted))
+    else:
         state, metadata, path = restored
         first, kept = int(metadata["step"]), metadata["metrics"]["rows"]
         batches.set_state(dict.fromkeys(at_start, first))

@@ -25,6 +25,7 @@ from rattn_eqx.data.files import LockedError, lock
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.model.sharding import batch_mesh
 from rattn_eqx.training import loop as training
+from rattn_eqx.training import objective as objectives
 from rattn_eqx.training import step as stepping
 from rattn_eqx.training.config import RunConfig
 from rattn_eqx.training.run_folder import read_metrics
