@@ -53,9 +53,9 @@ def _errors(block: Block, x: Float[Array, "t m"], ids: Int[Array, "t"]) -> Float
     group = q.shape[1] // k.shape[1]
     heads = lambda x, times: jnp.repeat(jnp.swapaxes(x, 0, 1).astype(jnp.float32), times, axis=0)
     place = jnp.arange(len(x))
-    distance = place[:, None] - place
-    causal = (distance >= 0) & (ids[:, None] == ids)
-    grid = jnp.asarray(GRID)
+    distance = place[:, None] - place[None]
+    causal = (distance >= 0) & (ids[:, None] == ids[None])
+    grid = jnp.asarray(GRID)[None]
 
     def of_head(head):
         q, k, v = head
