@@ -21,7 +21,7 @@ from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.model.sharding import batch_mesh, replicate
 from rattn_eqx.training.checkpoint import CheckpointError, claimed_metadata, explained, restore_latest, save_checkpoint
 from rattn_eqx.training.config import Objective, RunConfig, TrainConfig
-from rattn_eqx.training.objective import Aim, with_window
+from rattn_eqx.training.objective import Aim
 from rattn_eqx.training.run_folder import (
     Metrics,
     digest,
@@ -214,8 +214,7 @@ def _train(
 
     @functools.cache
     def step_of(window: int | None) -> Callable:
-        of_window = static if window is None else with_window(static, window)
-        return make_step(of_window, settings, mesh, aim.loss)
+        return make_step(static, settings, mesh, functools.partial(aim.loss, window=window))
 
     learning_rate = learning_rate_schedule(settings)
     started = compiled = time.monotonic()

@@ -51,11 +51,21 @@ class Aim:
         self._objective, self._seed, self._steps, self._num_local = objective, seed, steps, len(local)
         self.teacher, self._static = eqx.partition(teacher, eqx.is_array)
 
-    def loss(self, model: LanguageModel, batch: dict[str, Array], teacher: Any, silent: Bool[Array, "layers"]) -> Array:
-        """Nats per token of a batch, as `step.mean_loss`, of a step with those windows `silent`.
+    def loss(
+        self,
+        model: LanguageModel,
+        batch: dict[str, Array],
+        teacher: Any,
+        silent: Bool[Array, "layers"],
+        *,
+        window: int | None = None,
+    ) -> Array:
+        """Nats per token of a batch, as `step.mean_loss`, of a step with those windows `silent`, and with that window.
 
         teacher: the arrays of `self.teacher`, as an argument of the compiled step.
         """
+        if window is not None:
+            model = with_window(model, window)
         if self._objective.window_dropout:
             model = with_sinks(model, lambda number, sinks: jnp.where(silent[number], ALWAYS, sinks))
         share = self._objective.distillation
