@@ -8,11 +8,15 @@ from pathlib import Path
 
 import jax
 import pytest
+from small_model import drawn
 from training_child import MODEL, SAMPLE
 
 from rattn_eqx.__main__ import main
 from rattn_eqx.commands import pretrain
+from rattn_eqx.data.tokenizers import ByteTokenizer
+from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.presets import presets
+from rattn_eqx.weights import own
 
 pytestmark = [pytest.mark.slow, pytest.mark.standard_dtype_promotion]  # optax
 
@@ -23,6 +27,9 @@ from rattn_eqx.ablation.grids import quick
 training = dataclasses.replace(made.training, steps=2, batch_size=2, warmup_steps=1)
 trials = [dataclasses.replace(made, training=training, test_samples=2)]
 """
+OLD = ModelConfig(vocabulary_size=258, model_width=12, num_layers=2, num_heads=2, num_kv_heads=1, head_size=6,
+    feed_forward_width=16, window=0, residual=False, pattern=("global_rope",), qk_norm=False)  # fmt: skip
+FOREIGN = str(Path(__file__).parent / "weights/fixtures/llama")
 NUMBERS = ["-1", "0", "1", "2", "1.5", "nan", "-inf", "1e400", "1e-40", "9" * 23, "9" * 400, "9" * 5000, "²", ""]
 LARGE = ["2147483647", "2147483648", "9223372036854775807"]  # not for what is done so many times
 NAMES = ["", "x", "caf\udce9", "a\nb", "\0", "%s", "-", "--", "→", "x" * 5000, "../", "~nobody/x"]
@@ -79,6 +86,18 @@ def options(folder: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
         ),
         "cost": ([], {"--window": NUMBERS + LARGE, "--context": NUMBERS + LARGE, "--batch": NUMBERS + LARGE,
                       "--preset": [*presets, "x"], "--hardware": NAMES, "--no-residual": []}),
+        "convert": (
+            ["old", "--out", "converted", "--corpus", str(SAMPLE), *cache, "--window", "6", "--pattern", "local,global",
+             "--context", "32", "--transfer-steps", "2", "--steps", "2", "--evaluation-tokens", "256", "--texts", "1",
+             "--text-length", "64"],
+            {"--out": [*paths, *"abc"], "--corpus": paths, "--cache": paths, "--pattern": [*NAMES, "global", "local"],
+             "--distillation": NUMBERS, "--window-dropout": NUMBERS, "--windows": [*VALUES, "3,5"], "--no-sinks": [],
+             "--transfer-rate": NUMBERS, "--learning-rate": NUMBERS, "--no-residual": [], "--rematerialise": []}
+            | dict.fromkeys(["--transfer-steps", "--steps", "--checkpoint-every", "--texts"], NUMBERS)
+            | dict.fromkeys(["--window", "--text-length", "--context", "--batch-size", "--microbatches", "--seed",
+                             "--evaluation-tokens"], NUMBERS + LARGE),
+        ),
+        "import": ([FOREIGN, "--out", "imported"], {"--out": [*paths, *"defgh"], "--dtype": ["float16", *NAMES]}),
         "cache": (cache, {"--cache": paths, "--prune": []}),
     }  # fmt: skip
 
@@ -98,6 +117,7 @@ def test_random_argument_lists(tmp_path, monkeypatch, capfd, count):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setitem(presets, "tiny", MODEL)
     monkeypatch.setattr(pretrain, "_use_cpu_devices", lambda count: None)
+    own.save(drawn(OLD, size=0.4), tmp_path / "old", tokenizer=ByteTokenizer())
     for name in ("home", "folder"):
         (tmp_path / name).mkdir()
     (tmp_path / "grid.py").write_text(GRID)
