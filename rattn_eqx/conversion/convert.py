@@ -17,12 +17,13 @@ from rattn_eqx.data.batches import long_documents
 from rattn_eqx.data.corpus import build_corpus, describe
 from rattn_eqx.data.tokenizers import Tokenizer, tokenize
 from rattn_eqx.evaluation.text import switch_off
+from rattn_eqx.figures import conversion, curves
 from rattn_eqx.inference.cost import count_parameters
 from rattn_eqx.model.config import LayerKind
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.training.config import Objective, RunConfig, TrainConfig
 from rattn_eqx.training.loop import train
-from rattn_eqx.training.run_folder import as_json, digest
+from rattn_eqx.training.run_folder import as_json, digest, read_metrics
 from rattn_eqx.weights import own
 from rattn_eqx.weights.load import load_with_tokenizer
 
@@ -54,7 +55,7 @@ def convert(
     Called again with the same arguments it continues where it was stopped.
 
     Args:
-      folder: of the conversion: transfer/, training/, model/ and results.json.
+      folder: of the conversion: transfer/, training/, a plot of each, model/ and results.json.
       source: of the model: as `load`.
       pattern, window, residual, sinks: as `student_config`.
       transferring: as `transfer`'s settings.
@@ -103,14 +104,19 @@ def convert(
             f"{transferring.context} tokens"
         )
         stages = {OLD: teacher, IMPOSED: verdict.window_imposed(model)}
-        model = transfer(folder / "transfer", model, transferring, train_tokens, tokenizer, show_progress=show_progress)
+        if residual or sinks:
+            options: dict[str, Any] = dict(show_progress=show_progress)
+            model = transfer(folder / "transfer", model, transferring, train_tokens, tokenizer, **options)
+            curves.save(conversion.lost_shares(read_metrics(folder / "transfer")), folder / "transfer.png")
         if training is not None:
             stages[TRANSFERRED] = model
             run = RunConfig(config, training, text.manifest["sha256"], digest(model), objective)
             old = teacher if objective is not None and objective.distillation else None
             print(f"training    {training.steps:,} steps of {training.batch_size} x {training.context} tokens")
-            options: dict[str, Any] = dict(start=model, teacher=old, show_progress=show_progress)
+            options = dict(start=model, teacher=old, show_progress=show_progress)
             model = train(folder / "training", run, train_tokens, held_out, tokenizer, **options)
+            rows = {folder.name: read_metrics(folder / "training")}
+            curves.save(curves.loss_curves(rows), folder / "training.png")
         stages |= {CONVERTED: model, WITHOUT: switch_off(model, "residual")}
         if not (folder / MODEL).exists():  # else it is this one: `_open` saw to that
             own.save(model, folder / MODEL, tokenizer=tokenizer, origin={"converted": about})

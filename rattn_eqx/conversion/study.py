@@ -44,7 +44,7 @@ PATTERNS: dict[str, tuple[LayerKind, ...]] = {
     "7:1": ("local", "local", "local", "local", "local", "local", "local", "global_rope"),
     "none": ("local",),
 }
-TRANSFER = {"rattention": 300, "window": 50}  # steps of layer-wise transfer, of an arm's steps
+TRANSFER = {"rattention": 100, "window": 50}  # steps of layer-wise transfer, of an arm's steps
 HELD_OUT = 1_500_000  # tokens that are kept of a domain's held-out files
 NEEDLES = ("word", "number", "id")
 

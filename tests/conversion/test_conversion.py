@@ -164,6 +164,7 @@ def test_the_command_leaves_a_model_that_others_read_and_a_table(tmp_path, capsy
     assert [*results["models"]] == [*names, "converted, residual branch off"]
     for name, row in results["models"].items():
         assert f"{name:<34}{row['within']:>10.3f}{row['beyond']:>10.3f}" in said
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("transfer.png", "training.png"))
     model, _, config = load(out / "model")
     assert config.layer_kinds == ("local", "global_rope") * 2
     assert (config.sinks, config.swa_gain, config.window) == (True, None, 6)
