@@ -54,7 +54,7 @@ def test_arms_share_text_and_tokens_and_leave_a_line_each(tmp_path, monkeypatch,
         "--needles",
         "2",
     ]
-    arguments += ["--lengths", "300", "--haystack", "code", "--save", str(tmp_path / "lines.jsonl")]
+    arguments += ["--needles", "2", "--lengths", "300", "--haystack", "code", "--save", str(tmp_path / "lines.jsonl")]
     for arm in ("full", "rattention-6-3:1"):
         assert main([*arguments, "--arm", arm, "--out", str(tmp_path / arm)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
