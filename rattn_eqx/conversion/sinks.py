@@ -18,7 +18,7 @@ from rattn_eqx.model.attention import RAttention
 from rattn_eqx.model.block import Block
 from rattn_eqx.model.language_model import LanguageModel
 
-GRID = np.arange(-10.0, 20.25, 0.25, np.float32)  # logits; the lowest is no sink
+GRID = np.arange(-10.0, 20.25, 0.25).astype(np.float32)  # logits; the lowest is no sink
 LONGEST = 2048  # tokens of a sequence that are read: the logits of a head are [t, t]
 
 

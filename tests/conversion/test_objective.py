@@ -1,6 +1,7 @@
 """What a converted model is trained to besides the text, held to sums written out."""
 
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -36,7 +37,7 @@ def test_the_loss_is_part_text_part_what_the_old_model_says(monkeypatch, max_log
     teacher, model = pair(window=5)
     aim = aim_of(Objective(0.3, digest(teacher)), model, teacher)
     batch = {name: jnp.asarray(x) for name, x in BATCH.items()}
-    silent = aim.silent(1)
+    silent: Any = aim.silent(1)
     got = eqx.filter_jit(aim.loss)(model, batch, aim.teacher, silent)
     new, old = (np.asarray(jax.nn.log_softmax(logits(x, batch)), np.float64) for x in (model, teacher))
     of_text = -np.take_along_axis(new, BATCH["targets"][..., None], axis=-1).mean()
@@ -50,7 +51,7 @@ def test_a_silent_window_leaves_the_residual_branch():
     model = drawn(model.config, size=0.4)  # whose residual branch says something
     aim = aim_of(Objective(window_dropout=0.5), model)
     batch = {name: jnp.asarray(x) for name, x in BATCH.items()}
-    silent = np.array([True, False, True])
+    silent: Any = np.array([True, False, True])
     got = eqx.filter_jit(aim.loss)(model, batch, aim.teacher, silent)
 
     def without_window(layer):
@@ -89,23 +90,25 @@ def test_another_window_is_that_of_a_model_built_with_it():
 def test_what_does_not_fit_is_told():
     teacher, model = pair(window=5)
     without = drawn(dataclasses.replace(model.config, sinks=False), size=0.4)
-    for arguments, words in (
+    refused: Any = (
         ((Objective(0.5, "other"), model, teacher), "teacher must be the model whose digest .* got another"),
         ((Objective(0.5, digest(teacher)), model, None), "got none"),
         ((Objective(windows=(3,)), teacher), "needs local layers"),
         ((Objective(window_dropout=0.1), without), "needs sinks"),
-    ):
+    )
+    for arguments, words in refused:
         with pytest.raises(ValueError, match=words):
             aim_of(*arguments)
     wider = drawn(dataclasses.replace(OLD, vocabulary_size=OLD.vocabulary_size + 1), size=0.4)
     with pytest.raises(ValueError, match="vocabulary of 258; got 259"):
         aim_of(Objective(0.5, digest(wider)), model, wider)
-    for values, words in (
+    out_of_range: Any = (
         (dict(distillation=1.5, teacher="x"), "distillation must be a share"),
         (dict(distillation=0.5), "teacher belongs to a distillation above 0"),
         (dict(window_dropout=1.0), "window_dropout must be a probability"),
         (dict(windows=(0,)), "windows must be at least 1"),
-    ):
+    )
+    for values, words in out_of_range:
         with pytest.raises(ValueError, match=f"^Objective: {words}"):
             Objective(**values)
 
@@ -115,7 +118,7 @@ def test_a_stopped_run_goes_on_exactly_and_no_other_objective_does(tmp_path, tok
     teacher, model = pair(window=5)
     objective = Objective(0.3, digest(teacher), 0.5, (3, 8))
     config = RunConfig(model.config, SETTINGS, "of no corpus", digest(model), objective)
-    options = dict(start=model, teacher=teacher, show_progress=False)
+    options: Any = dict(start=model, teacher=teacher, show_progress=False)
     go = lambda name, config=config: train(tmp_path / name, config, tokens, tokens, ByteTokenizer(), **options)
     at_once = go("at once")
     assert load_config(tmp_path / "at once") == config

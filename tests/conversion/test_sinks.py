@@ -13,7 +13,7 @@ from rattn_eqx.training.objective import with_sinks, with_window
 
 
 def test_no_sink_of_the_grid_gives_more_of_what_a_head_gave(monkeypatch):
-    monkeypatch.setattr(sinks, "GRID", np.arange(-6.0, 4.5, 0.5, np.float32))
+    monkeypatch.setattr(sinks, "GRID", np.arange(-6.0, 4.5, 0.5).astype(np.float32))
     teacher, model = pair(window=5)
     fitted = fit_sinks(model, jnp.asarray(TOKENS), jnp.asarray(IDS))
     whole_window = with_window(window_imposed(model), 40)  # the old layers, of the same type
