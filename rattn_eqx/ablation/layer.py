@@ -22,6 +22,7 @@ from pallas.reference import normed_sum, rms
 from rattn_eqx.model.attention import RAttention
 from rattn_eqx.model.fields import settle
 from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.model.local_layers import local_layers
 
 EPS = 1e-6
 SHORTEST, LONGEST = 128.0, 4096.0  # tokens over which a gate forgets a factor e when training begins
@@ -74,10 +75,9 @@ def ablate(model: LanguageModel, departures: Departures) -> LanguageModel:
     """
     if departures == NO_DEPARTURES:
         return model
-    where = lambda model: [block.attention for block in model.blocks if isinstance(block.attention, RAttention)]
-    if not where(model):
+    if not (layers := local_layers(model)):
         raise ValueError(f"ablate: {departures} belong to local layers; got the pattern {model.config.pattern}")
-    return eqx.tree_at(where, model, [AblatedAttention(layer, departures) for layer in where(model)])
+    return eqx.tree_at(local_layers, model, [AblatedAttention(layer, departures) for layer in layers])
 
 
 @checked

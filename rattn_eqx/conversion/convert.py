@@ -100,11 +100,13 @@ def convert(
         kinds = config.layer_kinds
         print(
             f"model       {count_parameters(config):,} parameters, {kinds.count('local')} of {len(kinds)} layers "
-            f"local, window {window}\ntransfer    {transferring.steps:,} steps of {transferring.batch_size} x "
-            f"{transferring.context} tokens"
+            f"local, window {window}"
         )
         stages = {OLD: teacher, IMPOSED: verdict.window_imposed(model)}
-        if residual or sinks:
+        if residual or sinks:  # else a layer has nothing of its own to learn
+            print(
+                f"transfer    {transferring.steps:,} steps of {transferring.batch_size} x {transferring.context} tokens"
+            )
             options: dict[str, Any] = dict(show_progress=show_progress)
             model = transfer(folder / "transfer", model, transferring, train_tokens, tokenizer, **options)
             curves.save(conversion.lost_shares(read_metrics(folder / "transfer")), folder / "transfer.png")

@@ -17,6 +17,7 @@ from rattn_eqx.conversion.student import replaced
 from rattn_eqx.model.attention import RAttention
 from rattn_eqx.model.block import Block
 from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.model.local_layers import with_sinks
 
 GRID = np.arange(-10.0, 20.25, 0.25).astype(np.float32)  # logits; the lowest is no sink
 LONGEST = 2048  # tokens of a sequence that are read: the logits of a head are [t, t]
@@ -30,15 +31,16 @@ def fit_sinks(model: LanguageModel, tokens: Int[Array, "batch t"], segment_ids: 
       model: a converted one whose projections are still the old model's.
       tokens, segment_ids: packed documents, as in training.
     """
+    if not any(map(_has_sinks, model.blocks)):
+        return model
     tokens, segment_ids = tokens[:, :LONGEST], segment_ids[:, :LONGEST]
     streams, found = jax.vmap(model.embed)(tokens), []
     for block in model.blocks:
-        if isinstance(block.attention, RAttention) and block.attention.sink_logits is not None:
+        if _has_sinks(block):
             errors = sum(_errors(block, x, ids) for x, ids in zip(streams, segment_ids, strict=True))
             found.append(jnp.asarray(GRID)[jnp.argmin(errors, axis=1)])
         streams = _after(block, streams, segment_ids)
-    where = lambda model: [x.attention.sink_logits for x in model.blocks if _has_sinks(x)]
-    return eqx.tree_at(where, model, found) if found else model
+    return with_sinks(model, lambda number, _: found[number])
 
 
 def _has_sinks(block: Block) -> bool:

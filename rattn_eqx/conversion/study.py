@@ -10,15 +10,18 @@ none, no global layer. "-nosinks" at its end leaves the sinks away, as in window
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import re
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int32
 
 from pallas.tools.provenance import facts, saver
 from rattn_eqx.conversion.convert import settings
@@ -33,7 +36,7 @@ from rattn_eqx.evaluation.text import nats_by_position, position_edges, switch_o
 from rattn_eqx.model.config import LayerKind
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.tasks.needle_in_text import needle_in_text
-from rattn_eqx.tasks.recall import score
+from rattn_eqx.tasks.recall import RecallBatch, score
 from rattn_eqx.training.config import Objective, RunConfig
 from rattn_eqx.training.loop import train
 from rattn_eqx.training.run_folder import digest, read_metrics
@@ -46,6 +49,7 @@ PATTERNS: dict[str, tuple[LayerKind, ...]] = {
 }
 TRANSFER = {"rattention": 100, "window": 50}  # steps of layer-wise transfer, of an arm's steps
 HELD_OUT = 1_500_000  # tokens that are kept of a domain's held-out files
+Documents = dict[str, Int32[np.ndarray, "texts length"]]  # by domain
 NEEDLES = ("word", "number", "id")
 
 
@@ -109,6 +113,8 @@ def run(folder: Path, source: str, text: Path, name: str, options: argparse.Name
     """One arm with one seed: its line of results. Stopped, it continues."""
     arm, manifest = arm_of(name), files.read_json(text / "manifest.json")
     teacher, tokenizer = load_with_tokenizer(source, "float32", compute_dtype=options.compute_dtype)
+    documents = held_out(text, manifest["domains"], tokenizer, options)  # what is missing is told before the work
+    hidden = needle_batches(text, tokenizer, options)
     model, left, tokens = teacher, options.steps, text / "train.npy"
     shared: dict[str, Any] = dict(
         batch_size=options.batch_size, context=options.context, compute_dtype=options.compute_dtype, seed=options.seed
@@ -133,10 +139,11 @@ def run(folder: Path, source: str, text: Path, name: str, options: argparse.Name
         if options.distillation or options.window_dropout:
             of_teacher = digest(teacher) if options.distillation else None
             objective = Objective(options.distillation, of_teacher, options.window_dropout)
-        config = RunConfig(model.config, training, "the study's", digest(model), objective)
+        corpus = hashlib.sha256((text / "manifest.json").read_bytes()).hexdigest()
+        config = RunConfig(model.config, training, corpus, digest(model), objective)
         old = teacher if options.distillation else None
-        held_out = text / f"{next(iter(manifest['domains']))}.npy"
-        model = train(folder / "training", config, tokens, held_out, tokenizer, start=model, teacher=old)
+        evaluated = text / f"{next(iter(documents))}.npy"
+        model = train(folder / "training", config, tokens, evaluated, tokenizer, start=model, teacher=old)
         rows = [x for x in read_metrics(folder / "training") if "gradient_norm" in x]
         if len(rows) > 20:
             steps_per_second = (len(rows) - 10) / (rows[-1]["seconds"] - rows[9]["seconds"])
@@ -144,41 +151,51 @@ def run(folder: Path, source: str, text: Path, name: str, options: argparse.Name
     row |= {"steps": options.steps, "learning_rate": options.learning_rate, "transfer_rate": options.transfer_rate,
         "distillation": options.distillation, "window_dropout": options.window_dropout} | shared  # fmt: skip
     row["trained_seconds"] = round(time.monotonic() - started, 1)
-    row |= {"model": source, "text": manifest, "loss": losses(model, text, manifest, tokenizer, options)}
+    row |= {"model": source, "text": manifest, "loss": losses(model, documents)}
     if arm.kind == "rattention":
-        row["branch_off"] = losses(switch_off(model, "residual"), text, manifest, tokenizer, options)
-    row["needles"] = needles(model, text, tokenizer, options)
+        row["branch_off"] = losses(switch_off(model, "residual"), documents)
+    read = lambda batch: score(batch, predict(model, batch.tokens)).exact
+    row["needles"] = {length: {kind: read(x) for kind, x in of.items()} for length, of in hidden.items()}
     row["seconds"] = round(time.monotonic() - started, 1)
     return row
 
 
-def losses(
-    model: LanguageModel, text: Path, manifest: Any, tokenizer: Tokenizer, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Nats per token of held-out texts by domain: of the second half of the context, and [low, high, nats] of bins."""
+def held_out(text: Path, domains: Iterable[str], tokenizer: Tokenizer, options: argparse.Namespace) -> Documents:
+    """The held-out texts of each domain that are long enough: their first tokens."""
     found = {}
-    for domain in manifest["domains"]:
+    for domain in domains:
         path = text / f"{domain}.npy"
-        documents = long_documents(path, options.context + 1, document=tokenizer.document)[: options.texts]
-        if not len(documents):
+        found[domain] = long_documents(path, options.context + 1, document=tokenizer.document)[: options.texts]
+        if not len(found[domain]):
             raise ValueError(f"study: {domain} has no held-out text of {options.context + 1} tokens; give more text")
-        nats = np.mean([np.asarray(nats_by_position(model, jnp.asarray(x)), np.float64) for x in documents], axis=0)
-        edges = position_edges(options.context)
-        bins = [[low, high, float(nats[low:high].mean())] for low, high in itertools.pairwise(edges)]
-        half = float(nats[options.context // 2 :].mean())
-        found[domain] = {"texts": len(documents), "second_half": half, "by_position": bins}
     return found
 
 
-def needles(model: LanguageModel, text: Path, tokenizer: Tokenizer, options: argparse.Namespace) -> dict[str, Any]:
-    """The share of needles read whole, by length and kind of key."""
+def needle_batches(text: Path, tokenizer: Tokenizer, options: argparse.Namespace) -> dict[str, dict[str, RecallBatch]]:
+    """Needles in the haystack's held-out text, by length and kind of key."""
     stream, found = np.load(text / f"{options.haystack}.npy").astype(np.int32), {}
     for length in options.lengths:
         rows = stream[: len(stream) // length * length].reshape(-1, length)
-        found[str(length)] = {}
-        for kind in NEEDLES:
-            batch = needle_in_text(tokenizer, rows, 0, options.needles, length, key=kind)
-            found[str(length)][kind] = score(batch, predict(model, batch.tokens)).exact
+        draw = lambda kind, rows=rows, length=length: needle_in_text(
+            tokenizer, rows, 0, options.needles, length, key=kind
+        )
+        found[str(length)] = {kind: draw(kind) for kind in NEEDLES}
+    return found
+
+
+def losses(model: LanguageModel, documents: Documents) -> dict[str, Any]:
+    """Nats per token of texts by domain: of the second half of their tokens, and [low, high, nats] of bins."""
+    found = {}
+    for domain, texts in documents.items():
+        nats = np.mean([np.asarray(nats_by_position(model, jnp.asarray(x)), np.float64) for x in texts], axis=0)
+        bins = [
+            [low, high, float(nats[low:high].mean())] for low, high in itertools.pairwise(position_edges(len(nats)))
+        ]
+        found[domain] = {
+            "texts": len(texts),
+            "second_half": float(nats[len(nats) // 2 :].mean()),
+            "by_position": bins,
+        }
     return found
 
 

@@ -16,7 +16,7 @@ from rattn_eqx.evaluation.text import nats_by_position, switch_off
 from rattn_eqx.inference.chat import chat_prompt
 from rattn_eqx.inference.text import generate_texts
 from rattn_eqx.model.language_model import LanguageModel
-from rattn_eqx.training.objective import with_sinks
+from rattn_eqx.model.local_layers import with_sinks
 
 NEVER = -1e9  # a sink's logit that no softmax sees
 

@@ -1,7 +1,5 @@
 """Training of a converted model: distillation, windows silent or drawn at random, as `config.Objective` says."""
 
-import copy
-from collections.abc import Callable
 from typing import Any, final
 
 import equinox as eqx
@@ -10,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from rattn_eqx.model.attention import RAttention
+from pallas.numerics import accumulation_dtype
 from rattn_eqx.model.language_model import LanguageModel, by_token, each_sequence
+from rattn_eqx.model.local_layers import local_layers, with_sinks, with_window
 from rattn_eqx.model.loss import nats_of_tokens
 from rattn_eqx.training.config import Objective
 from rattn_eqx.training.run_folder import digest
@@ -43,7 +42,7 @@ class Aim:
                 f"train: teacher must have the model's vocabulary of {model.config.vocabulary_size}; got "
                 f"{teacher.config.vocabulary_size}"
             )
-        local = _local(model)
+        local = local_layers(model)
         if (objective.windows or objective.window_dropout) and not local:
             raise ValueError("train: an objective with windows needs local layers; got a model without")
         if objective.window_dropout and any(layer.sink_logits is None for layer in local):
@@ -75,7 +74,9 @@ class Aim:
         streams = [each_sequence(x.final_stream, batch["tokens"], batch.get("segment_ids")) for x in (model, old)]
 
         def of_token(logits, stream, target):
-            log_new, log_old = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (logits, old.logits(stream)))
+            log_new, log_old = (
+                jax.nn.log_softmax(x.astype(accumulation_dtype(x))) for x in (logits, old.logits(stream))
+            )
             divergence = jnp.sum(jnp.exp(log_old) * (log_old - log_new), axis=-1)
             return (1 - share) * nats_of_tokens(logits, target) + share * divergence
 
@@ -84,6 +85,8 @@ class Aim:
 
     def silent(self, number: int) -> Bool[np.ndarray, "layers"]:
         """Which local layers' windows are silent in a step, counted from 1."""
+        if not self._objective.window_dropout:
+            return np.zeros(self._num_local, bool)
         chance = self._objective.window_dropout * max(0.0, 1 - 2 * (number - 1) / self._steps)
         return self._drawn(number, 0).random(self._num_local) < chance
 
@@ -96,25 +99,3 @@ class Aim:
 
     def _drawn(self, number: int, what: int) -> np.random.Generator:
         return np.random.default_rng((self._seed, number, what))
-
-
-def with_sinks(model: LanguageModel, change: Callable[[int, Array], Array]) -> LanguageModel:
-    """The model with `change(number, sink_logits)` of each local layer that has sinks, counted from 0."""
-    where = lambda model: [layer.sink_logits for layer in _local(model) if layer.sink_logits is not None]
-    changed = [change(number, sinks) for number, sinks in enumerate(where(model))]
-    return eqx.tree_at(where, model, changed) if changed else model
-
-
-def with_window(model: LanguageModel, window: int) -> LanguageModel:
-    """The model with another window in every local layer."""
-
-    def changed(layer):
-        layer = copy.copy(layer)
-        object.__setattr__(layer, "window", window)  # a static field, which `eqx.tree_at` does not reach
-        return layer
-
-    return eqx.tree_at(_local, model, [changed(layer) for layer in _local(model)])
-
-
-def _local(model: LanguageModel) -> list[RAttention]:
-    return [block.attention for block in model.blocks if isinstance(block.attention, RAttention)]

@@ -14,10 +14,11 @@ from test_conversion import IDS, OLD, SETTINGS, TOKENS, pair, tokens  # noqa: F4
 from pallas.numerics import relative_rms
 from rattn_eqx.data.tokenizers import ByteTokenizer
 from rattn_eqx.model import language_model
+from rattn_eqx.model.local_layers import with_window
 from rattn_eqx.training import loop
 from rattn_eqx.training.config import Objective, RunConfig
 from rattn_eqx.training.loop import train
-from rattn_eqx.training.objective import Aim, with_window
+from rattn_eqx.training.objective import Aim
 from rattn_eqx.training.run_folder import digest, load_config
 
 BATCH = {"tokens": TOKENS[:, :-1], "targets": TOKENS[:, 1:], "segment_ids": IDS[:, :-1]}

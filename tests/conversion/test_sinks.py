@@ -9,7 +9,7 @@ from rattn_eqx.conversion import sinks
 from rattn_eqx.conversion.sinks import fit_sinks
 from rattn_eqx.conversion.verdict import window_imposed
 from rattn_eqx.model.attention import RAttention
-from rattn_eqx.training.objective import with_sinks, with_window
+from rattn_eqx.model.local_layers import with_sinks, with_window
 
 
 def test_no_sink_of_the_grid_gives_more_of_what_a_head_gave(monkeypatch):

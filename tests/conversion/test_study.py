@@ -68,3 +68,6 @@ def test_arms_share_text_and_tokens_and_leave_a_line_each(tmp_path, monkeypatch,
         assert row["commit"]
     assert ("branch_off" in rows[1], "branch_off" in rows[0]) == (True, False)
     assert rows[1]["branch_off"]["code"]["second_half"] != rows[1]["loss"]["code"]["second_half"]
+    with pytest.raises(ValueError, match="code has no held-out text of 9001 tokens"):
+        main([*arguments, "--arm", "full", "--context", "9000", "--out", str(tmp_path / "long")])
+    assert not (tmp_path / "long").exists(), "told before the work"
