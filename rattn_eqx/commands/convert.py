@@ -31,6 +31,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--transfer-rate", type=finite, default=3e-3, help="learning rate of the transfer, at its highest")
     add("--steps", type=whole(0), default=0, help="of training the whole model afterwards")
     add("--learning-rate", type=finite, default=3e-4, help="of that training, at its highest")
+    add(
+        "--own-rate",
+        type=finite,
+        default=1.0,
+        help="times it, for what local layers have of their own: sinks, gains, maps",
+    )
     add("--context", type=whole(), default=512, help="tokens in a sequence")
     add("--batch-size", type=whole(), default=1, help="sequences in a step")
     add("--microbatches", type=whole(), default=1, help="pieces that a step's batch is computed in, to save memory")
@@ -74,6 +80,7 @@ def run(options: argparse.Namespace) -> None:
     if options.steps:
         of_all: dict[str, Any] = dict(
             evaluation_tokens=options.evaluation_tokens,
+            own_rate=options.own_rate,
             rematerialise=options.rematerialise,
             microbatches=options.microbatches,
             weight_decay=0.0,

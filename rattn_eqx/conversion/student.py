@@ -16,7 +16,6 @@ from rattn_eqx.model.attention import GlobalAttention, RAttention
 from rattn_eqx.model.block import Block
 from rattn_eqx.model.config import LayerKind, ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
-from rattn_eqx.model.local_layers import local_layers
 
 
 def student_config(
@@ -101,13 +100,3 @@ def replaced(layer: RAttention) -> GlobalAttention:
         implementation=layer.implementation)  # fmt: skip
     shapes = eqx.filter_eval_shape(GlobalAttention, m, **options, key=jax.random.key(0))
     return eqx.tree_at(lambda x: x.projections, shapes, projections)
-
-
-def own_parameters(model: LanguageModel) -> Any:
-    """For each leaf, whether it is a parameter that a local layer has and the layer that it replaces has not."""
-    false = lambda tree: jax.tree.map(lambda _: False, tree)
-    own = [
-        eqx.tree_at(lambda x: x.projections, jax.tree.map(eqx.is_inexact_array, layer), false(layer.projections))
-        for layer in local_layers(model)
-    ]
-    return eqx.tree_at(local_layers, false(model), own)

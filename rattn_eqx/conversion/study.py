@@ -50,7 +50,12 @@ PATTERNS: dict[str, tuple[LayerKind, ...]] = {
 TRANSFER = {"rattention": 100, "window": 50}  # steps of layer-wise transfer, of an arm's steps
 HELD_OUT = 1_500_000  # tokens that are kept of a domain's held-out files
 Documents = dict[str, Int32[np.ndarray, "texts length"]]  # by domain
-NEEDLES = ("word", "number", "id")
+NEEDLES: dict[str, dict[str, Any]] = {
+    "word": dict(key="word"),
+    "number": dict(key="number"),
+    "id": dict(key="id"),
+    "traced": dict(key="word", num_keys=2, hops=1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +138,9 @@ def run(folder: Path, source: str, text: Path, name: str, options: argparse.Name
             left -= steps
     if left:
         training = settings(
-            left, learning_rate=options.learning_rate, weight_decay=0.0, evaluate_every=left, checkpoint_every=left,
-            evaluation_tokens=options.batch_size * options.context, **shared)  # fmt: skip
+            left, learning_rate=options.learning_rate, own_rate=options.own_rate, weight_decay=0.0,
+            evaluate_every=left, checkpoint_every=left, evaluation_tokens=options.batch_size * options.context,
+            **shared)  # fmt: skip
         objective = None
         if options.distillation or options.window_dropout:
             of_teacher = digest(teacher) if options.distillation else None
@@ -148,7 +154,8 @@ def run(folder: Path, source: str, text: Path, name: str, options: argparse.Name
         if len(rows) > 20:
             steps_per_second = (len(rows) - 10) / (rows[-1]["seconds"] - rows[9]["seconds"])
             row["tokens_per_second"] = round(steps_per_second * options.batch_size * options.context)
-    row |= {"steps": options.steps, "learning_rate": options.learning_rate, "transfer_rate": options.transfer_rate,
+    row |= {"steps": options.steps, "learning_rate": options.learning_rate, "own_rate": options.own_rate,
+        "transfer_rate": options.transfer_rate,
         "distillation": options.distillation, "window_dropout": options.window_dropout} | shared  # fmt: skip
     row["trained_seconds"] = round(time.monotonic() - started, 1)
     row |= {"model": source, "text": manifest, "loss": losses(model, documents)}
@@ -176,10 +183,10 @@ def needle_batches(text: Path, tokenizer: Tokenizer, options: argparse.Namespace
     stream, found = np.load(text / f"{options.haystack}.npy").astype(np.int32), {}
     for length in options.lengths:
         rows = stream[: len(stream) // length * length].reshape(-1, length)
-        draw = lambda kind, rows=rows, length=length: needle_in_text(
-            tokenizer, rows, 0, options.needles, length, key=kind
+        draw = lambda given, rows=rows, length=length: needle_in_text(
+            tokenizer, rows, 0, options.needles, length, **given
         )
-        found[str(length)] = {kind: draw(kind) for kind in NEEDLES}
+        found[str(length)] = {kind: draw(given) for kind, given in NEEDLES.items()}
     return found
 
 
@@ -215,6 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     of_arm.add_argument("--batch-size", type=int, default=8)
     of_arm.add_argument("--context", type=int, default=2048)
     of_arm.add_argument("--learning-rate", type=float, default=3e-4)
+    of_arm.add_argument("--own-rate", type=float, default=1.0, help="of that, for what local layers have of their own")
     of_arm.add_argument("--transfer-rate", type=float, default=3e-3)
     of_arm.add_argument("--distillation", type=float, default=0.0)
     of_arm.add_argument("--window-dropout", type=float, default=0.0)

@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from pallas.checked import checked
 from rattn_eqx.conversion.sinks import fit_sinks
-from rattn_eqx.conversion.student import own_parameters, replaced
+from rattn_eqx.conversion.student import replaced
 from rattn_eqx.data.files import lock, remove_unfinished
 from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.model.attention import RAttention
 from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.model.local_layers import own_parameters
 from rattn_eqx.training.checkpoint import explained, restore_latest, save_checkpoint
 from rattn_eqx.training.config import TrainConfig
 from rattn_eqx.training.loop import MAX_SKIPPED, batches_of, checkpoints_of

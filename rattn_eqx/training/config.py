@@ -12,7 +12,8 @@ class TrainConfig:
     """How a model is trained. Lengths are in tokens, intervals in optimiser steps.
 
     `microbatches` splits a batch into pieces whose gradients are summed: less memory, the same step.
-    The learning rate rises over `warmup_steps` and falls to 0 along a cosine.
+    The learning rate rises over `warmup_steps` and falls to 0 along a cosine; `own_rate` times it is that of what local
+    layers have of their own (`local_layers.own_parameters`).
     """
 
     steps: int
@@ -20,6 +21,7 @@ class TrainConfig:
     context: int
     learning_rate: float
     warmup_steps: int
+    own_rate: float = 1.0
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
@@ -46,7 +48,7 @@ class TrainConfig:
                 raise ValueError(f"TrainConfig: {name} must be at least 1; got {getattr(self, name)}")
             if getattr(self, name) >= 2**31:
                 raise ValueError(f"TrainConfig: {name} must be below 2**31; got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm"):
+        for name in ("learning_rate", "own_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"TrainConfig: {name} must be above 0 and finite; got {getattr(self, name)}")
         if self.weight_decay < 0:

@@ -13,6 +13,7 @@ from jaxtyping import PRNGKeyArray
 
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.model.local_layers import own_parameters
 from rattn_eqx.model.loss import summed_nats
 from rattn_eqx.model.sharding import BATCH, over_batch
 from rattn_eqx.training.config import TrainConfig
@@ -53,7 +54,13 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs
             optax.scale_by_learning_rate(schedule),
         )
     clipped = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
-    return apply_if_finite(clipped)
+    return apply_if_finite(clipped if config.own_rate == 1 else optax.chain(clipped, _scale_own(config.own_rate)))
+
+
+def _scale_own(factor: float) -> optax.GradientTransformation:
+    scaled = lambda x, own: x * factor if own else x
+    update = lambda updates, state, _=None: (jax.tree.map(scaled, updates, own_parameters(updates)), state)
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def apply_if_finite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -15,11 +15,12 @@ from pallas.numerics import relative_rms
 from rattn_eqx.__main__ import main
 from rattn_eqx.conversion import transfer as transfer_module
 from rattn_eqx.conversion import verdict
-from rattn_eqx.conversion.student import own_parameters, replaced, student, student_config
+from rattn_eqx.conversion.student import replaced, student, student_config
 from rattn_eqx.conversion.transfer import lost_shares, transfer
 from rattn_eqx.data.tokenizers import BYTE_VOCABULARY, ByteTokenizer
 from rattn_eqx.model.attention import RAttention
 from rattn_eqx.model.config import ModelConfig
+from rattn_eqx.model.local_layers import own_parameters
 from rattn_eqx.training.config import RunConfig, TrainConfig
 from rattn_eqx.training.loop import initial_state, load_model, train
 from rattn_eqx.training.run_folder import digest

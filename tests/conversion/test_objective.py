@@ -20,6 +20,7 @@ from rattn_eqx.training.config import Objective, RunConfig
 from rattn_eqx.training.loop import train
 from rattn_eqx.training.objective import Aim
 from rattn_eqx.training.run_folder import digest, load_config
+from rattn_eqx.training.step import make_optimizer
 
 BATCH = {"tokens": TOKENS[:, :-1], "targets": TOKENS[:, 1:], "segment_ids": IDS[:, :-1]}
 
@@ -80,6 +81,22 @@ def test_what_is_drawn_for_a_step():
     assert set(windows[900:]) == {None}, "the last tenth is the model's own"
     assert windows == [aim.window(n) for n in range(1, 1001)]
     assert aim_of(Objective(), model).window(1) is None
+
+
+@pytest.mark.standard_dtype_promotion  # optax
+def test_what_local_layers_have_of_their_own_learns_at_its_own_rate():
+    _, model = pair(window=5)
+    parameters = eqx.filter(drawn(model.config, size=0.4), eqx.is_array)
+    gradients = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) + 2, parameters)
+    moved = []
+    for rate in (1, 7):
+        optimizer = make_optimizer(dataclasses.replace(SETTINGS, own_rate=rate, warmup_steps=0, weight_decay=0.0))
+        updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(parameters), parameters)
+        moved.append({jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(updates)})
+    own = ("sink_logits", "rla_gain", "feature_projection.query", "feature_projection.key")
+    for name in moved[0]:
+        np.testing.assert_allclose(moved[1][name], moved[0][name] * (7 if name.endswith(own) else 1), rtol=1e-6)
+    assert sum(name.endswith(own) for name in moved[0]) == 3 * len(own)
 
 
 def test_another_window_is_that_of_a_model_built_with_it():

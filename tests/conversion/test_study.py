@@ -64,7 +64,7 @@ def test_arms_share_text_and_tokens_and_leave_a_line_each(tmp_path, monkeypatch,
         assert len([x for x in steps if "gradient_norm" in x]) == trained, "tokens of the transfer count"
         assert set(row["loss"]) == {"code", "prose"}
         assert row["loss"]["prose"]["by_position"][-1][:2] == [0, 64]
-        assert set(row["needles"]["300"]) == {"word", "number", "id"}
+        assert set(row["needles"]["300"]) == {"word", "number", "id", "traced"}
         assert row["commit"]
     assert ("branch_off" in rows[1], "branch_off" in rows[0]) == (True, False)
     assert rows[1]["branch_off"]["code"]["second_half"] != rows[1]["loss"]["code"]["second_half"]

@@ -1,5 +1,7 @@
 """A needle in real text is read from its sentence, wherever that stands, and its key alone says which."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -35,6 +37,24 @@ def test_a_reader_of_the_key_is_right_and_the_text_says_the_rest(key):
     assert score(batch, np.full_like(predictions, ord("7"))).accuracy < 0.2
 
 
+@pytest.mark.parametrize("hops", [1, 2])
+def test_a_chain_is_traced_to_its_code(hops):
+    batch = needle_in_text(ByteTokenizer(), TEXTS, 5, 10, 800, num_keys=3, hops=hops)
+    for row, (tokens, last) in enumerate(zip(batch.tokens, batch.targets[:, -1:], strict=True)):
+        said = bytes([*tokens[1:], *last]).decode()
+        codes = dict(re.findall(rf" The code of (\w+) is (\d{{{DIGITS}}})\.", said))
+        comes_from = dict(re.findall(r" The code of (\w+) is that of (\w+)\.", said))
+        assert (len(codes), len(comes_from)) == (3, 3 * hops)
+        assert len({*codes, *comes_from}) == 3 * (1 + hops), "no name twice"
+        (name, value), hop = re.findall(r" In digits, the code of (\w+) is (\d+)$", said)[0], 0
+        while name in comes_from:
+            name, hop = comes_from[name], hop + 1
+        assert (codes[name], hop) == (value, hops)
+        at = np.flatnonzero(batch.distance[row])
+        assert said.index(f" The code of {name} is {value}.") + 1 < 800 - batch.distance[row, -1]
+        np.testing.assert_array_equal(tokens[at - batch.distance[row, at]], batch.targets[row, at])
+
+
 def test_lengths_have_needles_of_their_own_and_seeds_too():
     draw = lambda seed, length: needle_in_text(ByteTokenizer(), TEXTS, seed, 2, length).tokens[:, -5:].tolist()
     assert draw(0, 400) == draw(0, 400)
@@ -52,6 +72,8 @@ def test_what_cannot_be_asked_is_told(monkeypatch):
             needle_in_text(*arguments)
     with pytest.raises(ValueError, match="num_keys must be at most"):
         needle_in_text(ByteTokenizer(), TEXTS, 0, 2, 400, num_keys=99)
+    with pytest.raises(ValueError, match=r"times 1 \+ hops with hops; got 9, hops=8"):
+        needle_in_text(ByteTokenizer(), TEXTS, 0, 2, 400, num_keys=9, hops=8)
     monkeypatch.setattr(ByteTokenizer, "decode", lambda self, tokens: b"12" * len(tokens))  # as of pairs of digits
     with pytest.raises(ValueError, match="must write digits one by one"):
         needle_in_text(ByteTokenizer(), TEXTS, 0, 2, 400)
