@@ -47,8 +47,8 @@ def arms(rows: Sequence[Row], ratio: str, domains: Sequence[str]) -> Figure:
     """
     figure = Figure(figsize=(3.6 * len(domains), 3.8), layout="constrained")
     drawn = [row for row in rows if row["arm"] == "full" or row["arm"].split("-")[2] == ratio]
+    seen = set()
     for axes, domain in zip(figure.subplots(1, len(domains), squeeze=False)[0], domains, strict=True):
-        seen = set()
         for row in drawn:
             colour = COLOURS[row["arm"].split("-")[0]]
             for what, style in (("loss", "-"), ("branch_off", ":")):
@@ -63,6 +63,6 @@ def arms(rows: Sequence[Row], ratio: str, domains: Sequence[str]) -> Figure:
         axes.set(xscale="log", xlabel="position (tokens, log scale)", ylabel="nats per token", title=domain)
         ticks_at(axes.xaxis, [64, 128, 256, 512, 1024, 2048, 4096, 8192])
         axes.grid(alpha=0.3)
-        if domain == domains[0] and axes.has_data():
-            legend(axes, fontsize=7)
+    if drawn:
+        legend(figure, loc="outside upper center", ncols=4, fontsize=8)
     return figure

@@ -3,6 +3,7 @@
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 BLUE, ORANGE, BLACK = "#0072B2", "#E69F00", "#222222"  # a window, RATTENTION or its residual branch, full attention
 PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}  # of a matplotlib text that holds a name
@@ -23,7 +24,7 @@ def label(name: str) -> str:
     return SEEN + shown(name)
 
 
-def legend(axes: Axes, **options: Any) -> None:
+def legend(place: Axes | Figure, **options: Any) -> None:
     """Draw the legend of labels of `label` and others."""
-    for text in axes.legend(**options).get_texts():
+    for text in place.legend(**options).get_texts():
         text.set(text=text.get_text().removeprefix(SEEN), **PLAIN)
