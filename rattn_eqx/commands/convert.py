@@ -28,7 +28,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--window", type=whole(), default=64, help="keys that a local layer's query sees, its own included")
     add("--pattern", default="local,local,local,global", help="repeated: local layers are converted, global ones stay")
     add("--transfer-steps", type=whole(), default=200, help="of the layers by themselves")
-    add("--transfer-rate", type=finite, default=3e-3, help="learning rate of the transfer, at its highest")
+    add("--transfer-rate", type=finite, default=1e-2, help="learning rate of the transfer, at its highest")
     add("--steps", type=whole(0), default=0, help="of training the whole model afterwards")
     add("--learning-rate", type=finite, default=3e-4, help="of that training, at its highest")
     add(

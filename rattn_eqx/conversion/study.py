@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     of_arm.add_argument("--context", type=int, default=2048)
     of_arm.add_argument("--learning-rate", type=float, default=3e-4)
     of_arm.add_argument("--own-rate", type=float, default=1.0, help="of that, for what local layers have of their own")
-    of_arm.add_argument("--transfer-rate", type=float, default=3e-3)
+    of_arm.add_argument("--transfer-rate", type=float, default=1e-2)
     of_arm.add_argument("--distillation", type=float, default=0.0)
     of_arm.add_argument("--window-dropout", type=float, default=0.0)
     of_arm.add_argument("--compute-dtype", default="bfloat16")
