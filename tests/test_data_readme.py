@@ -58,8 +58,11 @@ def test_every_committed_file_has_a_row_with_its_hash():
             assert hashlib.sha256(path.read_bytes()).hexdigest() in documented_row(name), name
 
 
-def test_the_readmes_figure_is_the_notebooks():
-    cells = json.loads((DATA.parent / "notebooks" / "06_ablations.ipynb").read_text("utf-8"))["cells"]
+@pytest.mark.parametrize(
+    ("figure", "notebook"), [("without_global_layers", "06_ablations"), ("converted", "09_a_real_model")]
+)
+def test_a_figure_is_the_notebooks(figure, notebook):
+    cells = json.loads((DATA.parent / "notebooks" / f"{notebook}.ipynb").read_text("utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     pictures = [base64.b64decode(x["data"]["image/png"]) for x in outputs if "image/png" in x.get("data", {})]
-    assert (DATA / "without_global_layers.png").read_bytes() in pictures
+    assert (DATA / f"{figure}.png").read_bytes() in pictures

@@ -77,6 +77,7 @@ def convert(
     if (folder / "config.json").exists():
         raise ValueError(f"convert: --out must be a folder of its own; {folder} holds a model; give another")
     with files.lock(folder, f"convert: {folder}"):
+        files.remove_unfinished(folder)
         teacher, tokenizer = load_with_tokenizer(source, "float32", compute_dtype=transferring.compute_dtype)
         config = student_config(teacher.config, pattern, window, residual=residual, sinks=sinks)
         model, start = student(teacher, config), digest(teacher)

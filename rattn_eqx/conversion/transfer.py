@@ -27,7 +27,7 @@ from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.model.attention import RAttention
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.model.local_layers import own_parameters
-from rattn_eqx.training.checkpoint import explained, restore_latest, save_checkpoint
+from rattn_eqx.training.checkpoint import explained, prune, restore_latest, save_checkpoint
 from rattn_eqx.training.config import TrainConfig
 from rattn_eqx.training.loop import MAX_SKIPPED, batches_of, checkpoints_of
 from rattn_eqx.training.run_folder import Metrics, as_json, digest, metrics_obstacle
@@ -122,6 +122,7 @@ def _transfer(folder, model, settings: TrainConfig, tokens: Path, tokenizer: Tok
         state, metadata, path = restored
         first, kept = int(metadata["step"]), metadata["metrics"]["rows"]
         batches.set_state(dict.fromkeys(at_start, first))
+        prune(path)
         report(f"resuming the transfer after step {first} from {path}")
     arrays, static = eqx.partition(rest, eqx.is_array)
 

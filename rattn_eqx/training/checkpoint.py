@@ -91,7 +91,7 @@ def save_checkpoint(folder: Path, step: int, tree: Any, metadata: dict[str, Any]
             rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _prune(path, keep)
+    prune(path, keep)
     return path
 
 
@@ -354,8 +354,11 @@ def _fill(checkpoint: _Checkpoint, like: Any) -> Any:
     return jax.tree_util.tree_unflatten(structure, filled)
 
 
-def _prune(written: Path, keep: int) -> None:
-    """Keeps `written` and the `keep - 1` newest sound checkpoints of earlier steps; leaves alone what is no file."""
+def prune(written: Path, keep: int = 2) -> None:
+    """Keeps `written` and the `keep - 1` newest sound checkpoints of earlier steps; leaves alone what is no file.
+
+    `save_checkpoint` ends with it, and a run goes on with it: what it goes on from may have been killed in between.
+    """
     written_step, kept = _name_parts(written)[0], 1
     largest = 2 * written.stat().st_size + _MORE
     for path in _newest_first(written.parent):

@@ -19,7 +19,14 @@ from rattn_eqx.data.tokenizers import Tokenizer, load_tokenizer
 from rattn_eqx.evaluation.text import evaluate
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.model.sharding import batch_mesh, replicate
-from rattn_eqx.training.checkpoint import CheckpointError, claimed_metadata, explained, restore_latest, save_checkpoint
+from rattn_eqx.training.checkpoint import (
+    CheckpointError,
+    claimed_metadata,
+    explained,
+    prune,
+    restore_latest,
+    save_checkpoint,
+)
 from rattn_eqx.training.config import Objective, RunConfig, TrainConfig
 from rattn_eqx.training.objective import Aim
 from rattn_eqx.training.run_folder import (
@@ -204,6 +211,7 @@ def _train(
         state, metadata, path = restored
         first, kept = int(metadata["step"]), metadata["metrics"]["rows"]
         batches.set_state(dict.fromkeys(at_start, first))
+        prune(path)
         report(f"resuming after step {first} from {path}")
         if metadata["devices"] != mesh.size:
             report(f"on {mesh.size} device(s), not the {metadata['devices']} of before: results differ by rounding")

@@ -140,7 +140,11 @@ def test_transfer_learns_leaves_the_rest_and_resumes_to_the_bit(tmp_path, tokens
     with pytest.raises(KeyboardInterrupt):
         learn("stopped")
     monkeypatch.setattr(transfer_module.Metrics, "add", add)
-    resumed = learn("stopped")
+    (older,) = (tmp_path / "stopped/checkpoints").iterdir()
+    content, resumed = older.read_bytes(), learn("stopped")
+    older.write_bytes(content)  # as a kill leaves it that comes right after the last checkpoint's
+    learn("stopped")
+    assert len([*older.parent.iterdir()]) == 2
     for x, y in zip(jax.tree.leaves(at_once), jax.tree.leaves(resumed), strict=True):
         if eqx.is_array(x):
             np.testing.assert_array_equal(x, y)
@@ -177,7 +181,9 @@ def test_the_command_leaves_a_model_that_others_read_and_a_table(tmp_path, capsy
     num_rows = lambda name: len((out / name / "metrics.jsonl").read_text().splitlines())
     rows = num_rows("transfer"), num_rows("training")
 
+    (out / ".unfinished-of-a-killed-process").touch()
     assert main(arguments) == 0, "again, it finds all done"
+    assert not [*out.glob(".unfinished-*")]
     assert capsys.readouterr().out.splitlines()[-9:-1] == said.splitlines()[-9:-1]
     assert (num_rows("transfer"), num_rows("training")) == rows, "nothing was trained again"
     assert main(["generate", "--run", str(out / "model"), "--prompt", "a", "--num-tokens", "3"]) == 0

@@ -134,8 +134,10 @@ def test_a_run_stopped_between_checkpoints_goes_on_exactly(interrupted, whole, s
     assert_ends_like_the_whole(folder, model, whole)
     assert said == [f"resuming after step 50 from {newest}"]
 
-    before = (folder / "metrics.jsonl").read_bytes()
+    before, kept = (folder / "metrics.jsonl").read_bytes(), checkpoints(folder)
+    shutil.copy2(checkpoints(interrupted)[0], folder / "checkpoints")  # left where the kill comes before it is removed
     assert bits(run(folder, scratch)) == bits(model), "a finished run was trained on"
+    assert checkpoints(folder) == kept
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
