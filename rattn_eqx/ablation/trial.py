@@ -95,7 +95,7 @@ def migrated(values: dict[str, Any]) -> dict[str, Any]:
     """A trial's JSON as `Trial.to_json` gives it now, from a line of any age.
 
     Departures were once fields of the model, and one had another name. One that is younger than the line has its
-    default, as the model's fields.
+    default, as the fields of the model and of the training.
     """
     names = {field.name: field.name for field in dataclasses.fields(Departures)} | FORMER_NAMES
     departures = {names[name]: value for name, value in values["model"].items() if name in names}
@@ -103,4 +103,6 @@ def migrated(values: dict[str, Any]) -> dict[str, Any]:
     model = json.loads(json.dumps(dataclasses.asdict(made(ModelConfig, model))))
     given: dict[str, Any] = values.get("departures", {})
     departures = made(Departures, dict(**departures, **{FORMER_NAMES.get(x, x): value for x, value in given.items()}))
-    return values | {"model": model, "departures": dataclasses.asdict(departures)}
+    training = dataclasses.asdict(made(TrainConfig, values["training"]))
+    del training["seed"]
+    return values | {"model": model, "training": training, "departures": dataclasses.asdict(departures)}

@@ -37,6 +37,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--microbatches", type=whole(), default=1, help="pieces that a step's batch is computed in, to save memory")
     add("--steps", type=whole(), default=2600, help="optimiser steps")
     add("--learning-rate", type=finite, default=3e-3, help="at its highest")
+    add("--own-rate", type=finite, default=1.0, help="times it, for what local layers have of their own: gains, scales")
     add("--warmup-steps", type=whole(), help="steps until the learning rate is at its highest; default: a tenth")
     add("--weight-decay", type=finite, default=0.1, help="of the matrices of attention and feed-forward")
     add("--clip-norm", type=finite, default=1.0, help="longest global norm of the gradients; longer ones are shortened")

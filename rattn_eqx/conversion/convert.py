@@ -76,7 +76,7 @@ def convert(
         raise ValueError(f"convert: texts must be longer than the window; got {text_length} tokens and window={window}")
     if (folder / "config.json").exists():
         raise ValueError(f"convert: --out must be a folder of its own; {folder} holds a model; give another")
-    with files.lock(folder, f"convert: {folder}"):
+    with files.lock(folder, f"convert: {folder}"), files.lock(cache, f"convert: {cache}", shared=True):
         files.remove_unfinished(folder)
         teacher, tokenizer = load_with_tokenizer(source, "float32", compute_dtype=transferring.compute_dtype)
         config = student_config(teacher.config, pattern, window, residual=residual, sinks=sinks)

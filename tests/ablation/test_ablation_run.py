@@ -389,8 +389,9 @@ def test_committed_lines_from_when_departures_were_of_the_model_say_what_they_sa
         }
         assert now["model"] | now["departures"] == renamed | younger
         assert [*now["departures"]] == names
-        assert {name: value for name, value in now.items() if name not in ("model", "departures")} == {
-            name: value for name, value in values.items() if name != "model"
+        assert now["training"] == values["training"] | {"own_rate": 1.0}
+        assert {name: value for name, value in now.items() if name not in ("model", "departures", "training")} == {
+            name: value for name, value in values.items() if name not in ("model", "training")
         }
         seen |= {name for name in names if now["departures"][name] != getattr(Departures(), name)}
     assert seen == of_the_model, "the lines try every departure of then"
