@@ -59,8 +59,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs
 
 def _scale_own(factor: float) -> optax.GradientTransformation:
     scaled = lambda x, own: x * factor if own else x
-    update = lambda updates, state, _=None: (jax.tree.map(scaled, updates, own_parameters(updates)), state)
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.stateless(lambda updates, _: jax.tree.map(scaled, updates, own_parameters(updates)))
 
 
 def apply_if_finite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
