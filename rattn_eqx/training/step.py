@@ -58,8 +58,10 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs
 
 
 def _scale_own(factor: float) -> optax.GradientTransformation:
-    scaled = lambda x, own: x * factor if own else x
-    return optax.stateless(lambda updates, _: jax.tree.map(scaled, updates, own_parameters(updates)))
+    def scale(updates: Any, _: Any) -> Any:
+        return jax.tree.map(lambda x, own: x * factor if own else x, updates, own_parameters(updates))
+
+    return optax.stateless(scale)
 
 
 def apply_if_finite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
