@@ -34,6 +34,7 @@ _HEADER = re.compile(
     re.DOTALL,
 )
 _LONGEST_HEADER = 2**12
+KEPT = 2  # checkpoints of a run
 _MORE = 2**26  # bytes that a checkpoint may have more than twice what its arrays have
 # What zipfile and NumPy raise on a file that is not what it should be.
 _UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile)
@@ -43,7 +44,7 @@ class CheckpointError(ValueError):
     """A checkpoint is damaged, or does not fit the state it is loaded into."""
 
 
-def save_checkpoint(folder: Path, step: int, tree: Any, metadata: dict[str, Any], *, keep: int = 2) -> Path:
+def save_checkpoint(folder: Path, step: int, tree: Any, metadata: dict[str, Any], *, keep: int = KEPT) -> Path:
     """Writes the array leaves of `tree` to a new checkpoint, then removes all but the newest `keep`.
 
     A run killed at any moment leaves the new checkpoint complete or the ones before it as they were; the disk must have
@@ -354,7 +355,7 @@ def _fill(checkpoint: _Checkpoint, like: Any) -> Any:
     return jax.tree_util.tree_unflatten(structure, filled)
 
 
-def prune(written: Path, keep: int = 2) -> None:
+def prune(written: Path, keep: int = KEPT) -> None:
     """Keeps `written` and the `keep - 1` newest sound checkpoints of earlier steps; leaves alone what is no file.
 
     `save_checkpoint` ends with it, and a run goes on with it: what it goes on from may have been killed in between.
