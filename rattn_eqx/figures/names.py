@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, BLACK = "#0072B2", "#E69F00", "#222222"  # a window, RATTENTION or its residual branch, full attention
+GREEN, PURPLE, GREY, RED = "#009E73", "#CC79A7", "#BBBBBB", "#A50F15"  # none of these; a limit or a fault
 PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}  # of a matplotlib text that holds a name
 SEEN = "\u200b"  # matplotlib leaves labels that begin with "_" out of a legend
 
