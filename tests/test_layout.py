@@ -17,8 +17,8 @@ SURFACE = {  # what is importable from the top of each package
 ROOMS = {
     "pallas": "checked dependence feature_map numerics segments block_sizes batching step_cache checks final_state "
     "reference chunked hopper tpu ops __init__ tools __main__",
-    "rattn_eqx": "model data tasks training.config inference evaluation training weights ablation figures conversion "
-    "__init__ pretrain interrupt console arguments commands __main__",
+    "rattn_eqx": "data.files data.programs model data tasks training.config inference evaluation training weights "
+    "ablation figures conversion __init__ pretrain interrupt console arguments commands __main__",
 }
 
 

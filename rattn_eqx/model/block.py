@@ -8,12 +8,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pallas import StepCache
 from pallas.checked import checked
-from pallas.feature_map import FeatureMap, Hedgehog, named
+from pallas.feature_map import FeatureMap
 from rattn_eqx.model import few_rows
 from rattn_eqx.model.attention import GlobalAttention, RAttention
 from rattn_eqx.model.cache import Piece
 from rattn_eqx.model.config import LayerKind, ModelConfig
 from rattn_eqx.model.feed_forward import FeedForward
+from rattn_eqx.model.map_files import map_of
 from rattn_eqx.model.norm import RMSNorm
 
 
@@ -59,13 +60,14 @@ class Block(eqx.Module):
             theta = config.rope_theta if kind == "global_rope" else None
             self.attention = GlobalAttention(config.model_width, rope_theta=theta, **heads)
             return
-        if feature_map is None and config.feature_map == "learned":
-            feature_map = Hedgehog(config.head_size, key=jax.random.fold_in(key, 2))  # 0 and 1 give the keys split off
+        if feature_map is None:
+            map_key = jax.random.fold_in(key, 2)  # 0 and 1 give the keys split off
+            feature_map = map_of(config.feature_map, config.head_size, key=map_key)
         self.attention = RAttention(
             config.model_width,
             window=config.window,
             residual=config.residual,
-            feature_map=named[config.feature_map] if feature_map is None else feature_map,
+            feature_map=feature_map,
             learned_scale=config.learned_feature_scale,
             feature_projection=config.feature_projection,
             num_meta_tokens=config.num_meta_tokens,

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from pallas.feature_map import named
 from rattn_eqx.model.fields import settle
+from rattn_eqx.model.map_files import MAPS, is_of_file
 from rattn_eqx.model.rotary import RopeScaling
 
 LayerKind = Literal["local", "global", "global_rope"]
@@ -21,7 +21,8 @@ class ModelConfig:
     `swa_gain` and `rla_gain` are what the learned gains of the two branches begin at; `swa_gain=None` leaves the
     window's branch without norm and gain. `sinks` gives each head of a local layer a learned logit without a value.
     `feature_projection` gives each head of the residual branch a learned matrix before the map.
-    `feature_map` is a named one of `pallas.feature_map`, or "learned": a `Hedgehog` of each local layer's own.
+    `feature_map` is a named one of `pallas.feature_map`; "learned", a `Hedgehog` of each local layer's own; or one of a
+    user's file, as `map_files.read_map` names it.
 
     What models of other libraries have: `qkv_bias`, biases of queries, keys and values; `norm_eps`, of the stream's
     norms and of qk-norm; `embedding_scale`, what embeddings are multiplied by (None: the square root of the width);
@@ -88,6 +89,8 @@ class ModelConfig:
             raise ValueError(f"ModelConfig: norm_eps must be at least 0; got {self.norm_eps}")
         if self.head_size % 2:
             raise ValueError(f"ModelConfig: head_size must be even, for rotary embedding; got {self.head_size}")
-        maps = (*named, "learned")
-        if self.feature_map not in maps:
-            raise ValueError(f"ModelConfig: feature_map must be one of {', '.join(maps)}; got {self.feature_map!r}")
+        if self.feature_map not in MAPS and not is_of_file(self.feature_map):
+            raise ValueError(
+                f"ModelConfig: feature_map must be one of {', '.join(MAPS)}, or what map_files.read_map gives of a "
+                f"file's; got {self.feature_map!r:.200}"
+            )
