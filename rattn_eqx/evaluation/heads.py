@@ -71,8 +71,7 @@ def read_head(model: LanguageModel, inputs: tuple[Float[Array, "t m"], ...], lay
         raise ValueError(f"read_head: head must be 0 to {num_heads - 1}; got head={head}")
     q_window, k_window, q, k, v = _of_heads(attention, inputs[layer])
     of_keys = head // (num_heads // num_kv_heads)
-    residual = isinstance(attention, RAttention) and attention.rla_gain is not None
-    sinks = attention.sink_logits if isinstance(attention, RAttention) else None
+    local = attention if isinstance(attention, RAttention) else None
     of = lambda number, *arrays: [x[:, number].astype(jnp.float32) for x in arrays]
     (q_window, q), (k_window, k, v) = of(head, q_window, q), of(of_keys, k_window, k, v)
     return Head(
@@ -81,10 +80,10 @@ def read_head(model: LanguageModel, inputs: tuple[Float[Array, "t m"], ...], lay
         q,
         k,
         v,
-        window=attention.window if isinstance(attention, RAttention) else None,
-        feature_map=attention.feature_map if residual else None,
-        sink=None if sinks is None else float(sinks[head]),
-        meta_tokens=isinstance(attention, RAttention) and attention.meta_tokens is not None,
+        window=None if local is None else local.window,
+        feature_map=None if local is None or local.rla_gain is None else local.feature_map,
+        sink=None if local is None or local.sink_logits is None else float(local.sink_logits[head]),
+        meta_tokens=local is not None and local.meta_tokens is not None,
     )
 
 

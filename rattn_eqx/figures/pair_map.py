@@ -1,11 +1,12 @@
 """What one head does with its pairs of query and key under a window and a feature map: numbers, and one figure of them.
 
-One query head and one key/value head, one document, no rotary embedding, norm or gain. Arithmetic is NumPy's, so that
-a new shape compiles nothing but the feature map: a change is drawn in a fraction of a second.
+One query head and one key/value head, one document, no norm or gain. Arithmetic is NumPy's, so that a new shape
+compiles nothing but the feature map.
 """
 
 import dataclasses
 import io
+from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -36,8 +37,10 @@ class PairMap:
       window: W, how many keys a query sees in its window, its own included.
       in_window: is key s in the window of query t? s <= t and s > t - W.
       in_state: is key s in the residual set of query t? s <= t - W.
-      softmax_weights: softmax over the residual set of q_t . k_s / sqrt(d): what full attention would do there. Rows
-        sum to 1; a row without residual keys is 0.
+      window_weights: softmax over the window of q_t . k_s / sqrt(d), of what the window reads. Rows sum to 1, or to
+        less with a sink.
+      softmax_weights: the same over the residual set, without a sink: what full attention would do there. Rows sum to
+        1; a row without residual keys is 0.
       feature_weights: phi(q_t) . phi(k_s), divided by the sum of their sizes over the residual set, so that sizes sum
         to 1 in each row; 0 where all are 0. The branch itself does not divide: a norm follows it, which takes any
         factor of a row out again.
@@ -61,6 +64,7 @@ class PairMap:
     window: int
     in_window: Bool[np.ndarray, "t t"]
     in_state: Bool[np.ndarray, "t t"]
+    window_weights: Float[np.ndarray, "t t"]
     softmax_weights: Float[np.ndarray, "t t"]
     feature_weights: Float[np.ndarray, "t t"]
     distance: float
@@ -72,6 +76,27 @@ class PairMap:
     collisions: Float[np.ndarray, "n"]
     softmax_collisions: Float[np.ndarray, "n"]
     recall: Float[np.ndarray, "n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A feature map that was checked for a head size, and is compiled once for many calls of `pair_map`."""
+
+    phi_q: Callable
+    phi_k: Callable
+    head_size: int
+
+
+def prepare(feature_map: FeatureMap, head_size: int, dtype=jnp.float32) -> Prepared:
+    """The map for many calls with heads of one size.
+
+    Raises:
+      ValueError: for a map that does not map (..., d) to (..., f), or mixes tokens.
+    """
+    check_feature_map("pair_map", feature_map, head_size, dtype)
+    phi_q, phi_k = as_pair(feature_map)
+    compiled = eqx.filter_jit(phi_q)
+    return Prepared(compiled, compiled if phi_k is phi_q else eqx.filter_jit(phi_k), head_size)
 
 
 @checked
@@ -125,14 +150,21 @@ def pair_map(
     v: Float[Array, "t dv"],
     *,
     window: int,
-    feature_map: FeatureMap,
+    feature_map: FeatureMap | Prepared,
+    q_window: Float[Array, "t d"] | None = None,
+    k_window: Float[Array, "t d"] | None = None,
+    sink: float | None = None,
 ) -> PairMap:
     """Masks, weights, state and collisions of one head, as `PairMap` defines them.
 
     Args:
-      q, k, v: one head without rotary embedding, of `random_head` or your own. float64 stays float64.
+      q, k, v: one head as the map reads it, of `random_head`, of a model (`evaluation.heads`) or your own. float64
+        stays float64.
       window: W, how many keys a query sees in its window, its own included; 0 leaves all to the residual branch.
-      feature_map: a callable (..., d) -> (..., f), or a pair (phi_q, phi_k), as the ops take it.
+      feature_map: a callable (..., d) -> (..., f), or a pair (phi_q, phi_k), as the ops take it; or what `prepare` made
+        of it.
+      q_window, k_window: q and k as the window reads them, with rotary positions and norms; default: q and k.
+      sink: a logit without a value in the window's softmax.
 
     Raises:
       ValueError: for a negative window, a feature map of another form, or features that are not finite.
@@ -144,18 +176,23 @@ def pair_map(
     (length, d), dtype = q.shape, accumulation_dtype(q, k, v)
     if length < 1:
         raise ValueError("pair_map: t must be at least 1; got t=0; pass one query or more")
-    check_feature_map("pair_map", feature_map, d, dtype)
-    phi_q, phi_k = as_pair(feature_map)
+    prepared = feature_map if isinstance(feature_map, Prepared) else prepare(feature_map, d, dtype)
+    if prepared.head_size != d:
+        raise ValueError(f"pair_map: the map was prepared for d={prepared.head_size}; got d={d}; prepare it again")
+    phi_q, phi_k = prepared.phi_q, prepared.phi_k
     stored = max(length - window, 0)
     both = jnp.concatenate([q, k]).astype(dtype)  # one shape for every window: a map is compiled once for each d
     features_q = _features("phi_q", phi_q, both)
     features_k = features_q if phi_k is phi_q else _features("phi_k", phi_k, both)
     of_queries, of_stored_as_queries = features_q[:length], features_q[length : length + stored]
     of_keys = features_k[length:]
-    q_wide, k_wide, v_wide = (np.asarray(x, features_k.dtype) for x in (q, k, v))
+    k_wide, v_wide = (np.asarray(x, features_k.dtype) for x in (k, v))
+    of_window = (q if q_window is None else q_window, k if k_window is None else k_window)
+    q_near, k_near = (np.asarray(x, features_k.dtype) for x in of_window)
 
     in_window, in_state = branches(length, window)
-    by_softmax = _softmax(q_wide @ k_wide.T / d**0.5, in_state)
+    logits = q_near @ k_near.T / d**0.5
+    by_softmax = _softmax(logits, in_state)
     by_features = _shares(of_queries @ of_keys.T, in_state)
     uniform = _shares(np.ones_like(by_softmax), in_state)
 
@@ -169,6 +206,7 @@ def pair_map(
         window=window,
         in_window=in_window,
         in_state=in_state,
+        window_weights=_softmax(logits, in_window, sink),
         softmax_weights=by_softmax,
         feature_weights=by_features,
         distance=_distance(by_softmax, by_features, in_state),
@@ -213,7 +251,7 @@ _COLOURS = ScalarMappable(_TIMES, _MAP)
 
 
 def _features(name: str, phi, x: Float[Array, "t d"]) -> np.ndarray:
-    features = np.asarray(eqx.filter_jit(phi)(x))
+    features = np.asarray(phi(x))
     bad = ~np.isfinite(features)
     if bad.any():
         raise ValueError(
@@ -223,10 +261,13 @@ def _features(name: str, phi, x: Float[Array, "t d"]) -> np.ndarray:
     return features
 
 
-def _softmax(logits: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Softmax over each row's pairs in `where`; 0 elsewhere, and in a row without any."""
-    largest = np.max(logits, axis=1, where=where, initial=-np.inf, keepdims=True)
-    return _shares(np.exp(np.where(where, logits - np.where(np.isfinite(largest), largest, 0), -np.inf)), where)
+def _softmax(logits: np.ndarray, where: np.ndarray, sink: float | None = None) -> np.ndarray:
+    """Softmax over each row's pairs in `where`, and a sink without a weight; 0 elsewhere, and in a row without any."""
+    largest = np.max(logits, axis=1, where=where, initial=-np.inf if sink is None else sink, keepdims=True)
+    largest = np.where(np.isfinite(largest), largest, 0)
+    sizes = np.exp(np.where(where, logits - largest, -np.inf))
+    total = sizes.sum(axis=1, keepdims=True) + (0 if sink is None else np.exp(sink - largest))
+    return np.divide(sizes, total, out=np.zeros_like(sizes), where=total > 0)
 
 
 def _shares(scores: np.ndarray, where: np.ndarray) -> np.ndarray:

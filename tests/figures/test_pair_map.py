@@ -77,6 +77,30 @@ def test_softmax_weights_are_attentions_to_the_tokens_before(window):
     assert not found.softmax_weights[:, n:].any()
 
 
+@pytest.mark.parametrize("sink", [None, 1.5])
+@pytest.mark.parametrize("window", [0, 1, 5, LENGTH])
+def test_the_windows_weights_are_the_ops_of_what_the_window_reads(window, sink):
+    (q, k, v), (q_window, k_window, _) = head(), pm.random_head(length=LENGTH, head_size=D, seed=4)
+    found = pm.pair_map(q, k, v, window=window, feature_map=maps.relu, q_window=q_window, k_window=k_window, sink=sink)
+    tokens = one_head(jnp.eye(LENGTH))
+    logits = None if sink is None else jnp.asarray([sink])
+    local = pallas.sliding_window_attention(
+        one_head(q_window), one_head(k_window), tokens, window=window, sink_logits=logits
+    )
+    np.testing.assert_allclose(found.window_weights, local[:, 0], rtol=1e-4, atol=1e-7)
+    plain = pm.pair_map(q, k, v, window=window, feature_map=maps.relu)
+    np.testing.assert_array_equal(found.feature_weights, plain.feature_weights)
+    assert window == LENGTH or np.abs(found.softmax_weights - plain.softmax_weights).max() > 0.1
+
+
+def test_a_prepared_map_is_the_map():
+    prepared = pm.prepare(maps.taylor, D)
+    ways = [pm.pair_map(*head(), window=5, feature_map=x) for x in (maps.taylor, prepared)]
+    np.testing.assert_array_equal(ways[0].feature_weights, ways[1].feature_weights)
+    with pytest.raises(ValueError, match=r"^pair_map: the map was prepared for d=6; got d=7; prepare it again"):
+        pm.pair_map(*pm.random_head(head_size=7), window=5, feature_map=prepared)
+
+
 @pytest.mark.parametrize("name", ["softmax", "identity", "taylor"])
 def test_singular_values_and_recall_are_those_of_the_ops_state(name):
     q, k, v = head()
