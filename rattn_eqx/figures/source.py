@@ -10,16 +10,18 @@ from types import ModuleType
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Python source and the heading that a notebook shows while it is folded."""
+    """Python source, and what a notebook shows while it is folded: its name and where it stands."""
 
-    heading: str
+    name: str
+    place: str
     text: str
 
     def _repr_markdown_(self) -> str:
-        return f"<details><summary>{self.heading}</summary>\n\n```python\n{self.text}\n```\n\n</details>"
+        heading = f"<summary><code>{self.name}</code>, {self.place}</summary>"
+        return f"<details>{heading}\n\n```python\n{self.text}\n```\n\n</details>"
 
     def __repr__(self) -> str:
-        return self.heading
+        return f"{self.name}, {self.place}"
 
 
 def source(module: ModuleType, *path: str) -> Source:
@@ -27,8 +29,9 @@ def source(module: ModuleType, *path: str) -> Source:
 
     Of several with one name the longest is taken. Raises ValueError where there is none.
 
-    >>> source(ast, "NodeVisitor", "visit").text.splitlines()[0]
-    'def visit(self, node):'
+    >>> visit = source(ast, "NodeVisitor", "visit")
+    >>> visit.name, visit.text.splitlines()[0]
+    ('NodeVisitor.visit', 'def visit(self, node):')
     """
     text = inspect.getsource(module)
     node = ast.parse(text)
@@ -40,5 +43,4 @@ def source(module: ModuleType, *path: str) -> Source:
     shown = textwrap.dedent(ast.get_source_segment(text, node, padded=True) or text) if path else text
     file = Path(inspect.getsourcefile(module) or module.__name__)
     lines = shown.rstrip().count("\n") + 1
-    heading = f"<code>{'.'.join(path) or file.stem}</code>, {lines} lines of {file.parent.name}/{file.name}"
-    return Source(heading, shown.rstrip())
+    return Source(".".join(path) or file.stem, f"{lines} lines of {file.parent.name}/{file.name}", shown.rstrip())
