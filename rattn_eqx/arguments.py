@@ -10,11 +10,25 @@ from typing import Any
 
 PRESETS = ("tiny", "small", "paper_3b", "paper_12b")
 FEATURE_MAPS = ("softmax", "relu", "identity", "elu_plus_one", "exp", "squared_relu", "taylor")
+GRIDS = ("quick", "sweep", "pareto", "pareto_global", "variants", "remedies", "maps", "larger")
+SETTINGS = {  # of `rattn ablate --set`
+    "model.FIELD": "model_width num_layers num_heads num_kv_heads head_size feed_forward_width window pattern residual "
+    "feature_map learned_feature_scale num_meta_tokens swa_gain rla_gain qk_norm rope_theta gate tie_embeddings "
+    "qkv_bias norm_eps embedding_scale sinks feature_projection",
+    "departures.FIELD": "branch_norm feature_input head_split decay_gate num_valued_sinks conv_width",
+    "training.FIELD": "steps batch_size context learning_rate warmup_steps own_rate weight_decay clip_norm optimizer "
+    "compute_dtype rematerialise evaluation_tokens",
+    "alone": "task task_options.NAME task_share task_loss windows window_dropout test_lengths test_samples",
+}
+OF_MODEL = "the model's, if it is of a file of yours: the file as it was in training"
 HARDWARES = ("h100", "h200", "tpu_v5p")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one."""
+    """Shows a default where there is one, and keeps the lines of a text."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(super(Help, self)._fill_text(line, width, indent) for line in text.split("\n"))
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False, "") else super()._get_help_string(action)
@@ -78,7 +92,11 @@ def model_config(options: argparse.Namespace, config: Any = None) -> Any:
 
     config = config or presets[options.preset]
     changes = {"window": options.window, "residual": False if options.no_residual else None}
-    changes["feature_map"] = getattr(options, "feature_map", None)
+    if options.feature_map is not None:
+        from rattn_eqx.model.map_files import is_place, read_map
+
+        place = is_place(options.feature_map)
+        changes["feature_map"] = read_map(options.feature_map, config.head_size) if place else options.feature_map
     pattern = getattr(options, "pattern", None)
     changes["pattern"] = None if pattern is None else tuple(pattern.split(","))
     return dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})

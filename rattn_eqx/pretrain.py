@@ -18,9 +18,10 @@ from rattn_eqx.figures import curves
 from rattn_eqx.inference.cost import count_parameters, require_memory, training_bytes
 from rattn_eqx.inference.text import generate_text
 from rattn_eqx.model.config import ModelConfig
+from rattn_eqx.model.map_files import check_map
 from rattn_eqx.training.config import RunConfig, TrainConfig
 from rattn_eqx.training.loop import train, validation_loss
-from rattn_eqx.training.run_folder import read_metrics
+from rattn_eqx.training.run_folder import check_folder, read_metrics
 
 RESULTS, PLOT, SAMPLE = "results.json", "loss.png", "sample.txt"  # of a finished run, in its folder
 
@@ -133,7 +134,9 @@ def _check(
             raise ValueError(
                 f"pretrain: {folder / name} must be a file; it is a folder; remove it or give another --out"
             )
+    check_map(model.feature_map, model.head_size)
     sized = dataclasses.replace(model, vocabulary_size=bpe_vocabulary or BYTE_VOCABULARY)
+    check_folder(folder, sized, training)
     what = f"pretrain: a batch of {training.batch_size} x {training.context} tokens and a model of width "
     require_memory(f"{what}{model.model_width}", training_bytes(sized, training),
         "give a smaller one, or more microbatches")  # fmt: skip

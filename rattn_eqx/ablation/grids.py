@@ -4,19 +4,19 @@ import dataclasses
 import itertools
 import json
 import math
-import runpy
-import traceback
 from pathlib import Path
 from typing import Any
 
 from rattn_eqx.ablation.layer import NO_DEPARTURES, Departures
 from rattn_eqx.ablation.trial import Trial
-from rattn_eqx.data import files
+from rattn_eqx.data.programs import read_source, run_source
+from rattn_eqx.model import map_files
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.training.config import TrainConfig
 
 MOST = 10_000  # trials of a grid
 NO_SETTINGS = ("name", "model", "training", "departures", "task_options")  # of a trial: parts that have settings
+MAP = "model.feature_map"
 FULL = 2**20  # a window longer than any sequence here: full attention
 
 # 3.2 million parameters. The head size is one that the GPU kernels compute without padding.
@@ -200,17 +200,23 @@ def load_grid(name: str) -> list[Trial]:
     path = Path(name)
     if path.suffix != ".py" or not path.exists():
         raise ValueError(f"ablate: no grid {name!r}; give {', '.join(grids)} or a Python file that defines `trials`")
-    files.open_regular(path, files.SMALL).close()
-    try:
-        trials = runpy.run_path(str(path)).get("trials")
-    except (Exception, SystemExit) as error:  # the file is the user's program: whatever it raises is of the user's line
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) and not lines else lines[-1] if lines else None
-        where = f"line {line}" if line else "reading it"
-        raise ValueError(f"ablate: {path} raised {type(error).__name__}: {error} ({where}); mend it") from error
+    trials = run_source("ablate", path, read_source("ablate", path), "rattn_grid").get("trials")
     if not (isinstance(trials, list) and trials and all(isinstance(each, Trial) for each in trials)):
         raise ValueError(f"ablate: {path} must define `trials`, a list of Trial, at least one; got {trials!r:.80}")
     return trials
+
+
+def listed(trials: list[Trial]) -> str:
+    """A line for each trial: its name, feature map, window and steps."""
+    rows = [("trial", "map", "window", "steps")]
+    for trial in trials:
+        of_map = map_files.short(trial.model.feature_map) if trial.model.residual else "no residual branch"
+        windows = trial.windows or (trial.model.window,)
+        shown = ["full" if window >= trial.training.context else str(window) for window in windows]
+        rows.append((trial.name, of_map, " or ".join(shown), f"{trial.training.steps:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def named(trials: list[Trial], part: str) -> list[Trial]:
@@ -238,7 +244,8 @@ def product(trials: list[Trial], settings: dict[str, list[Any]]) -> list[Trial]:
     made = []
     for trial, values in itertools.product(trials, itertools.product(*settings.values())):
         pairs = list(zip(settings, values, strict=True))
-        name = " ".join([trial.name, *(f"{key.split('.')[-1]}={value}" for key, value in pairs)])
+        said = [(key.split(".")[-1], map_files.short(value) if key == MAP else value) for key, value in pairs]
+        name = " ".join([trial.name, *(f"{key}={value}" for key, value in said)])
         made.append(dataclasses.replace(_replaced(trial, pairs), name=name))
     return made
 
@@ -272,14 +279,18 @@ def _replaced(trial: Trial, pairs: list[tuple[str, Any]]) -> Trial:
 def parse_settings(texts: list[str]) -> dict[str, list[Any]]:
     """Settings of `product` from the command line, such as "model.window=4,8"; values are JSON, or else text.
 
+    A feature map may be FILE.py:NAME, which is read here (`map_files.read_map`).
+
     Raises:
-      ValueError: for anything without a name and a value.
+      ValueError: for anything without a name and a value, for a name given twice, and as `map_files.read_map`.
     """
     settings: dict[str, list[Any]] = {}
     for text in texts:
         name, _, values = text.partition("=")
         if not (name and values):
             raise ValueError(f"ablate: a setting must be NAME=VALUE,VALUE such as model.window=4,8; got {text!r:.80}")
+        if name in settings:
+            raise ValueError(f"ablate: {name:.80} is set twice; give all its values at once, as {name:.80}=VALUE,VALUE")
         settings[name] = [_value(name, value) for value in values.split(",")]
     return settings
 
@@ -287,6 +298,8 @@ def parse_settings(texts: list[str]) -> dict[str, list[Any]]:
 def _value(name: str, text: str) -> Any:
     if name in ("model.pattern", "windows", "test_lengths"):  # several, with + between
         return tuple(_value("", part) for part in text.split("+"))
+    if name == MAP and map_files.is_place(text):
+        return map_files.read_map(text)
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

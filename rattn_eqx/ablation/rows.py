@@ -11,8 +11,10 @@ import numpy as np
 
 from rattn_eqx.ablation.trial import Trial, migrated
 from rattn_eqx.data import files
+from rattn_eqx.model.map_files import is_source_of
 
 LIMIT = 2**30  # bytes of a file of results
+SOURCE = "feature_map_source"  # of a line: the text of the Python file that its feature map is of
 _NUMBER = (int, float)
 _OPTIONAL = (int, float, type(None))
 _LINE = {"name": str, "trial": dict, "seed": int, "corpus": (str, type(None)), "bits_per_byte": _OPTIONAL,
@@ -105,13 +107,17 @@ def _lines(path: Path) -> list[str]:
 
 def _row(line: str, where: str) -> dict[str, Any]:
     try:
-        row = files.parse_json(line, where)
+        row: Any = files.parse_json(line, where)
         _require(row, _LINE)
         _require(row["trial"], _TRIAL)
         _require({"departures": {}} | row["trial"], {"departures": dict})
         for test in row["tests"]:
             _require(test, _TEST)
-        Trial.from_json(row["name"], row["trial"])
+        trial = Trial.from_json(row["name"], row["trial"])
+        if (source := row.get(SOURCE)) is not None:
+            _require(row, {SOURCE: str})
+            if not is_source_of(source, trial.model.feature_map):
+                raise ValueError(f"{SOURCE} is not that of model.feature_map, {trial.model.feature_map}")
     except (ValueError, TypeError) as error:  # a departure that is given twice
         raise files.DamagedError(f"ablate: {where} is no result: {error}; put back a good copy or remove it") from error
     return row | {"trial": migrated(row["trial"])}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pallas.tools.provenance import facts
 from rattn_eqx.ablation.layer import ablate
-from rattn_eqx.ablation.rows import append_rows, read_rows, summary
+from rattn_eqx.ablation.rows import SOURCE, append_rows, read_rows, summary
 from rattn_eqx.ablation.trial import Trial
 from rattn_eqx.data.batches import long_documents
 from rattn_eqx.data.corpus import build_corpus
@@ -33,6 +33,7 @@ from rattn_eqx.evaluation.recall import evaluate_task, make_task, require_task_m
 from rattn_eqx.evaluation.text import loss_by_position, switch_off, without_residual
 from rattn_eqx.inference.cost import count_parameters, require_memory, training_bytes
 from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.model.map_files import check_map, source_of
 from rattn_eqx.training.loop import validation_loss
 from rattn_eqx.training.step import build_model, make_optimizer, mean_loss, train_step
 
@@ -131,17 +132,29 @@ def share(trials: list[Trial], part: tuple[int, int]) -> list[Trial]:
     return trials[index - 1 :: parts]
 
 
+def check_model(trial: Trial, num_seeds: int) -> None:
+    """Refuse a trial whose model could not be trained, before its text is read.
+
+    Raises:
+      ValueError: departures that the model lacks the parts for, a feature map as `map_files.check_map`, more than the
+        machine's memory holds.
+    """
+    check_map(trial.model.feature_map, trial.model.head_size)
+    require_memory(f"ablate: {trial.name}", num_seeds * training_bytes(trial.model, trial.training),
+        "give fewer seeds, or a smaller model, batch or context")  # fmt: skip
+    lengths = [*trial.test_lengths, trial.training.context]
+    require_task_memory(trial.model, lengths, trial.test_samples)
+    _shapes(trial)
+
+
 def check_trial(trial: Trial, num_seeds: int, data: Data | None) -> None:
     """Refuse a trial that could not be run, before any is.
 
     Raises:
-      ValueError: departures that the model lacks the parts for, a task or options that make no samples, more than the
-        machine's memory holds.
+      ValueError: as `check_model`; a task or options that make no samples.
     """
+    check_model(trial, num_seeds)
     context, lengths = trial.training.context, trial.test_lengths or (trial.training.context,)
-    require_memory(f"ablate: {trial.name}", num_seeds * training_bytes(trial.model, trial.training),
-        "give fewer seeds, or a smaller model, batch or context")  # fmt: skip
-    require_task_memory(trial.model, [*lengths, context], trial.test_samples)
     if data is not None and trial.needs_text and len(data.train) <= context:
         raise ValueError(
             f"ablate: {trial.name} must have a context shorter than the text; got {context} and {len(data.train)} "
@@ -204,6 +217,8 @@ def run_trial(
     for index, seed in enumerate(seeds):
         model = jax.tree.map(lambda x, i=index: x[i] if eqx.is_array(x) else x, models)
         row = {"name": trial.name, "trial": trial.to_json(), "seed": seed} | test(model, lengths)
+        if (source := source_of(trial.model.feature_map)) is not None:
+            row[SOURCE] = source
         if trial.model.residual:
             row["without_residual"] = test(without_residual(model), [context])
         if documents is not None:

@@ -92,7 +92,8 @@ def table(rows: list[dict[str, Any]], baseline: str | None = None) -> str:
             cell = f"{np.mean(list(found.values())):.3f}" if found else ""
             if found and name != baseline and found.keys() & values(rows, baseline, metric).keys():
                 difference = paired_difference(rows, name, baseline, metric)
-                cell += f" {difference.mean:+.3f} ± {difference.half_width:.3f}"
+                spread = f"± {difference.half_width:.3f}" if len(difference.by_seed) > 1 else "one seed"
+                cell += f" {difference.mean:+.3f} {spread}"
             cells.append(f"{cell:>24}")
         seeds = len({row["seed"] for row in rows if row["name"] == name})
         lines.append(f"{name:{width}}  {seeds:>5}  " + "  ".join(cells))

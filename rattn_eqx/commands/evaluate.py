@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import sys
 
-from rattn_eqx.arguments import Help, path, whole
+from rattn_eqx.arguments import OF_MODEL, Help, path, place, whole
 from rattn_eqx.console import say
 
 
@@ -19,6 +19,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add = command.add_argument
     add("--run", dest="folder", type=path, required=True, help="run folder that `rattn pretrain` or `rattn "
         "import` left, or another path of a model")  # fmt: skip
+    add("--feature-map", type=place, metavar="FILE.py:NAME", help=OF_MODEL)
     add("--perplexity", type=path, metavar="FILE", help="instead of a task: how well the model predicts a text of any "
         "length, by position")  # fmt: skip
     add("--task", help="a task of rattn_eqx/evaluation/recall.py, such as mqar (token ids), needle "
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     lengths, task_options = parse_lengths(options.lengths), parse_options(options.option or [])
     if options.text is not None:
         task_options = {"haystack": "corpus", **task_options, "text": files.read_bytes(options.text, 2**30)}
-    model, tokenizer = load_with_tokenizer(options.folder, report=say)
+    model, tokenizer = load_with_tokenizer(options.folder, feature_map=options.feature_map, report=say)
     if options.out is not None:
         files.open_append(options.out).close()  # before the work
     if options.perplexity is not None:

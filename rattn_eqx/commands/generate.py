@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from rattn_eqx.arguments import Help, finite, path, utf8, whole
+from rattn_eqx.arguments import OF_MODEL, Help, finite, path, place, utf8, whole
 from rattn_eqx.console import say
 
 
@@ -17,6 +17,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add = command.add_argument
     add("--run", dest="folder", type=path, required=True, help="run folder that `rattn pretrain` or `rattn "
         "import` left, or another path of a model")  # fmt: skip
+    add("--feature-map", type=place, metavar="FILE.py:NAME", help=OF_MODEL)
     add("--prompt", type=utf8, action="append", help="text to continue; given again, several texts, each written as a "
         "line of JSON when it is whole")  # fmt: skip
     add("--prompts", type=path, metavar="FILE", help="a prompt on each line of a file, or of the standard input (-)")
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
 
     prompts = _prompts(options)
     said = [[{"role": "user", "content": prompt}] if options.chat else prompt for prompt in prompts]
-    model, tokenizer = load_with_tokenizer(options.folder, report=say)
+    model, tokenizer = load_with_tokenizer(options.folder, feature_map=options.feature_map, report=say)
     keys = jax.random.key(options.seed)
     drawn = generate_texts(
         model,

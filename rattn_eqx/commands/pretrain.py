@@ -29,7 +29,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--window", type=whole(), help="keys that a local layer's query sees, itself included; default: the preset's")
     add("--no-residual", action="store_true", help="leave the residual branch out: plain sliding-window attention; "
         "with --window of the context's length, full attention")  # fmt: skip
-    add("--feature-map", help=f"of the residual branch: {', '.join(FEATURE_MAPS)}; default: the preset's")
+    add("--feature-map", type=place, help=f"of the residual branch: {', '.join(FEATURE_MAPS)}, learned; or one of your "
+        "own, FILE.py:NAME, as `rattn ablate --help` explains it; default: the preset's")  # fmt: skip
     add("--pattern", help="layer kinds, repeated: local,local,local,global (global_rope: with positions); default: the "
         "preset's")  # fmt: skip
     add("--context", type=whole(), default=512, help="tokens in a training sequence")

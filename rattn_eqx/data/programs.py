@@ -1,5 +1,6 @@
 """A Python file of the user's, run for what it defines. What it raises is told as an error of its own line."""
 
+import os
 import sys
 import traceback
 import types
@@ -15,9 +16,11 @@ def read_source(op: str, path: Path, limit: int = files.SMALL) -> str:
     """The text of a regular file of at most `limit` bytes.
 
     Raises:
-      ValueError: no such file, a folder, a pipe, a file that is too large or not UTF-8.
+      ValueError: no such file, a folder, a pipe, a file that is too large or not UTF-8, and one whose program asks.
       OSError: as `open`.
     """
+    if os.path.realpath(path) in _running:
+        raise ValueError(f"{op}: {path} reads itself; put what it reads into a file of its own")
     try:
         return files.read_bytes(path, limit).decode("utf-8")
     except FileNotFoundError as error:
@@ -33,16 +36,13 @@ def run_source(op: str, path: Path, source: str, module_name: str) -> dict[str, 
     """What the source defines. It stays in `sys.modules` as the module of that name, which its classes need.
 
     Raises:
-      ValueError: for whatever it raises, SystemExit among it, and for a program that has itself run; names the line.
+      ValueError: for whatever it raises, SystemExit among it; names the line.
     """
-    place = str(path)
-    if place in _running:
-        raise ValueError(f"{op}: {path} reads itself; put what it reads into a file of its own")
     module = sys.modules[module_name] = types.ModuleType(module_name)
-    module.__file__ = place
+    module.__file__, place = str(path), os.path.realpath(path)
     _running.add(place)
     try:
-        exec(compile(source.encode("utf-8"), place, "exec"), module.__dict__)
+        exec(compile(source.encode("utf-8"), module.__file__, "exec"), module.__dict__)
     except (Exception, SystemExit) as error:  # the user's program: whatever it raises is of the user's line
         del sys.modules[module_name]
         raise ValueError(f"{op}: {path} raised {told(error, path)}; mend it") from error

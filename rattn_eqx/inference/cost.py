@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 
-from pallas.feature_map import named, num_features, softmax
+from pallas.feature_map import as_pair
 from rattn_eqx.model.config import LayerKind, ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.model.map_files import map_of, short
 from rattn_eqx.training.config import TrainConfig
 
 LAYER = 2**20  # bytes that tracing and compiling a layer takes at least
@@ -193,7 +195,7 @@ def describe_cost(config: ModelConfig, *, context: int, batch: int, hardware: Ha
     total, speed = sum(parts.values()), batch / time.total
     local = f"window {config.window}"
     if config.residual:
-        local += f", residual branch with the {config.feature_map} map"
+        local += f", residual branch with the {short(config.feature_map)} map"
 
     positions = "no positions"
     if rotary := kinds.count("global_rope"):
@@ -288,5 +290,8 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _features(config: ModelConfig) -> int:
-    """f, of which a learned map has as many as the softmax map."""
-    return num_features(named.get(config.feature_map, softmax), config.head_size)
+    """f of the config's map, which is traced and not made."""
+    d = config.head_size
+    features = lambda key, x: as_pair(map_of(config.feature_map, d, key=key))[1](x)
+    head = jax.ShapeDtypeStruct((1, 1, d), jnp.float32)
+    return jax.eval_shape(features, jax.eval_shape(jax.random.key, 0), head).shape[-1]

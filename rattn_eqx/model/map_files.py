@@ -53,9 +53,9 @@ def is_of_file(config_name: str) -> bool:
     return _NAME.fullmatch(config_name) is not None and config_name.isprintable()
 
 
-def short(config_name: Any) -> Any:
+def short(config_name: str) -> str:
     """A name for reading: of a file's map the first 8 digits of the hash; anything else as it is."""
-    return config_name[:-56] if isinstance(config_name, str) and is_of_file(config_name) else config_name
+    return config_name[:-56] if is_of_file(config_name) else config_name
 
 
 def read_map(place: str, head_size: int | None = None) -> str:
@@ -81,7 +81,7 @@ def read_map(place: str, head_size: int | None = None) -> str:
         raise ValueError(f"feature map: {place!r:.200} must be FILE.py:NAME; give one such as mine.py:phi")
     op = f"feature map {path.name}:{name}"
     source = read_source(op, path, _LIMIT)
-    sha256 = hashlib.sha256(source.encode("utf-8")).hexdigest()
+    sha256 = _sha256(source)
     config_name = f"{path.name}:{name}:{sha256}"
     if not is_of_file(config_name):
         raise ValueError(f"{op}: the file's name must be printable, without a colon; rename it")
@@ -151,12 +151,17 @@ def source_of(config_name: str) -> str | None:
     return _found(config_name).source if is_of_file(config_name) else None
 
 
+def is_source_of(source: str, config_name: str) -> bool:
+    """Whether a text is the source that a config's name of a map states."""
+    return is_of_file(config_name) and _sha256(source) == _parts(config_name)["sha256"]
+
+
 def check_map(config_name: str, head_size: int) -> None:
     """Refuse a file's map that no layer of that head size could compute with; nothing to check of a map by name.
 
     Raises:
-      ValueError: for a map that mixes tokens, gives another shape or no float, or that is not finite or not its gradient,
-        of normal numbers; for a maker whose modules differ in more than their numbers; names file, line and remedy.
+      ValueError: for a map that mixes tokens, gives another shape or no float, or of normal numbers is not finite, nor
+        its gradient; for a maker whose modules differ in more than their numbers; names file, line and remedy.
     """
     if is_of_file(config_name):
         _check(config_name, head_size)
@@ -175,6 +180,8 @@ def _check(config_name: str, head_size: int) -> None:
             f"{op}: {read.path} must make modules that are alike but for the numbers in their arrays; those of two "
             "keys are not; make an Equinox module with its arrays as fields, not a function that encloses them"
         )
+    traced = functools.partial(map_of, config_name, head_size)
+    eqx.filter_eval_shape(traced, key=jax.random.key(0))  # as a model is, whose numbers come later
     if wrong := [x for x in jax.tree.leaves(arrays) if not jnp.issubdtype(x.dtype, jnp.floating)]:
         raise ValueError(
             f"{op}: its arrays are parameters and must be float; got {wrong[0].dtype}; make constants in its call"
@@ -209,6 +216,10 @@ def _raised(op: str, read: _Read, error: BaseException, head_size: int) -> str:
 def _defined(op: str, path: Path, sha256: str, source: str) -> dict[str, Any]:
     name = f"rattn_map_{sha256}"
     return sys.modules[name].__dict__ if name in sys.modules else run_source(op, path, source, name)
+
+
+def _sha256(source: str) -> str:
+    return hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _is_maker(found: Any) -> bool:

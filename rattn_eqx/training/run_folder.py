@@ -23,12 +23,15 @@ from rattn_eqx.data.files import (
     open_regular,
     parse_json,
     read_json,
+    read_text,
     sync,
     write_json,
+    write_text,
 )
-from rattn_eqx.data.tokenizers import Tokenizer, load_tokenizer
+from rattn_eqx.data.tokenizers import BYTE_VOCABULARY, Tokenizer, load_tokenizer
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.fields import made
+from rattn_eqx.model.map_files import is_of_file, source_of
 from rattn_eqx.training.config import Objective, RunConfig, TrainConfig
 
 _LONGEST_ROW = 2**12  # bytes of a line of metrics.jsonl
@@ -48,30 +51,69 @@ def open_run(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
     """Make the folder of a new run, or check that an existing one belongs to `config`.
 
     Raises:
-      ValueError: if the folder holds a run of another config or tokenizer, names what differs; or if it holds a run
-        without its config.
+      ValueError: if the folder holds a run of another config or tokenizer, names what differs; or as `check_folder`.
     """
+    check_folder(folder, config.model)
     config_path, tokenizer_path = folder / "config.json", folder / "tokenizer.json"
     if not os.path.lexists(config_path):
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(tokenizer_path)
+        source, source_path = source_of(config.model.feature_map), _source_path(folder, config.model)
+        if source is not None and not source_path.exists():  # else it is this source
+            write_text(source_path, source)
+        write_json(config_path, dataclasses.asdict(config))  # last: a folder with a config is complete
+        return
+    _require_same(folder, identity(load_config(folder), load_tokenizer(tokenizer_path)), identity(config, tokenizer))
+
+
+def check_folder(folder: Path, model: ModelConfig, training: TrainConfig | None = None) -> None:
+    """Refuse a folder that a run of this model, and of this training, could not take, before there is a corpus.
+
+    Raises:
+      ValueError: if it holds a run of another config, but for its corpus, names what differs; a run without its
+        config; or another file in place of the map's source.
+    """
+    if not os.path.lexists(folder / "config.json"):
         left = [name for name in ("metrics.jsonl", "checkpoints") if os.path.lexists(folder / name)]
         if left:
             raise ValueError(
                 f"open_run: {folder} has {' and '.join(left)} but no config.json, so nothing says what they belong to; "
                 "put config.json back, or choose another folder with --out"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(tokenizer_path)
-        write_json(config_path, dataclasses.asdict(config))  # last: a folder with a config is complete
+        source, path = source_of(model.feature_map), _source_path(folder, model)
+        if source is not None and os.path.lexists(path) and read_text(path) != source:
+            raise ValueError(
+                f"open_run: {path} is another file, and the source of the feature map is to be written there; choose "
+                "another folder with --out"
+            )
+    elif training is not None:
+        there = load_config(folder)
+        if BYTE_VOCABULARY < there.model.vocabulary_size < model.vocabulary_size:  # of a BPE that found no more to join
+            model = dataclasses.replace(model, vocabulary_size=there.model.vocabulary_size)
+        stated = lambda config: {"config": as_json(dataclasses.asdict(config))}
+        _require_same(folder, stated(there), stated(RunConfig(model, training, there.corpus)))
+
+
+def _source_path(folder: Path, model: ModelConfig) -> Path:
+    """Where the text of the map's Python file is kept, for those who read."""
+    return folder / model.feature_map.partition(":")[0]
+
+
+def _require_same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    different = _differences(there, here, "there", "here")
+    if not different:
         return
-    here = identity(config, tokenizer)
-    there = identity(load_config(folder), load_tokenizer(tokenizer_path))
-    if different := _differences(there, here, "there", "here"):
-        if there["config"]["corpus"] != here["config"]["corpus"]:
-            different += " (the text that the corpus is made of has changed)"
-        raise ValueError(
-            f"open_run: {folder} holds a run of another config: {different}. "
-            "Choose another folder with --out, or give the options that the run was started with"
-        )
+    there, here = _flatten(there), _flatten(here)
+    changed = lambda name: there.get(name) != here.get(name)
+    if changed("config.corpus"):
+        different += " (the text that the corpus is made of has changed)"
+    maps = [str(values.get("config.model.feature_map")) for values in (there, here)]
+    if changed("config.model.feature_map") and all(map(is_of_file, maps)):
+        different += f" (the source of the feature map has changed; the run's is in {folder})"
+    raise ValueError(
+        f"open_run: {folder} holds a run of another config: {different}. "
+        "Choose another folder with --out, or give the options that the run was started with"
+    )
 
 
 def identity(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -116,7 +158,7 @@ def _differences(one: dict[str, Any], other: dict[str, Any], at_one: str, at_oth
     old, new = _flatten(one), _flatten(other)
     names = [name for name in {**new, **old} if old.get(name, "absent") != new.get(name, "absent")]
     json_value = lambda value: tuple(value) if isinstance(value, list) else value
-    show = lambda values, name: f"{json_value(values[name])!r:.80}" if name in values else "absent"
+    show = lambda values, name: f"{json_value(values[name])!r:.160}" if name in values else "absent"
     return "; ".join(
         f"{name.removeprefix('config.')} is {show(old, name)} {at_one} and {show(new, name)} {at_other}"
         for name in names

@@ -83,8 +83,9 @@ def apply_if_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def is_decayed(parameters: Any) -> Any:
-    """For each parameter, whether weight decay acts on it: those called `*_weight`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path).endswith("_weight"), parameters)
+    """For each parameter, whether weight decay acts on it: those called `*_weight`, but for a map's of the user."""
+    decayed = lambda path: path.endswith("_weight") and ".feature_map" not in path
+    return jax.tree_util.tree_map_with_path(lambda path, _: decayed(jax.tree_util.keystr(path)), parameters)
 
 
 def mean_loss(model: LanguageModel, batch: dict[str, jax.Array], scored: Sequence[jax.Array] = ()) -> jax.Array:

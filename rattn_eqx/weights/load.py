@@ -15,6 +15,7 @@ from rattn_eqx.data.packages import the_file
 from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.model.map_files import read_named
 from rattn_eqx.training.loop import load_model
 from rattn_eqx.training.run_folder import load_config
 from rattn_eqx.weights import hugging_face, own, parameters
@@ -29,9 +30,10 @@ def load(
     dtype: str | None = None,
     *,
     compute_dtype: str | None = None,
+    feature_map: str | None = None,
     report: Callable[[str], object] = print,
 ) -> tuple[LanguageModel, Tokenizer | None, ModelConfig]:
-    """The model at a path, its tokenizer if it has one, and its config. Nothing in a file is executed.
+    """The model at a path, its tokenizer if it has one, and its config. Nothing at the path is executed.
 
     Tensors are read one at a time: no more memory than the model's and a few of its largest tensor.
 
@@ -42,11 +44,14 @@ def load(
       dtype: of the parameters, such as "bfloat16"; None is float32; "stored": each as in the file.
       compute_dtype: in which the model computes; None: the dtype, if one is named; else what the folder says, or
         float32.
+      feature_map: for a model whose map is of a user's Python file: that file and the map's name in it, FILE.py:NAME.
+        It is run, as nothing else is, and must have the source that the model was trained with.
       report: told of checkpoints of a run that are passed over.
 
     Raises:
       ValueError: for a path that holds no such model, and for a file that is damaged, hostile or of another model;
-        names path, reason and remedy.
+        names path, reason and remedy. For a model whose map is of a file without feature_map, and as
+        `map_files.read_named`.
       ImportError: a library is missing that the tokenizer or a quantised tensor needs; names what to install.
       OSError: as `open`.
     """
@@ -55,6 +60,8 @@ def load(
     if compute_dtype is not None and compute_dtype not in parameters.DTYPES:
         known = ", ".join(map(repr, parameters.DTYPES))
         raise ValueError(f"load: compute_dtype must be one of {known}, or None; got {compute_dtype!r:.80}")
+    if feature_map is not None:
+        read_named(config_of(path).feature_map, feature_map)
     kind = kind_of(path)
     named = None if dtype == "stored" else dtype
     if kind == "run":
@@ -77,7 +84,7 @@ def load_with_tokenizer(
 ) -> tuple[LanguageModel, Tokenizer]:
     """`load` as commands use it, which write and read text: parameters as they are stored, and a tokenizer for sure.
 
-    options: compute_dtype and report, as of `load`.
+    options: compute_dtype, feature_map and report, as of `load`.
 
     Raises:
       ValueError: as `load`, and for a model without a tokenizer.

@@ -18,6 +18,7 @@ from rattn_eqx.data.tokenizers import Tokenizer, load_tokenizer
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.fields import made
 from rattn_eqx.model.language_model import LanguageModel
+from rattn_eqx.model.local_layers import local_layers
 from rattn_eqx.weights import parameters
 from rattn_eqx.weights.safetensors import open_tensors, write_tensors
 
@@ -63,8 +64,7 @@ def save(
             f"save: the model's layers must be those of its config; {different} is another; build the model of its "
             "config"
         )
-    maps = lambda model: [leaf for leaf in jax.tree.leaves(model) if callable(leaf)]
-    if maps(model) != maps(parameters.structure(model.config)):
+    if _maps(model) != _maps(parameters.structure(model.config)):
         raise ValueError(
             f"save: the model's feature maps must be that of its config, {model.config.feature_map}; they are others"
         )
@@ -145,6 +145,12 @@ def load(
         )
     tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
     return parameters.filled(like, file.read, dtype), tokenizer
+
+
+def _maps(model: LanguageModel) -> list[Any]:
+    """What the local layers' maps are, but for the numbers of their arrays."""
+    maps = [jax.tree.flatten(layer.feature_map) for layer in local_layers(model)]
+    return [(structure, [leaf for leaf in leaves if callable(leaf)]) for leaves, structure in maps]
 
 
 def _computing(dtype: str | None) -> str | None:
