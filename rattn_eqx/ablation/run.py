@@ -175,6 +175,7 @@ def run_trial(
     commit: str | None = None,
     title: str = "",
     show_progress: bool = True,
+    on_losses: Callable[[np.ndarray], object] = lambda losses: None,
 ) -> list[dict[str, Any]]:
     """Train a trial for each seed, all at once, and test each: its lines.
 
@@ -187,11 +188,12 @@ def run_trial(
       attribution: whether to ask, of a model with a residual branch, what each branch contributes:
         `attribution.attribute_task`, and bits per byte with each branch switched off.
       commit: of this code; None asks git.
+      on_losses: as of `train_trial`.
     """
     started, about = time.monotonic(), facts(commit)
     title = title or trial.name
     models, losses, skipped = train_trial(
-        trial, seeds, data, implementation=implementation, title=title, show_progress=show_progress
+        trial, seeds, data, implementation=implementation, title=title, show_progress=show_progress, on_losses=on_losses
     )
     trained = time.monotonic() - started
     context = trial.training.context
@@ -253,8 +255,12 @@ def train_trial(
     implementation: str | None = None,
     title: str = "",
     show_progress: bool = True,
+    on_losses: Callable[[np.ndarray], object] = lambda losses: None,
 ) -> tuple[LanguageModel, np.ndarray, np.ndarray]:
     """Train one model for each seed.
+
+    Args:
+      on_losses: told the losses of each step and seed, up to `DISPATCH` steps at a time; what it raises ends training.
 
     Returns:
       A `LanguageModel` whose arrays have an axis of seeds in front, the loss of each step and seed, and the number of
@@ -297,6 +303,7 @@ def train_trial(
             numbers = jnp.arange(start, min(start + together, config.steps))
             carry, loss = steps(int(drawn[start]), carry, numbers, sources, rate, keys)
             losses.append(np.asarray(loss))
+            on_losses(losses[-1])
             bar.set_postfix_str(f"loss {losses[-1][-1].mean():.3f}", refresh=False)
             bar.update(len(numbers))
     parameters, state = carry
