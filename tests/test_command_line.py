@@ -24,9 +24,13 @@ from training_child import MODEL, SAMPLE, training
 from pallas import feature_map
 from rattn_eqx import arguments, interrupt
 from rattn_eqx.__main__ import main
+from rattn_eqx.ablation import grids
+from rattn_eqx.ablation.layer import Departures
+from rattn_eqx.ablation.trial import Trial
 from rattn_eqx.commands import _parser
 from rattn_eqx.data.tokenizers import ByteTokenizer, load_tokenizer
 from rattn_eqx.inference import cost
+from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.presets import presets
 from rattn_eqx.training.config import RunConfig, TrainConfig
 from rattn_eqx.training.loop import load_model
@@ -310,6 +314,8 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
     (loop := folder / "loop").symlink_to(loop)
     pretrain = ["pretrain", "--cache", str(cache), "--out", str(folder / "out")]
     sample = [*pretrain, "--corpus", str(SAMPLE), *TINY]
+    nowhere = [*sample, "--corpus", str(folder / "no")]  # what is refused before there is a corpus
+    (mine := folder / "mine.py").write_text("phi = lambda x: x - x.mean()\n")
     no_run = f"load_config: {empty} is not a run folder, it has no config.json; start one with `rattn pretrain`"
     return {
         "missing corpus": ([*pretrain, "--corpus", str(folder / "no")], f"build_corpus: no file or folder at {folder}"),
@@ -321,7 +327,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
             "ModelConfig: pattern[1] must be 'local' or 'global' or 'global_rope'; got 'globe'",
         ),
         "window": ([*sample, "--window", "-1"], "window must be at least 0"),
-        "warm-up": ([*sample, "--warmup-steps", "6"], "TrainConfig: warmup_steps must be at least 0 and less than "),
+        "warm-up": ([*nowhere, "--warmup-steps", "6"], "TrainConfig: warmup_steps must be at least 0 and less than "),
         "steps": ([*sample, "--steps", "0"], "TrainConfig: steps must be at least 1; got 0"),
         "devices": (
             [*sample, "--devices", "-1", "--out", str(folder / "devices")],
@@ -329,8 +335,12 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         ),
         "evaluation": ([*sample, "--evaluation-tokens", "0"], "evaluation_tokens must be at least 1; got 0"),
         "context": ([*sample, "--context", "1000000"], "the split is shorter than one window; got "),
+        "map that mixes": (
+            [*nowhere, "--feature-map", f"{mine}:phi"],
+            "phi_q must act on the last axis alone; <lambda> (mine.py:1) mixes tokens or heads",
+        ),
         "other run": (
-            [*sample, "--out", str(other)],
+            [*nowhere, "--out", str(other)],
             f"{other} holds a run of another config: model.model_width is 16",
         ),
         "no run": (["generate", "--run", str(empty)], no_run),
@@ -396,6 +406,7 @@ def told(mistakes_folder: Path) -> dict[str, tuple[str, str]]:
 NAMES = ["missing corpus", "empty folder", "binary file", "feature map", "pattern", "window", "warm-up", "steps"]
 NAMES += ["devices", "evaluation", "context", "other run", "no run", "no checkpoint", "cost window", "cost context"]
 NAMES += ["sample", "prompt", "plot", "memory", "devices, many", "samples", "seed", "digits", "circle", "no command"]
+NAMES += ["map that mixes"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -486,6 +497,13 @@ def test_names_that_are_written_twice():
     assert tuple(presets) == arguments.PRESETS
     assert tuple(feature_map.named) == arguments.FEATURE_MAPS
     assert tuple(cost.hardwares) == arguments.HARDWARES
+    assert tuple(grids.grids) == arguments.GRIDS
+    kinds = {"model.FIELD": ModelConfig, "departures.FIELD": Departures, "training.FIELD": TrainConfig, "alone": Trial}
+    left_out = {"rope_scaling", "vocabulary_size", "seed", "checkpoint_every", "evaluate_every"}  # of no use there
+    left_out |= {"microbatches"}
+    for head, kind in kinds.items():
+        fields = {field.name for field in dataclasses.fields(kind)} - {*grids.NO_SETTINGS, *left_out}
+        assert set(arguments.SETTINGS[head].split()) - {"task_options.NAME"} == fields
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating")])

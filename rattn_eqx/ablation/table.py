@@ -76,10 +76,12 @@ def table(rows: list[dict[str, Any]], baseline: str | None = None) -> str:
     Raises:
       ValueError: no rows, or a baseline that is not among them.
     """
+    if not rows:
+        raise ValueError("ablate: the results have no line; run a grid first, or give another --out")
     names = list(dict.fromkeys(row["name"] for row in rows))
-    baseline = str(baseline or (names[0] if names else ""))
+    baseline = str(baseline or names[0])
     if baseline not in names:
-        raise ValueError(f"ablate: no trial {baseline!r} in the results; they have {', '.join(names) or 'none'}")
+        raise ValueError(f"ablate: no trial {baseline!r} in the results; they have {', '.join(names)}")
     lengths = sorted({test["length"] for row in rows for test in row["tests"]})
     metrics = ["bits_per_byte", *(f"exact {length}" for length in lengths)]
     metrics = [metric for metric in metrics if any(result(row, metric) is not None for row in rows)]

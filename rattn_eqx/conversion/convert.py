@@ -84,6 +84,11 @@ def convert(
         if objective is not None:
             objective = dataclasses.replace(objective, teacher=start if objective.distillation else None)
         verdict.check_prompts(tokenizer)
+        about = as_json({"source": str(source), "model": start, "config": dataclasses.asdict(config),
+            "transfer": dataclasses.asdict(transferring),
+            "training": None if training is None else dataclasses.asdict(training),
+            "objective": None if objective is None else dataclasses.asdict(objective)})  # fmt: skip
+        _check(folder, about)  # before the text is read
         text = build_corpus(corpus, cache, exclude=(folder,))
         print(describe(text.manifest))
         train_tokens, held_out = tokenize(text, tokenizer, cache)
@@ -93,10 +98,7 @@ def convert(
                 f"convert: a held-out text must have {text_length} tokens; none of {corpus} has; give more or longer "
                 "text, or a smaller --text-length"
             )
-        about = as_json({"source": str(source), "model": start, "config": dataclasses.asdict(config),
-            "corpus": text.manifest["sha256"], "transfer": dataclasses.asdict(transferring),
-            "training": None if training is None else dataclasses.asdict(training),
-            "objective": None if objective is None else dataclasses.asdict(objective)})  # fmt: skip
+        about["corpus"] = text.manifest["sha256"]
         _open(folder, about)
         kinds = config.layer_kinds
         print(
@@ -132,15 +134,21 @@ def convert(
 
 def _open(folder: Path, about: dict[str, Any]) -> None:
     """Begin a conversion, or check that the folder holds the one of these arguments."""
+    _check(folder, about)
+    if not (folder / ABOUT).exists():
+        files.write_json(folder / ABOUT, about)
+
+
+def _check(folder: Path, about: dict[str, Any]) -> None:
+    """Refuse a folder that holds another conversion, as far as these arguments tell."""
     path = folder / ABOUT
     if not path.exists():
         if left := [name for name in ("transfer", "training", MODEL) if (folder / name).exists()]:
             raise ValueError(f"convert: {folder} has {left[0]} but no {ABOUT}, which says of what; give another --out")
-        files.write_json(path, about)
         return
     held = files.read_json(path)
-    if held != about:
-        different = [name for name in about if not isinstance(held, dict) or held.get(name) != about[name]]
+    different = [name for name in about if not isinstance(held, dict) or held.get(name) != about[name]]
+    if different:
         raise ValueError(
             f"convert: {folder} holds a conversion that differs in {', '.join(different)}; give another --out, or the "
             "arguments that it was started with"

@@ -22,6 +22,7 @@ from jaxtyping import PRNGKeyArray
 
 from pallas.checks import check_feature_map
 from pallas.feature_map import FeatureMap, Hedgehog, as_pair, named
+from rattn_eqx.data import files
 from rattn_eqx.data.programs import read_source, run_source, told
 
 MAPS = (*named, "learned")
@@ -151,6 +152,25 @@ def source_of(config_name: str) -> str | None:
     return _found(config_name).source if is_of_file(config_name) else None
 
 
+def check_place(folder: Path, config_name: str) -> None:
+    """Refuse a folder in which another file stands where `keep_source` would write.
+
+    Raises:
+      ValueError: there is one. OSError: as `open`.
+    """
+    path, source = folder / config_name.partition(":")[0], source_of(config_name)
+    if source is not None and os.path.lexists(path) and files.read_text(path) != source:
+        raise ValueError(f"{path} is not the source of the feature map, which is to be kept there; give another folder")
+
+
+def keep_source(folder: Path, config_name: str) -> None:
+    """Write the source of a file's map beside its model, for those who read; nothing runs it from there."""
+    check_place(folder, config_name)
+    path, source = folder / config_name.partition(":")[0], source_of(config_name)
+    if source is not None and not path.exists():
+        files.write_text(path, source)
+
+
 def is_source_of(source: str, config_name: str) -> bool:
     """Whether a text is the source that a config's name of a map states."""
     return is_of_file(config_name) and _sha256(source) == _parts(config_name)["sha256"]
@@ -244,5 +264,5 @@ def _found(config_name: str) -> _Read:
     differs = "" if changed is None else f"; the {place} that was read has another source, {short(changed.config_name)}"
     raise ValueError(
         f"the map {short(config_name)} is of a file, which nothing opens by itself, and must be read first{differs}; "
-        f"give --feature-map {place}, or load(..., feature_map={place!r}), with the file of SHA-256 {parts['sha256']}"
+        f"give --feature-map {place} or load(..., feature_map={place!r}), the file as it was, SHA-256 {parts['sha256']}"
     )

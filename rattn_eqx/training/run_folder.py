@@ -23,15 +23,13 @@ from rattn_eqx.data.files import (
     open_regular,
     parse_json,
     read_json,
-    read_text,
     sync,
     write_json,
-    write_text,
 )
 from rattn_eqx.data.tokenizers import BYTE_VOCABULARY, Tokenizer, load_tokenizer
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.fields import made
-from rattn_eqx.model.map_files import is_of_file, source_of
+from rattn_eqx.model.map_files import check_place, is_of_file, keep_source
 from rattn_eqx.training.config import Objective, RunConfig, TrainConfig
 
 _LONGEST_ROW = 2**12  # bytes of a line of metrics.jsonl
@@ -58,9 +56,7 @@ def open_run(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
     if not os.path.lexists(config_path):
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(tokenizer_path)
-        source, source_path = source_of(config.model.feature_map), _source_path(folder, config.model)
-        if source is not None and not source_path.exists():  # else it is this source
-            write_text(source_path, source)
+        keep_source(folder, config.model.feature_map)
         write_json(config_path, dataclasses.asdict(config))  # last: a folder with a config is complete
         return
     _require_same(folder, identity(load_config(folder), load_tokenizer(tokenizer_path)), identity(config, tokenizer))
@@ -80,23 +76,13 @@ def check_folder(folder: Path, model: ModelConfig, training: TrainConfig | None 
                 f"open_run: {folder} has {' and '.join(left)} but no config.json, so nothing says what they belong to; "
                 "put config.json back, or choose another folder with --out"
             )
-        source, path = source_of(model.feature_map), _source_path(folder, model)
-        if source is not None and os.path.lexists(path) and read_text(path) != source:
-            raise ValueError(
-                f"open_run: {path} is another file, and the source of the feature map is to be written there; choose "
-                "another folder with --out"
-            )
+        check_place(folder, model.feature_map)
     elif training is not None:
         there = load_config(folder)
         if BYTE_VOCABULARY < there.model.vocabulary_size < model.vocabulary_size:  # of a BPE that found no more to join
             model = dataclasses.replace(model, vocabulary_size=there.model.vocabulary_size)
         stated = lambda config: {"config": as_json(dataclasses.asdict(config))}
         _require_same(folder, stated(there), stated(RunConfig(model, training, there.corpus)))
-
-
-def _source_path(folder: Path, model: ModelConfig) -> Path:
-    """Where the text of the map's Python file is kept, for those who read."""
-    return folder / model.feature_map.partition(":")[0]
 
 
 def _require_same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
@@ -108,8 +94,8 @@ def _require_same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> 
     if changed("config.corpus"):
         different += " (the text that the corpus is made of has changed)"
     maps = [str(values.get("config.model.feature_map")) for values in (there, here)]
-    if changed("config.model.feature_map") and all(map(is_of_file, maps)):
-        different += f" (the source of the feature map has changed; the run's is in {folder})"
+    if all(map(is_of_file, maps)) and maps[0][-64:] != maps[1][-64:]:
+        different += f" (the source of the feature map has changed; the run's is {folder / maps[0].partition(':')[0]})"
     raise ValueError(
         f"open_run: {folder} holds a run of another config: {different}. "
         "Choose another folder with --out, or give the options that the run was started with"

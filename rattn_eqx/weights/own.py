@@ -1,4 +1,5 @@
 """A model in our own format: a folder with config.json, model.safetensors and, if there is one, tokenizer.json.
+A feature map of a user's file stands there too, to be read and not run.
 
 Tensors are named by the parameter's path. What was imported or converted is written so; a training run's checkpoints
 are another thing (`rattn_eqx.training.checkpoint`).
@@ -19,6 +20,7 @@ from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.model.fields import made
 from rattn_eqx.model.language_model import LanguageModel
 from rattn_eqx.model.local_layers import local_layers
+from rattn_eqx.model.map_files import keep_source
 from rattn_eqx.weights import parameters
 from rattn_eqx.weights.safetensors import open_tensors, write_tensors
 
@@ -85,6 +87,7 @@ def write(
         write_tensors(unfinished / TENSORS, shapes, read, {"format": FORMAT})
         if tokenizer is not None:
             tokenizer.save(unfinished / TOKENIZER)
+        keep_source(unfinished, about.model.feature_map)
         files.write_json(unfinished / CONFIG, {"format": FORMAT, **dataclasses.asdict(about)})
 
 

@@ -1,6 +1,7 @@
 """A grid of trials: what a line says, that a grid goes on where it stopped, what a table says."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -20,6 +21,7 @@ from rattn_eqx.ablation.run import run_grid, run_trial, train_trial
 from rattn_eqx.ablation.table import mean_and_half_width, paired_difference, table
 from rattn_eqx.ablation.trial import Trial, migrated
 from rattn_eqx.figures.curves import by_length
+from rattn_eqx.model import map_files
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.training.config import TrainConfig
 
@@ -184,7 +186,9 @@ def test_the_command_runs_lists_replays_and_tabulates(tmp_path, capsys, monkeypa
     monkeypatch.setattr(grids, "quick", lambda: [TINY])
     grid.write_text("from rattn_eqx.ablation.grids import quick\ntrials = quick()\n")
     assert main(["ablate", "--grid", str(grid), "--set", "model.window=2,3", "--list"]) == 0
-    assert capsys.readouterr().out == "tiny window=2\ntiny window=3\n"
+    assert capsys.readouterr().out == (
+        "trial          map      window  steps\ntiny window=2  softmax  2       3\ntiny window=3  softmax  3       3\n"
+    )
     assert main(["ablate", "--grid", str(grid), "--seeds", "1", "--out", str(out), "--attribution"]) == 0
     [row] = read_rows(out)
     assert "memory" in row["attribution"]
@@ -199,6 +203,8 @@ def test_the_command_runs_lists_replays_and_tabulates(tmp_path, capsys, monkeypa
         (["--set", "model.width=3"], "no setting 'model.width'"),
         (["--set", "model.num_valued_sinks=4"], "no setting 'model.num_valued_sinks'; it is departures"),
         (["--set", "model.window"], "NAME=VALUE,VALUE"),
+        (["--set", "model.window=2", "--set", "model.window=3"], "model.window is set twice; give all its values"),
+        (["--table"], "the results have no line; run a grid first"),
         (["--part", "3"], "must be i/n"),
         (["--table", "--out", str(out), "--baseline", "x"], "no trial 'x'"),
         (["--replay", f"{out}:²"], "a line from 1 to 1"),
@@ -218,6 +224,58 @@ def test_the_command_runs_lists_replays_and_tabulates(tmp_path, capsys, monkeypa
     ):
         assert main(["ablate", "--out", str(tmp_path / "new.jsonl"), *arguments]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_the_command_runs_replays_and_tabulates_maps_of_a_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(grids, "quick", lambda: [TINY])
+    monkeypatch.setitem(grids.grids, "quick", grids.quick)
+    (mine := tmp_path / "mine.py").write_text(
+        f"# {tmp_path}\nfrom pallas.feature_map import Hedgehog as make, relu\nphi = lambda x: relu(x) + 0.5\n"
+    )
+    maps, out = f"relu,{mine}:phi,{mine}:make", str(tmp_path / "out.jsonl")
+    assert main(["ablate", "--feature-map", maps, "--seeds", "1", "--out", out]) == 0
+    assert main(["ablate", "--set", f"model.feature_map={maps}", "--seeds", "1", "--out", out]) == 0
+    assert capsys.readouterr().out.count("already in") == 3
+    rows = read_rows(Path(out))
+    assert [row.get("feature_map_source") for row in rows] == [None, mine.read_text(), mine.read_text()]
+    sha256 = hashlib.sha256(mine.read_bytes()).hexdigest()
+    assert rows[2]["trial"]["model"]["feature_map"] == f"mine.py:make:{sha256}"
+    assert rows[2]["parameters"] == rows[1]["parameters"] + 8 * 8
+    assert main(["ablate", "--table", "--out", out]) == 0
+    shown = capsys.readouterr().out
+    assert f"tiny feature_map=mine.py:phi:{sha256[:8]} " in shown
+    assert "one seed" in shown
+    assert "nan" not in shown
+
+    monkeypatch.setattr(map_files, "_read", {})  # as in another process
+    assert main(["ablate", "--replay", f"{out}:3"]) == 2
+    assert "give --feature-map mine.py:make" in capsys.readouterr().err
+    (tmp_path / "copy.py").write_text(rows[2]["feature_map_source"])
+    assert main(["ablate", "--replay", f"{out}:3", "--feature-map", f"{tmp_path / 'copy.py'}:make"]) == 0
+    then, now = capsys.readouterr().out.splitlines()[-2:]
+    assert then.split()[1:5] == now.split()[1:5]
+    mine.write_text(f"{mine.read_text()}\n")
+    for line, name, words in (
+        (3, "make", "must have the source of the model's map"),
+        (3, "phi", "is not the model's, which has mine.py:make"),
+        (1, "phi", "is not the model's, which has relu; leave it out"),
+    ):
+        assert main(["ablate", "--replay", f"{out}:{line}", "--feature-map", f"{mine}:{name}"]) == 2
+        assert words in capsys.readouterr().err
+    edited = json.dumps(rows[2] | {"feature_map_source": mine.read_text()})
+    (tmp_path / "edited.jsonl").write_text(edited + "\n")
+    with pytest.raises(ValueError, match=r"line 1 of .* is no result: feature_map_source is not that of model.feature"):
+        read_rows(tmp_path / "edited.jsonl")
+
+
+def test_a_map_that_cannot_be_trained_is_told_before_the_text_is_read(tmp_path, capsys):
+    (mine := tmp_path / "mine.py").write_text("phi = lambda x: x - x.mean()\n")
+    arguments = ["--grid", "larger", "--corpus", str(tmp_path / "none"), "--out", str(tmp_path / "out.jsonl")]
+    assert main(["ablate", "--feature-map", f"{mine}:phi", *arguments]) == 2
+    assert "mine.py:1) mixes tokens or heads" in capsys.readouterr().err
+    (tmp_path / "out.jsonl").write_text("{}")
+    assert main(["ablate", *arguments]) == 2
+    assert "line 1 of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
