@@ -28,7 +28,7 @@ settings.load_profile("tests")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--screenshots", help="where test_panel_browser.py leaves pictures of what it saw")
+    parser.addoption("--screenshots", help="where test_workbench_browser.py leaves pictures of what it saw")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,0 +1,206 @@
+"""The workbench in a real browser: JupyterLab shows it, and it answers to the mouse and the keyboard.
+
+Needs playwright (the extra `browser`) and a Chromium of the system. `--screenshots FOLDER` keeps what was seen.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_model import drawn
+
+from rattn_eqx.data.tokenizers import ByteTokenizer
+from rattn_eqx.model.config import ModelConfig
+from rattn_eqx.weights import own
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[browser]'")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the path"),
+]
+
+CELL = """from rattn_eqx.figures.workbench import Workbench
+
+workbench = Workbench()
+workbench"""
+SETTINGS = {  # every cell stays in the page, seen or not; nothing is asked of the network
+    "notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
+    "apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false", "checkForUpdates": False},
+}
+MODEL = ModelConfig(
+    vocabulary_size=258, model_width=32, num_layers=3, num_heads=4, num_kv_heads=2, head_size=16, feed_forward_width=32,
+    window=8, pattern=("local", "local", "global"), feature_map="learned",
+)  # fmt: skip
+MAPS = """import jax.numpy as jnp
+
+
+def steep(x):
+    return jnp.exp(jnp.minimum(2 * x, 10))
+
+
+def leaking(x):
+    return x - x.max(axis=0, keepdims=True)
+"""
+ERRORS = ", ".join(f'[data-mime-type="application/vnd.jupyter.{kind}"]' for kind in ("error", "stderr"))
+WATCH = """() => {
+  const figure = () => document.querySelector(".js-plotly-plot");
+  window.picture = () => {
+    const parts = Array.from(figure().querySelectorAll(".hm image"), x => x.getAttribute("href").slice(-600));
+    const marks = figure().querySelectorAll(".points path, .scatterlayer .lines path, .shapelayer path");
+    return parts.concat(Array.from(marks, x => x.getAttribute("d") + x.getAttribute("transform"))).join(" ");
+  };
+  window.timed = act => new Promise(done => {
+    const before = window.picture(), began = performance.now();
+    let now = before, changed = began;
+    act();
+    const look = () => {
+      const seen = window.picture(), time = performance.now();
+      if (seen !== now) { now = seen; changed = time; }
+      if ((now !== before && time - changed > 200) || time - began > 10000) done(now === before ? null : changed - began);
+      else requestAnimationFrame(look);
+    };
+    requestAnimationFrame(look);
+  });
+  window.press = (slider, key) => window.timed(() => slider.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true})));
+  window.choose = (select, value) => window.timed(() => {
+    select.value = value;
+    select.dispatchEvent(new Event("change", {bubbles: true}));
+  });
+}"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A notebook of one cell, a model with a byte tokenizer and a file of maps beside it."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}}
+    cell = {"cell_type": "code", "source": CELL, "outputs": [], "execution_count": None, "metadata": {}, "id": "only"}
+    notebook = {"cells": [cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    (folder / "workbench.ipynb").write_text(json.dumps(notebook), "utf-8")
+    (folder / "mine.py").write_text(MAPS, "utf-8")
+    own.save(drawn(MODEL, size=0.3), folder / "model", tokenizer=ByteTokenizer())
+    return folder
+
+
+@pytest.fixture
+def address(tmp_path, folder):
+    """Of a JupyterLab server with its own settings."""
+    for path, settings in SETTINGS.items():
+        file = tmp_path / "settings" / "@jupyterlab" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings), "utf-8")
+    own = {f"JUPYTER_{name}_DIR": str(tmp_path / "jupyter" / name) for name in ("CONFIG", "DATA", "RUNTIME")}
+    own |= {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"), "JAX_PLATFORMS": "cpu", "RATTN_NOTEBOOK_FAST": "1"}
+    own |= {"JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"), "PYTHONWARNINGS": "default"}
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0"]
+    command += [f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=bench", "--ServerApp.port_retries=0"]
+    log = tmp_path / "server.log"
+    with log.open("wb") as out:
+        server = subprocess.Popen(
+            command, stdout=out, stderr=out, cwd=folder, env=os.environ | own, start_new_session=True
+        )
+    try:
+        yield _wait_for_address(server, log) + "/lab/tree/workbench.ipynb?token=bench"
+    finally:
+        server.send_signal(signal.SIGTERM)  # ends its kernels too
+        try:
+            server.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def _wait_for_address(server: subprocess.Popen, log: Path) -> str:
+    for _ in range(300):
+        if found := re.search(r"(http://127\.0\.0\.1:\d+)/lab\?token", log.read_text("utf-8", "replace")):
+            return found[1]
+        assert server.poll() is None, log.read_text("utf-8", "replace")
+        time.sleep(0.2)
+    raise AssertionError("JupyterLab did not start in a minute:\n" + log.read_text("utf-8", "replace"))
+
+
+@pytest.fixture
+def page():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1366, "height": 768})
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+def control(page, text: str):
+    """The element to be moved or filled in of the control with this description."""
+    row = page.locator(".widget-inline-hbox", has=page.get_by_text(text, exact=True)).first
+    return row.locator(".noUi-handle, select, input").first
+
+
+def said(page) -> str:
+    return page.locator(".jp-OutputArea").first.inner_text()
+
+
+def wait_for(page, text: str, seconds: float = 60) -> None:
+    page.get_by_text(text).first.wait_for(timeout=1000 * seconds)
+
+
+def fill(page, text: str, value: str) -> None:
+    field = control(page, text)
+    field.fill(value)
+    field.press("Enter")
+    field.press("Tab")
+
+
+def open_workbench(page, address) -> None:
+    page.goto(address)
+    page.locator(".jp-NotebookPanel").wait_for()
+    page.get_by_text("Python 3 (ipykernel)").first.wait_for()
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.locator(f".js-plotly-plot .hm image, {ERRORS}").first.wait_for()
+    assert page.locator(ERRORS).all_inner_texts() == []
+    page.evaluate(WATCH)
+    page.locator(".widget-tab").first.evaluate("tab => tab.scrollIntoView()")
+
+
+def test_every_change_is_drawn_at_once(address, page, keep):
+    open_workbench(page, address)
+    keep("begin")
+    press = lambda text, key: control(page, text).evaluate("(slider, key) => window.press(slider, key)", key)
+    choose = lambda text, value: control(page, text).evaluate("(menu, value) => window.choose(menu, value)", value)
+    changes = [("window", "ArrowRight")] * 8 + [("query", "ArrowLeft")] * 8 + [("scale", "ArrowRight")] * 6
+    changes += [("φ", name) for name in ("relu", "identity", "exp", "squared_relu", "elu_plus_one", "softmax")]
+    changes += [("head size", size) for size in ("16", "8", "64")] + [("as", "arcs")]
+    changes += [("query", "ArrowLeft")] * 4 + [("window", "ArrowLeft")] * 4
+    assert len(changes) == 40
+    took = [press(*change) if change[1].startswith("Arrow") else choose(*change) for change in changes]
+    keep("arcs")
+    assert None not in took, [change for change, time in zip(changes, took, strict=True) if time is None]
+    seconds = [time / 1000 for time in took]
+    slowest = changes[max(range(40), key=took.__getitem__)]
+    print(f"40 changes: median {statistics.median(seconds):.3f} s, worst {max(seconds):.3f} s ({slowest})")
+    assert statistics.median(seconds) < 1
+    assert page.locator(f"{ERRORS}, .workbench-error").all_inner_texts() == []
+
+
+@pytest.fixture
+def keep(page, request):
+    """Keep a picture of the screen under a name, if pictures are asked for."""
+    folder = request.config.getoption("--screenshots")
+
+    def take(name: str) -> None:
+        if folder:
+            page.wait_for_timeout(300)
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=Path(folder) / f"{name}.png")
+
+    return take
