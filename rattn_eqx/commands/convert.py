@@ -34,7 +34,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add(
         "--own-rate",
         type=finite,
-        default=1.0,
+        default=10.0,
         help="times it, for what local layers have of their own: sinks, gains, maps",
     )
     add("--context", type=whole(), default=512, help="tokens in a sequence")

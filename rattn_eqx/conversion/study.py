@@ -47,7 +47,6 @@ PATTERNS: dict[str, tuple[LayerKind, ...]] = {
     "7:1": ("local", "local", "local", "local", "local", "local", "local", "global_rope"),
     "none": ("local",),
 }
-TRANSFER = {"rattention": 100, "window": 50}  # steps of layer-wise transfer, of an arm's steps
 HELD_OUT = 1_500_000  # tokens that are kept of a domain's held-out files
 Documents = dict[str, Int32[np.ndarray, "texts length"]]  # by domain
 NEEDLES: dict[str, dict[str, Any]] = {
@@ -129,7 +128,7 @@ def run(folder: Path, source: str, text: Path, name: str, options: argparse.Name
     if arm.kind != "full":
         given: dict[str, Any] = dict(residual=arm.kind == "rattention", sinks=arm.sinks)
         model = student(teacher, student_config(teacher.config, PATTERNS[arm.ratio], arm.window, **given))
-        steps = TRANSFER[arm.kind] if options.transfer_steps is None else options.transfer_steps
+        steps = options.transfer_steps
         if steps and options.steps and (arm.kind == "rattention" or arm.sinks):
             transferring = settings(steps, learning_rate=options.transfer_rate, checkpoint_every=steps, **shared)
             model = transfer(folder / "transfer", model, transferring, tokens, tokenizer)
@@ -218,11 +217,11 @@ def main(arguments: list[str] | None = None) -> int:
     of_arm.add_argument("--arm", required=True)
     of_arm.add_argument("--seed", type=int, default=0)
     of_arm.add_argument("--steps", type=int, default=2000, help="those of layer-wise transfer counted; 0: as it begins")
-    of_arm.add_argument("--transfer-steps", type=int, help=f"of them; by default {TRANSFER}")
+    of_arm.add_argument("--transfer-steps", type=int, default=50, help="of them")
     of_arm.add_argument("--batch-size", type=int, default=8)
     of_arm.add_argument("--context", type=int, default=2048)
     of_arm.add_argument("--learning-rate", type=float, default=3e-4)
-    of_arm.add_argument("--own-rate", type=float, default=1.0, help="of that, for what local layers have of their own")
+    of_arm.add_argument("--own-rate", type=float, default=10.0, help="of that, for what local layers have of their own")
     of_arm.add_argument("--transfer-rate", type=float, default=1e-2)
     of_arm.add_argument("--distillation", type=float, default=0.0)
     of_arm.add_argument("--window-dropout", type=float, default=0.0)

@@ -7,7 +7,6 @@ import pytest
 from small_model import drawn
 from test_conversion import OLD
 
-from rattn_eqx.conversion import study
 from rattn_eqx.conversion.study import Arm, arm_of, main
 from rattn_eqx.data.tokenizers import ByteTokenizer
 from rattn_eqx.weights import own
@@ -23,8 +22,7 @@ def test_an_arm_is_what_its_name_says():
 
 
 @pytest.mark.standard_dtype_promotion  # optax
-def test_arms_share_text_and_tokens_and_leave_a_line_each(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "TRANSFER", {"rattention": 2, "window": 1})
+def test_arms_share_text_and_tokens_and_leave_a_line_each(tmp_path):
     own.save(drawn(OLD, size=0.4), tmp_path / "old", tokenizer=ByteTokenizer())
     for domain, words in (("code", "def f(x): return x\n"), ("prose", "Nobody had seen the boat since. ")):
         (tmp_path / domain).mkdir()
@@ -42,19 +40,8 @@ def test_arms_share_text_and_tokens_and_leave_a_line_each(tmp_path, monkeypatch,
     assert held_out[1:200] not in learned.astype(np.uint8).tobytes(), "files are held out whole"
 
     arguments = ["run", "--model", str(tmp_path / "old"), "--text", str(tmp_path / "text"), "--steps", "4"]
-    arguments += [
-        "--batch-size",
-        "2",
-        "--context",
-        "64",
-        "--compute-dtype",
-        "float32",
-        "--texts",
-        "1",
-        "--needles",
-        "2",
-    ]
-    arguments += ["--needles", "2", "--lengths", "300", "--haystack", "code", "--save", str(tmp_path / "lines.jsonl")]
+    arguments += "--transfer-steps 2 --batch-size 2 --context 64 --compute-dtype float32 --texts 1 --needles 2".split()
+    arguments += ["--lengths", "300", "--haystack", "code", "--save", str(tmp_path / "lines.jsonl")]
     for arm in ("full", "rattention-6-3:1"):
         assert main([*arguments, "--arm", arm, "--out", str(tmp_path / arm)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
