@@ -40,7 +40,8 @@ def test_arms_share_text_and_tokens_and_leave_a_line_each(tmp_path):
     assert held_out[1:200] not in learned.astype(np.uint8).tobytes(), "files are held out whole"
 
     arguments = ["run", "--model", str(tmp_path / "old"), "--text", str(tmp_path / "text"), "--steps", "4"]
-    arguments += "--transfer-steps 2 --batch-size 2 --context 64 --compute-dtype float32 --texts 1 --needles 2".split()
+    given = {"transfer-steps": 2, "batch-size": 2, "context": 64, "compute-dtype": "float32", "texts": 1, "needles": 2}
+    arguments += [f"--{name}={value}" for name, value in given.items()]
     arguments += ["--lengths", "300", "--haystack", "code", "--save", str(tmp_path / "lines.jsonl")]
     for arm in ("full", "rattention-6-3:1"):
         assert main([*arguments, "--arm", arm, "--out", str(tmp_path / arm)]) == 0
