@@ -47,7 +47,7 @@ def filled(like: LanguageModel, read: Callable[[str], np.ndarray], dtype: str | 
     for path, leaf in flat:
         if _is_shape(leaf):
             array = read(jax.tree_util.keystr(path, simple=True, separator="."))
-            leaf = jnp.asarray(np.ascontiguousarray(array, kept or array.dtype))
+            leaf = jnp.asarray(np.asarray(array, kept or array.dtype, order="C"))  # a number stays a number, of no axis
         leaves.append(leaf)
     return jax.tree_util.tree_unflatten(tree, leaves)
 

@@ -42,10 +42,10 @@ class Scaled(eqx.Module):
     a_weight: jax.Array
 
     def __init__(self, head_size, *, key=None):
-        self.a_weight = jnp.ones((head_size,))
+        self.a_weight = jnp.ones(())
 
     def __call__(self, x):
-        return phi(x * jnp.broadcast_to(self.a_weight, x.shape))
+        return phi(x * self.a_weight)
 
 module = Scaled(4)
 
@@ -170,13 +170,14 @@ def run_of(folder: Path, feature_map: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["phi", "make"])
+@pytest.mark.parametrize("name", ["phi", "make", "Scaled"])
 def test_nothing_is_run_but_the_file_that_a_caller_names(mine, tmp_path, monkeypatch, name):
     """A folder holds the source for those who read; a stranger's may hold anything."""
     feature_map = read_map(f"{mine}:{name}", MODEL.head_size)
     run = run_of(tmp_path / "run", feature_map)
     model, _, _ = rattn_eqx.load(run)
     own.save(model, tmp_path / "model")
+    shapes = [x.shape for x in jax.tree.leaves(eqx.filter(model, eqx.is_array))]
     ran = tmp_path / "ran"
     for folder in (run, tmp_path / "model"):
         assert (folder / "mine.py").read_text() == mine.read_text()
@@ -200,6 +201,7 @@ def test_nothing_is_run_but_the_file_that_a_caller_names(mine, tmp_path, monkeyp
     for folder in (run, tmp_path / "model"):
         again, _, config = rattn_eqx.load(folder, feature_map=f"{mine}:{name}")
         assert config.feature_map == feature_map
+        assert [x.shape for x in jax.tree.leaves(eqx.filter(again, eqx.is_array))] == shapes
         np.testing.assert_array_equal(logits(again), logits(model))
     assert not ran.exists()
 
