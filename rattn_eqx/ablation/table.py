@@ -4,24 +4,36 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit  # quantiles of Student's t
+from scipy.special import ndtr, stdtrit  # the normal distribution, quantiles of Student's t
+
+SHARES = ("exact", "accuracy")  # metrics that lie in [0, 1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of a trial from a baseline, over the seeds that both have: mean, half width of its 95% t interval, each seed's.
+    """Of a trial from a baseline, over the seeds that both have: mean, its 95% `interval`, each seed's.
 
-    The half width is NaN for fewer than two seeds.
+    The ends are NaN for fewer than two seeds.
     """
 
+    metric: str
     mean: float
-    half_width: float
+    low: float
+    high: float
     by_seed: dict[int, float]
 
     @property
     def is_clear(self) -> bool:
         """Whether the interval leaves 0 out."""
-        return abs(self.mean) > self.half_width
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        """Mean and interval: "-0.062 ± 0.026" by Student's t, "+0.447 (+0.316 to +0.657)" of shares."""
+        if len(self.by_seed) < 2:
+            return f"{self.mean:+.3f} one seed"
+        if is_share(self.metric):
+            return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+        return f"{self.mean:+.3f} ± {self.high - self.mean:.3f}"
 
 
 def values(rows: list[dict[str, Any]], name: str, metric: str) -> dict[int, float]:
@@ -60,7 +72,43 @@ def paired_difference(rows: list[dict[str, Any]], name: str, baseline: str, metr
     by_seed = {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
     if not by_seed:
         raise ValueError(f"paired_difference: {name!r} and {baseline!r} share no seed with a result in {metric!r}")
-    return Difference(*mean_and_half_width(list(by_seed.values())), by_seed)
+    numbers = list(by_seed.values())
+    return Difference(metric, float(np.mean(numbers)), *interval(numbers, metric), by_seed)
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric of `result` lies in [0, 1]."""
+    return metric.partition(" ")[0] in SHARES
+
+
+def interval(numbers: list[float], metric: str) -> tuple[float, float]:
+    """95% interval of a mean over seeds: by `bootstrap` of shares and their differences, else by Student's t.
+
+    Args:
+      metric: as of `result`.
+    """
+    if is_share(metric):
+        return bootstrap(numbers)
+    mean, half_width = mean_and_half_width(numbers)
+    return mean - half_width, mean + half_width
+
+
+def bootstrap(numbers: list[float]) -> tuple[float, float]:
+    """95% interval of a mean by the expanded percentile bootstrap (Hesterberg, 2015); NaN for one number.
+
+    It never leaves the range of the numbers. Its quantiles are Phi(-sqrt(n / (n - 1)) t) and the rest of 1, t Student's
+    quantile: plain ones would be too narrow for few seeds. Simulated for shares drawn from beta distributions, it holds
+    the mean in 90 to 94 of 100 cases of six seeds, as Student's t does. For three it is their range, and holds it in
+    70 to 77.
+    """
+    n = len(numbers)
+    if n < 2:
+        return float("nan"), float("nan")
+    drawn = np.random.default_rng(0).integers(n, size=(max(2000, 600_000 // n), n))
+    tail = float(ndtr(-((n / (n - 1)) ** 0.5) * stdtrit(n - 1, 0.975)))
+    means = np.mean(np.asarray(numbers, float)[drawn], axis=1)
+    low, high = np.quantile(means, [tail, 1 - tail], method="inverted_cdf")
+    return float(low), float(high)
 
 
 def mean_and_half_width(numbers: list[float]) -> tuple[float, float]:
@@ -86,17 +134,17 @@ def table(rows: list[dict[str, Any]], baseline: str | None = None) -> str:
     metrics = ["bits_per_byte", *(f"exact {length}" for length in lengths)]
     metrics = [metric for metric in metrics if any(result(row, metric) is not None for row in rows)]
     width = max(map(len, names))
-    lines = [f"{'':{width}}  seeds  " + "  ".join(f"{metric:>24}" for metric in metrics)]
+    wide = {metric: 31 if is_share(metric) else 22 for metric in metrics}
+    lines = [f"{'':{width}}  seeds  " + "  ".join(f"{metric:>{wide[metric]}}" for metric in metrics)]
     for name in names:
         cells = []
         for metric in metrics:
             found = values(rows, name, metric)
             cell = f"{np.mean(list(found.values())):.3f}" if found else ""
             if found and name != baseline and found.keys() & values(rows, baseline, metric).keys():
-                difference = paired_difference(rows, name, baseline, metric)
-                spread = f"± {difference.half_width:.3f}" if len(difference.by_seed) > 1 else "one seed"
-                cell += f" {difference.mean:+.3f} {spread}"
-            cells.append(f"{cell:>24}")
+                cell += f" {paired_difference(rows, name, baseline, metric)}"
+            cells.append(f"{cell:>{wide[metric]}}")
         seeds = len({row["seed"] for row in rows if row["name"] == name})
         lines.append(f"{name:{width}}  {seeds:>5}  " + "  ".join(cells))
-    return "\n".join(lines) + f"\ndifferences from {baseline!r}, paired by seed, with 95% t intervals"
+    how = "± by Student's t, of shares by the bootstrap"
+    return "\n".join(lines) + f"\ndifferences from {baseline!r}, paired by seed, with 95% intervals: {how}"

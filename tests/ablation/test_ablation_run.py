@@ -18,7 +18,7 @@ from rattn_eqx.ablation.grids import parse_settings, product
 from rattn_eqx.ablation.layer import Departures
 from rattn_eqx.ablation.rows import append_rows, read_rows, summary
 from rattn_eqx.ablation.run import run_grid, run_trial, train_trial
-from rattn_eqx.ablation.table import mean_and_half_width, paired_difference, table
+from rattn_eqx.ablation.table import bootstrap, mean_and_half_width, paired_difference, table
 from rattn_eqx.ablation.trial import Trial, migrated
 from rattn_eqx.figures.curves import by_length
 from rattn_eqx.model import map_files
@@ -410,13 +410,29 @@ def test_differences_are_paired_by_seed():
     assert paired_difference(rows, "b", "a", "exact 64").is_clear
     text = table(rows)
     assert "+2.000 ± 2.484" in text
-    assert "-0.250 ± 0.000" in text
+    assert "-0.250 (-0.250 to -0.250)" in text
     with pytest.raises(ValueError, match="share no seed"):
         paired_difference([rows[0], rows[-1]], "b", "a", "bits_per_byte")
 
 
 def test_one_seed_has_no_interval():
     assert np.isnan(mean_and_half_width([1.0])[1])
+    assert np.isnan(bootstrap([1.0])).all()
+    assert not paired_difference([line("a", 1, 1, 0.5), line("b", 1, 2, 0.75)], "b", "a", "exact 64").is_clear
+
+
+def test_the_bootstrap_is_that_of_its_definition():
+    """Six seeds: t = 2.571, Phi(-sqrt(6 / 5) 2.571) = 0.00243, of all 6^6 resamples; three: the range."""
+    shares = [0.0, 0.04, 0.3, 0.42, 0.6, 1.0]
+    every = np.sort(np.mean(np.array(shares)[np.indices((6,) * 6).reshape(6, -1)], axis=0))
+    expected = every[round(0.00243 * len(every))], every[-round(0.00243 * len(every))]
+    assert bootstrap(shares) == pytest.approx(expected, abs=0.012)
+    assert bootstrap([0.3, 0.0, 1.0]) == (0.0, 1.0)
+    rows = [
+        line(name, seed, 1, share) for name, base in (("a", 0), ("b", 1)) for seed, share in enumerate([base, 0, 0])
+    ]
+    found = paired_difference(rows, "b", "a", "exact 64")
+    assert (found.low, found.high, found.is_clear) == (0, 1, False)
 
 
 def test_committed_results_can_be_replayed():

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from rattn_eqx.evaluation.attribution import EffectiveMemory
 from rattn_eqx.figures import curves, pair_map
+from rattn_eqx.figures.names import BLACK, BLUE, ORANGE, PURPLE
 
 ROWS = [{"step": step, "bits_per_byte": 8 - 0.05 * step} for step in range(1, 51)]
 ROWS += [{"step": step, "validation_bits_per_byte": 8.1 - 0.05 * step} for step in (25, 50)]
@@ -40,6 +42,9 @@ def test_curves_show_what_was_measured():
     low, high = figure.axes[0].get_ylim()
     assert low < 5.6 < 8.0 - 0.05 * 5.5 < high
     assert training.get_color() == validation.get_color()
+    assert training.get_color() not in (BLACK, BLUE, ORANGE), "a colour that says what the run is, which nobody said"
+    chosen = curves.loss_curves({"first": ROWS}, colours={"first": ORANGE})
+    assert {drawn.get_color() for drawn in chosen.axes[0].get_lines()} == {ORANGE}
 
 
 @pytest.mark.parametrize("rows", [[], ROWS[:1], ROWS[-1:], ROWS[:3]], ids=["none", "one step", "validation", "three"])
@@ -100,6 +105,20 @@ def test_results_by_window_are_means_of_seeds():
         "RATTENTION",
     ]
     assert 1.5 in [np.asarray(line.get_ydata())[0] for line in axes.get_lines()]
+    assert [container[0].get_color() for container in axes.containers] == [BLUE, ORANGE]
+
+
+def test_intervals_of_shares_stay_between_0_and_1():
+    """1, 1/5 and 1/7: by Student's t their mean's interval would be -0.65 to 1.55."""
+    rows = [line(residual, 8, seed, seed) for residual in (True, False) for seed in (1, 5, 7)]
+    rows += [line(False, 2**20, seed, seed) for seed in (1, 5, 7)]
+    axes = curves.by_window(rows, "exact 2048").axes[0]
+    segments = [part.get_segments() for drawn in axes.containers for part in drawn[2]]
+    ends = [[y for _, y in segment] for (segment,) in segments]
+    assert ends == [pytest.approx([1 / 7, 1])] * 2
+    (span,) = axes.patches
+    assert isinstance(span, Rectangle)
+    assert (span.get_y(), span.get_height()) == pytest.approx((1 / 7, 6 / 7))
 
 
 def test_differences_are_drawn_from_the_baseline_and_coloured_where_they_are_clear():
@@ -110,7 +129,7 @@ def test_differences_are_drawn_from_the_baseline_and_coloured_where_they_are_cle
     assert [text.get_text() for text in axes.get_yticklabels()] == ["worse", "alike"]
     centres = [container[0] for container in axes.containers]
     assert [np.asarray(centre.get_xdata()).item() for centre in centres] == pytest.approx([1.0, 0.5 / 3])
-    assert [centre.get_color() for centre in centres] == ["C1", "C0"]
+    assert [centre.get_markerfacecolor() for centre in centres] == [PURPLE, "white"]
 
 
 def test_results_by_length_show_the_length_of_training():
@@ -118,6 +137,14 @@ def test_results_by_length_show_the_length_of_training():
     (axes,) = figure.axes
     assert texts(figure) == ["one", "length of training"]
     assert np.asarray(axes.get_lines()[0].get_ydata()).tolist() == [0.75, 0.75]
+
+
+def test_a_curve_by_length_has_the_colour_of_what_it_is():
+    kinds = {"a map": (True, 8), "full": (False, 2**20), "alone": (False, 8), "another map": (True, 8)}
+    figure = curves.by_length({name: [line(*kind, 1, 0)] for name, kind in kinds.items()}, 512)
+    means = [drawn for drawn in figure.axes[0].get_lines() if str(drawn.get_label()).lstrip("\u200b") in kinds]
+    assert [drawn.get_color() for drawn in means] == [ORANGE, BLACK, BLUE, ORANGE]
+    assert means[0].get_linestyle() != means[3].get_linestyle()
 
 
 @pytest.mark.parametrize("name", [r"a$\x$", "_hidden", "two\nlines", "not UTF-8 \udce9"])
