@@ -9,7 +9,7 @@ from rattn_eqx.figures.live_map import legend
 RANDOM = "random vectors"
 TEXT = "The mill stands by the river. The miller keeps the key of the mill in the pocket of his coat."
 HEAD_SIZES = (8, 16, 32, 64, 128)
-LONGEST = 256  # tokens
+LONGEST, OF_TEXT = 1024, 512  # tokens: the most, and what is read of a text until something else is said
 
 
 def make(widgets: Any, maps: Sequence[str]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from rattn_eqx.figures.pair_map import FUTURE, PairMap
 SHADES, FUTURE_CODE, NEGATIVE_CODE, WINDOW_CODE, RESIDUAL_CODE, LAST_CODE = 64, 0, 1, 2, 66, 129
 NEGATIVE = "#000000"
 WIDTH, HEIGHT = 905, 390  # pixels: what a notebook of JupyterLab has beside its file browser, on a screen of 1366 x 768
-MOST_LABELS = 48
+MOST_LABELS, MOST_TOLD = 48, 128  # tokens, up to which the row below has letters, and each pair its number
+HOVER = "query %{y}, key %{x}"
 ARC_LEVELS = ((0.5, 1.0, 2.5), (0.2, 0.6, 1.6), (0.05, 0.35, 0.9))  # share of the row's largest, opacity, line width
 
 
@@ -72,8 +73,8 @@ def legend() -> str:
     parts = [f"{fade(BLUE)} window", f"{fade(BLACK)} softmax, residual", f"{fade(ORANGE)} φ, residual",
              f"{bar(NEGATIVE)} negative", f"{bar(FUTURE)} the future"]  # fmt: skip
     return (
-        f'<div style="font-size:11px;line-height:1.3">{" &nbsp; ".join(parts)} &nbsp; shades: 1/8 to 8 times the mean of '
-        "the branch's row. Click a map to choose a query.</div>"
+        f'<div style="font-size:11px;line-height:1.3">{" &nbsp; ".join(parts)} &nbsp; shades: 1/8 to 8 times the mean '
+        "of the row. Click to choose a query.</div>"
     )
 
 
@@ -102,10 +103,9 @@ class LiveMap:
         graphs = load_plotly()
         figure = graphs.FigureWidget(layout=_layout())
         flat = dict(zmin=0, zmax=LAST_CODE, showscale=False, hoverongaps=False)
-        hover = "query %{y}, key %{x}: %{customdata:.3f}<extra></extra>"
         for pane in range(4):
             place = {"xaxis": _axis("x", pane), "yaxis": _axis("y", pane)}
-            figure.add_trace(graphs.Heatmap(z=np.zeros((1, 1), np.uint8), hovertemplate=hover, **flat, **place))
+            figure.add_trace(graphs.Heatmap(z=np.zeros((1, 1), np.uint8), **flat, **place))
         for row in range(2):
             place = {"xaxis": _axis("x", 4 + row), "yaxis": _axis("y", 4 + row)}
             share = "key %{x}: %{y:.3f}<extra></extra>"
@@ -158,8 +158,12 @@ class LiveMap:
                     self.widget.layout[_layout_axis("y", number)].showticklabels = view == "bars"
             for pane, (found, weights, colour) in enumerate(panes):
                 far = found.feature_weights if weights is None else weights
-                shares = np.where(found.in_window, found.window_weights, far).astype(np.float32)
-                self._set(pane, z=codes(found, weights), customdata=shares, colorscale=colour_scale(colour))
+                self._set(pane, z=codes(found, weights), colorscale=colour_scale(colour))
+                if len(labels) <= MOST_TOLD:
+                    shares = np.where(found.in_window, found.window_weights, far).astype(np.float32)
+                    self._set(pane, customdata=shares, hovertemplate=HOVER + ": %{customdata:.3f}<extra></extra>")
+                else:
+                    self._set(pane, hovertemplate=HOVER + "<extra></extra>")
             for row, side in enumerate(sides):
                 self._row(4 + 9 * row, side.found, query, view)
             self._set(3, visible=len(panes) == 4)

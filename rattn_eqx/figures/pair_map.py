@@ -200,8 +200,8 @@ def pair_map(
     own_scores = of_stored_as_queries @ of_keys[:stored].T
     own_features = _shares(own_scores, everything)
     own_softmax = _softmax(k_wide[:stored] @ k_wide[:stored].T / d**0.5, everything)
-    values = _singular_values(of_keys[:stored], v_wide[:stored])
-    of_values = _singular_values(np.eye(stored, dtype=v_wide.dtype), v_wide[:stored])
+    stored_r = _triangle(v_wide[:stored])
+    values, of_values = _singular_values(_triangle(of_keys[:stored]) @ stored_r.T), _singular_values(stored_r)
     return PairMap(
         window=window,
         in_window=in_window,
@@ -282,14 +282,15 @@ def _distance(x: np.ndarray, y: np.ndarray, where: np.ndarray) -> float:
     return float(0.5 * np.abs(x - y).sum(axis=1)[several].mean()) if several.any() else float("nan")
 
 
-def _singular_values(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Of keys^T values, over the largest. keys^T = Q R and values^T = Q' R', so they are those of R R'^T: n x n."""
-    if not len(keys):
-        return np.zeros(0, values.dtype)
-    of_keys, of_values = (np.asarray(np.linalg.qr(x.T, mode="r")) for x in (keys, values))
-    small = of_keys @ of_values.T
-    found = np.linalg.svd(small, compute_uv=False)
-    return found / found[0] if found[0] > 0 else found
+def _triangle(x: np.ndarray) -> np.ndarray:
+    """R of x^T = Q R. keys^T values has the singular values of R R'^T, values those of R'."""
+    return np.asarray(np.linalg.qr(x.T, mode="r")) if len(x) else np.zeros((0, 0), x.dtype)
+
+
+def _singular_values(matrix: np.ndarray) -> np.ndarray:
+    """Over the largest."""
+    found = np.linalg.svd(matrix, compute_uv=False)
+    return found / found[0] if len(found) and found[0] > 0 else found
 
 
 def _cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from pallas.feature_map import FeatureMap, Hedgehog, named
 from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.evaluation.heads import Head, attention_inputs, read_head
 from rattn_eqx.figures import controls, pair_map
-from rattn_eqx.figures.controls import RANDOM
+from rattn_eqx.figures.controls import OF_TEXT, RANDOM
 from rattn_eqx.figures.exports import write
 from rattn_eqx.figures.live_map import LiveMap, Side
 from rattn_eqx.figures.names import shown
@@ -97,6 +97,7 @@ class Workbench:
         self._given = (source, tokenizer) if isinstance(source, LanguageModel) else None
         self._model: LanguageModel | None = None
         self._tokenizer: Tokenizer | None = None
+        self._drawn = 64  # tokens
         self._kept: dict[Any, Any] = {}  # streams, heads, maps and pairs that were computed
         self._quiet = True  # while controls are changed by program
         self._build(_ipywidgets())
@@ -123,7 +124,7 @@ class Workbench:
                 self._change(name, value)
         finally:
             self._quiet = False
-        self._draw()
+        self._draw(follow="query" not in settings)
 
     def add(self, name: str, feature_map: FeatureMap | str | None = None) -> None:
         """Offer a map under this name, in place of an earlier one of that name, and draw it.
@@ -215,16 +216,20 @@ class Workbench:
     def _offer_maps(self) -> None:
         """The maps that may be chosen; where the one that was is gone, the first."""
         options = ([OWN] if self._model is not None and self._own_map() else []) + list(self._maps)
-        quiet, self._quiet = self._quiet, True
-        for control in (self.controls["feature_map"], self.controls["other_map"]):
-            value = control.value
-            control.options = options
-            control.value = value if value in options else options[0]
-        self._quiet = quiet
+        for name in ("feature_map", "other_map"):
+            value = self.controls[name].value
+            self._quietly(name, options=options, value=value if value in options else options[0])
 
     def _own_map(self) -> bool:
         model = self._model
         return model is not None and any(getattr(x.attention, "rla_gain", None) is not None for x in model.blocks)
+
+    def _quietly(self, name: str, **traits: Any) -> None:
+        """Change a control without drawing."""
+        quiet, self._quiet = self._quiet, True
+        for trait, value in traits.items():
+            setattr(self.controls[name], trait, value)
+        self._quiet = quiet
 
     def _change(self, name: str, value: Any) -> None:
         """Give a control a value; a slider's end goes along, and nothing else is made of it."""
@@ -251,40 +256,45 @@ class Workbench:
             raise ValueError(
                 f"Workbench: {source} has no tokenizer; give the model and one: Workbench(model, tokenizer=...)"
             )
+        other_kind = (model is None) is not (self._model is None)
         self._model, self._tokenizer = model, tokenizer
         self._kept = {}
-        quiet, self._quiet = self._quiet, True
-        self.controls["source"].value = source
+        self._quietly("source", value=source)
+        if other_kind:
+            self._quietly("length", value=64 if model is None else OF_TEXT)
+        self._offer_maps()
         if model is not None:
             config = model.config
             kinds = [(f"{layer} {kind.replace('_', ' ')}", layer) for layer, kind in enumerate(config.layer_kinds)]
-            for name, options in (("layer", kinds), ("head", list(range(config.num_heads)))):
-                for control in (self.controls[name], self.controls[f"other_{name}"]):
-                    control.options = options
-                    control.value = 0
+            for beside in ("", "other_"):
+                self._quietly(f"{beside}layer", options=kinds, value=0)
+                self._quietly(f"{beside}head", options=list(range(config.num_heads)), value=0)
             if "local" in config.layer_kinds:
-                self._change("window", config.window)
-        self._offer_maps()
-        if model is not None and self._own_map():
-            self.controls["feature_map"].value = self.controls["other_map"].value = OWN
+                self._quietly("window", max=max(config.window, self.controls["window"].max), value=config.window)
+            if self._own_map():
+                for name in ("feature_map", "other_map"):
+                    self._quietly(name, value=OWN)
         for name in ("text", "layer", "head", "other_layer", "other_head"):
             self.controls[name].layout.display = "none" if model is None else ""
         for name in ("head_size", "seed"):
             self.controls[name].layout.display = "" if model is None else "none"
-        self._quiet = quiet
 
-    def _tokens(self) -> tuple[np.ndarray, int]:
-        """The tokens of the text that are read, and how many there are in all."""
-        assert self._tokenizer is not None
-        tokens = np.insert(self._tokenizer.encode(self.text.encode()), 0, self._tokenizer.document)
-        return tokens[: self.length].astype(np.int32), len(tokens)
+    def _tokens(self) -> tuple[np.ndarray, int, list[str]]:
+        """The tokens of the text that are read, how many there are in all, and a label of each that is read."""
+
+        def read() -> tuple[np.ndarray, int, list[str]]:
+            assert self._tokenizer is not None
+            whole = np.insert(self._tokenizer.encode(self.text.encode()).astype(np.int32), 0, self._tokenizer.document)
+            tokens = whole[: self.length]
+            texts = [
+                self._tokenizer.decode(tokens[at : at + 1]).decode("utf-8", "replace") for at in range(len(tokens))
+            ]
+            return tokens, len(whole), [shown(text).replace(" ", "␣") or "¶" for text in texts]
+
+        return self._once(("tokens", self.text, self.length), read)
 
     def _labels(self) -> list[str]:
-        if self._tokenizer is None:
-            return [str(number) for number in range(self.length)]
-        tokens, _ = self._tokens()
-        texts = [self._tokenizer.decode(tokens[at : at + 1]).decode("utf-8", "replace") for at in range(len(tokens))]
-        return [shown(text).replace(" ", "␣") or "¶" for text in texts]
+        return [str(number) for number in range(self.length)] if self._model is None else self._tokens()[2]
 
     def _head(self, layer: int, head: int) -> Head:
         """What the head reads, before `scale`."""
@@ -292,7 +302,7 @@ class Workbench:
             options: dict[str, Any] = dict(length=self.length, head_size=self.head_size, seed=self.seed)
             q, k, v = self._once(("random", *options.values()), lambda: pair_map.random_head(**options))
             return Head(q, k, q, k, v, None, None, None, False)
-        model, (tokens, _) = self._model, self._tokens()
+        model, tokens = self._model, self._tokens()[0]
         streams = self._once(("streams", tokens.tobytes()), lambda: attention_inputs(model, tokens))
         return self._once(("head", tokens.tobytes(), layer, head), lambda: read_head(model, streams, layer, head))
 
@@ -302,7 +312,7 @@ class Workbench:
     def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
         if key not in self._kept:
             if len(self._kept) > 64:
-                self._kept = {kept: value for kept, value in self._kept.items() if kept[0] in ("map", "streams")}
+                self._kept = {kept: value for kept, value in self._kept.items() if kept[0] == "map"}
             self._kept[key] = make()
         return self._kept[key]
 
@@ -323,27 +333,29 @@ class Workbench:
         where = "" if self._model is None else f"layer {layer}, head {head_number}"
         return Side(name, found, where)
 
-    def _draw(self) -> None:
+    def _draw(self, *, follow: bool = True) -> None:
+        """follow: a query that was the last token is the last of another length too."""
         try:
             sides = [self._side(self.feature_map, self.layer, self.head)]
             if self.compare:
                 sides.append(self._side(self.other_map, self.other_layer, self.other_head))
             labels = self._labels()
+            if follow and self.query == self._drawn - 1:
+                self._quietly("query", max=max(len(labels) - 1, self.query))
+                self._quietly("query", value=len(labels) - 1)
             query = min(self.query, len(labels) - 1)
             self.live.show(sides, labels, query, self.view)
         except Exception as error:  # of a user's map too, which may raise anything
             self._fail(error)
             return
-        self.error, self.sides = None, sides
+        self.error, self.sides, self._drawn = None, sides, len(labels)
         self.sentences = [
             *self._of_source(len(labels)),
             *(x for side in sides for x in remarks(side.found, side.name)),
         ]
         self.sentences = list(dict.fromkeys(self.sentences))
-        quiet, self._quiet = self._quiet, True
-        self.controls["window"].max = max(len(labels), self.window)
-        self.controls["query"].max = max(len(labels) - 1, self.query)
-        self._quiet = quiet
+        self._quietly("window", max=max(len(labels), self.window))
+        self._quietly("query", max=max(len(labels) - 1, self.query))
         self.other_row.layout.display = "" if self.compare else "none"
         names = [html.escape(", ".join(filter(None, (side.where, side.name)))) for side in sides]
         letters = ["A ", "B "] if self.compare else [""]

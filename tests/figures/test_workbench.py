@@ -2,6 +2,7 @@
 
 import csv
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,18 @@ def test_what_is_drawn_is_what_the_controls_say():
         assert same(side.found, pair_map.pair_map(q, k, v, window=7, feature_map=maps.named[name]))
 
 
+def test_a_query_at_the_end_stays_there_and_another_stays_where_it_is(folder):
+    bench = Workbench(length=30)
+    assert bench.query == 29
+    bench.length = 50
+    assert bench.query == 49
+    bench.query = 10
+    bench.set(source=str(folder), text=TEXT)
+    assert bench.query == 10
+    assert Workbench(folder, text=TEXT).query == len(TOKENS) - 1
+    assert Workbench(length=100, query=63).query == 63
+
+
 def test_the_mouse_does_what_python_does(bench):
     bench.controls["window"].value = 3
     assert bench.sides[0].found.window == 3
@@ -101,7 +114,7 @@ def test_several_are_set_and_drawn_once(bench, monkeypatch):
     [
         ({"windows": 3}, "Workbench: no setting windows; the settings are source, "),
         ({"window": -1}, "Workbench: window must lie between 0 and 20; got -1"),
-        ({"length": 0}, "Workbench: length must lie between 1 and 256; got 0"),
+        ({"length": 0}, "Workbench: length must lie between 1 and 1024; got 0"),
         ({"feature_map": "none"}, "Workbench: feature_map cannot be 'none': "),
         ({"seed": "x"}, "Workbench: seed cannot be 'x': "),
     ],
@@ -115,9 +128,10 @@ def test_what_is_refused(settings, said):
 
 def test_a_head_is_the_models(folder):
     bench = Workbench(folder, text=TEXT, layer=1, head=2)
-    assert (bench.window, bench.feature_map, bench.controls["query"].max) == (5, OWN, 63)
+    assert (bench.window, bench.feature_map, bench.controls["query"].max) == (5, OWN, 25)
     head = head_inputs(drawn(CONFIG, size=0.5), TOKENS, 1, 2)
-    options = dict(q_window=head.q_window, k_window=head.k_window, sink=head.sink)
+    assert head.feature_map is not None
+    options: dict[str, Any] = dict(q_window=head.q_window, k_window=head.k_window, sink=head.sink)
     expected = pair_map.pair_map(head.q, head.k, head.v, window=5, feature_map=head.feature_map, **options)
     assert same(bench.sides[0].found, expected)
     bench.head = 3
@@ -134,7 +148,7 @@ def test_a_head_is_the_models(folder):
 
 def test_what_is_the_readers_own_is_said(folder):
     model = drawn(CONFIG, size=0.5)
-    bench = Workbench(model, tokenizer=ByteTokenizer(), text=TEXT, length=12, window=3)
+    bench = Workbench(model, tokenizer=ByteTokenizer(), text=TEXT, length=12, window=3, query=63)
     assert bench.sentences[:2] == [
         "Query 63 is beyond the 12 tokens: the last one's row is drawn.",
         "The text has 26 tokens: the first 12 are read; length says how many.",
@@ -281,3 +295,15 @@ def test_a_learned_map_begins_as_a_hedgehog():
     hedgehog = maps.Hedgehog(8, key=jax.random.key(0))
     expected = pair_map.pair_map(*pair_map.random_head(length=20, head_size=8), window=4, feature_map=hedgehog)
     assert same(bench.sides[0].found, expected)
+
+
+def test_the_map_to_train_is_the_one_at_hand(bench, folder, tmp_path):
+    bench.set(feature_map="Hedgehog")
+    assert bench._config() == "learned"
+    bench.feature_map = "half"
+    with pytest.raises(ValueError, match=r"^Train this map: half is known to this session alone.*put it into a file"):
+        bench._config()
+    assert Workbench(folder)._config() == "learned"
+    (tmp_path / "mine.py").write_text("def phi(x):\n    return x * x\n")
+    bench.add("square", f"{tmp_path}/mine.py:phi")
+    assert bench._config().startswith("mine.py:phi:")

@@ -3,6 +3,7 @@
 Needs playwright (the extra `browser`) and a Chromium of the system. `--screenshots FOLDER` keeps what was seen.
 """
 
+import csv
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 from small_model import drawn
 
+from rattn_eqx.ablation.rows import read_rows
 from rattn_eqx.data.tokenizers import ByteTokenizer
 from rattn_eqx.model.config import ModelConfig
 from rattn_eqx.weights import own
@@ -65,12 +67,15 @@ WATCH = """() => {
     const look = () => {
       const seen = window.picture(), time = performance.now();
       if (seen !== now) { now = seen; changed = time; }
-      if ((now !== before && time - changed > 200) || time - began > 10000) done(now === before ? null : changed - began);
+      const settled = now !== before && time - changed > 200;
+      if (settled || time - began > 10000) done(settled ? changed - began : null);
       else requestAnimationFrame(look);
     };
     requestAnimationFrame(look);
   });
-  window.press = (slider, key) => window.timed(() => slider.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true})));
+  window.press = (slider, key) => window.timed(() => {
+    slider.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+  });
   window.choose = (select, value) => window.timed(() => {
     select.value = value;
     select.dispatchEvent(new Event("change", {bubbles: true}));
@@ -139,6 +144,20 @@ def page():
         browser.close()
 
 
+@pytest.fixture
+def keep(page, request):
+    """Keep a picture of the screen under a name, if pictures are asked for."""
+    folder = request.config.getoption("--screenshots")
+
+    def take(name: str) -> None:
+        if folder:
+            page.wait_for_timeout(300)
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=Path(folder) / f"{name}.png")
+
+    return take
+
+
 def control(page, text: str):
     """The element to be moved or filled in of the control with this description."""
     row = page.locator(".widget-inline-hbox", has=page.get_by_text(text, exact=True)).first
@@ -184,6 +203,7 @@ def test_every_change_is_drawn_at_once(address, page, keep):
     assert len(changes) == 40
     took = [press(*change) if change[1].startswith("Arrow") else choose(*change) for change in changes]
     keep("arcs")
+    inside(page)
     assert None not in took, [change for change, time in zip(changes, took, strict=True) if time is None]
     seconds = [time / 1000 for time in took]
     slowest = changes[max(range(40), key=took.__getitem__)]
@@ -192,15 +212,89 @@ def test_every_change_is_drawn_at_once(address, page, keep):
     assert page.locator(f"{ERRORS}, .workbench-error").all_inner_texts() == []
 
 
-@pytest.fixture
-def keep(page, request):
-    """Keep a picture of the screen under a name, if pictures are asked for."""
-    folder = request.config.getoption("--screenshots")
+def test_a_model_two_heads_maps_of_a_file_and_what_is_exported(address, page, keep, folder):
+    open_workbench(page, address)
+    fill(page, "source", "model")
+    wait_for(page, "layer 0, head 0, the model's own")
+    fill(page, "text", "The miller keeps the key.")
+    page.locator(".js-plotly-plot .x5tick", has_text="T").first.wait_for()
+    letters = page.locator(".js-plotly-plot .x5tick").all_text_contents()
+    assert "".join(letters) == "¶The␣miller␣keeps␣the␣key."
+    control(page, "head").select_option("2")
+    wait_for(page, "layer 0, head 2, the model's own")
+    keep("model")
 
-    def take(name: str) -> None:
-        if folder:
-            page.wait_for_timeout(300)
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            page.screenshot(path=Path(folder) / f"{name}.png")
+    page.get_by_text("compare", exact=True).click()
+    wait_for(page, "B layer 0, head 0, the model's own")
+    rows = page.locator(".widget-hbox", has=page.get_by_text("B: φ", exact=True)).last
+    rows.locator("select").nth(2).select_option("3")
+    wait_for(page, "B layer 0, head 3, the model's own")
+    assert page.locator(".js-plotly-plot .hm image").count() == 4
+    control(page, "as").select_option("arcs")
+    page.locator(".js-plotly-plot .scatterlayer .lines path").first.wait_for(state="attached")
+    keep("two_heads")
+    inside(page)
 
-    return take
+    page.get_by_text("Maps", exact=True).click()
+    field = page.get_by_placeholder("mine.py:phi")
+    field.fill("mine.py:leaking")
+    page.get_by_role("button", name="Add", exact=True).click()
+    wait_for(page, "must act on the last axis alone")
+    keep("refused")
+    assert "leaking" not in control(page, "φ").inner_text()
+    field.fill("mine.py:steep")
+    page.get_by_role("button", name="Add", exact=True).click()
+    wait_for(page, "A layer 0, head 2, mine.py:steep")
+    assert page.locator(".workbench-error").count() == 0
+    keep("map_of_a_file")
+
+    page.get_by_text("Export", exact=True).first.click()
+    line = control(page, "as Python").input_value()
+    assert line.startswith("Workbench('model', maps={'mine.py:steep': 'mine.py:steep'}, feature_map='mine.py:steep'")
+    for name in ("head.png", "head.csv", "head.json"):
+        control(page, "file: .png, .csv or .json").fill(name)
+        page.get_by_role("button", name="Export", exact=True).click()
+        wait_for(page, f"written: {name}")
+    keep("export")
+    assert (folder / "head.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((folder / "head.csv").read_text("utf-8").splitlines()))
+    assert {(row["side"], row["map"], row["where"]) for row in rows} == {
+        ("A", "mine.py:steep", "layer 0, head 2"), ("B", "the model's own", "layer 0, head 3"),
+    }  # fmt: skip
+    content = json.loads((folder / "head.json").read_text("utf-8"))
+    assert content["settings"]["python"] == line
+    assert content["tokens"] == letters
+    assert page.locator(ERRORS).all_inner_texts() == []
+
+
+def test_train_this_map_to_the_end(address, page, keep, folder):
+    open_workbench(page, address)
+    control(page, "φ").select_option("exp")
+    wait_for(page, "φ = exp")
+    page.get_by_text("Train this map", exact=True).first.click()
+    for text, value in (("steps", "50"), ("results", "mine.jsonl")):
+        fill(page, text, value)
+    page.get_by_role("button", name="Train this map").click()
+    page.get_by_text(re.compile("exp: step (25|50) of 50")).first.wait_for(timeout=300_000)
+    page.locator(".js-plotly-plot .scatterlayer .js-line").first.wait_for(state="attached")
+    keep("training")
+    wait_for(page, "rattn ablate --table --out mine.jsonl", 300)
+    keep("trained")
+    legend = page.locator(".js-plotly-plot .legendtext").all_text_contents()
+    guesses = ["chance: one of the 6 values: 1.79", "copy: one of the sample's values: 1.06"]
+    assert legend == ["exp", "softmax", "relu", *guesses]
+    inside(page)
+    assert [row["name"] for row in read_rows(folder / "mine.jsonl")] == [
+        f"quick feature_map={name} steps=50" for name in ("exp", "softmax", "relu")
+    ]
+    assert page.locator(ERRORS).all_inner_texts() == []
+
+
+def inside(page) -> None:
+    """Controls and picture fit on the screen, beside the file browser."""
+    box = page.locator(".jp-OutputArea-output .widget-vbox").first.bounding_box()
+    seen = page.locator(".jp-WindowedPanel-outer").first.bounding_box()
+    assert box["height"] <= seen["height"], (box, seen)
+    assert box["x"] + box["width"] <= seen["x"] + seen["width"], (box, seen)
+    figure = page.locator(".js-plotly-plot:visible").first.bounding_box()
+    assert figure["x"] + figure["width"] <= box["x"] + box["width"] + 1, (figure, box)
