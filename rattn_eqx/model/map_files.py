@@ -76,16 +76,9 @@ def read_map(place: str, head_size: int | None = None) -> str:
         not there or no map, and as `check_map`; names file, line and remedy.
       OSError: as `open`.
     """
-    file, _, name = place.rpartition(":")
-    path = Path(os.path.expanduser(file))
-    if path.suffix != ".py" or not name.isidentifier():
-        raise ValueError(f"feature map: {place!r:.200} must be FILE.py:NAME; give one such as mine.py:phi")
-    op = f"feature map {path.name}:{name}"
-    source = read_source(op, path, _LIMIT)
-    sha256 = _sha256(source)
+    path, name, source = _source_at(place)
+    op, sha256 = f"feature map {path.name}:{name}", _sha256(source)
     config_name = f"{path.name}:{name}:{sha256}"
-    if not is_of_file(config_name):
-        raise ValueError(f"{op}: the file's name must be printable, without a colon; rename it")
     if (name, sha256) not in _read:
         defined = _defined(op, path, sha256, source)
         if name not in defined:
@@ -105,14 +98,15 @@ def read_map(place: str, head_size: int | None = None) -> str:
 
 
 def read_named(config_name: str, place: str) -> None:
-    """`read_map` of the file that holds the map of a model's config.
+    """`read_map` of the file that holds the map of a model's config; another file is not run.
 
     Raises:
       ValueError: as `read_map`; where the model has another map, or the file another source than the model's.
     """
     if not is_of_file(config_name):
         raise ValueError(f"feature map: {place} is not the model's, which has {config_name}; leave it out")
-    given, wanted = _parts(read_map(place)), _parts(config_name)
+    _, name, source = _source_at(place)
+    given, wanted = {"name": name, "sha256": _sha256(source)}, _parts(config_name)
     if given["name"] != wanted["name"]:
         raise ValueError(f"feature map: {place} is not the model's, which has {short(config_name)}; give that one")
     if given != wanted:
@@ -121,6 +115,7 @@ def read_named(config_name: str, place: str) -> None:
             f"{wanted['sha256']}; it has {given['sha256']}; give the file as it was, which a run folder and a line of "
             "results hold"
         )
+    read_map(place)
 
 
 def map_of(config_name: str, head_size: int, *, key: PRNGKeyArray) -> FeatureMap:
@@ -231,6 +226,19 @@ def _check(config_name: str, head_size: int) -> None:
 def _raised(op: str, read: _Read, error: BaseException, head_size: int) -> str:
     remedy = "wrap a map of single vectors in jnp.vectorize(phi, signature='(d)->(f)')"
     return f"{op}: {read.path} raised {told(error, read.path)} of heads of size {head_size}; mend it, or {remedy}"
+
+
+def _source_at(place: str) -> tuple[Path, str, str]:
+    """The file, the name in it and the source of FILE.py:NAME."""
+    file, _, name = place.rpartition(":")
+    path = Path(os.path.expanduser(file))
+    if path.suffix != ".py" or not name.isidentifier():
+        raise ValueError(f"feature map: {place!r:.200} must be FILE.py:NAME; give one such as mine.py:phi")
+    op = f"feature map {path.name}:{name}"
+    source = read_source(op, path, _LIMIT)
+    if not is_of_file(f"{path.name}:{name}:{_sha256(source)}"):
+        raise ValueError(f"{op}: the file's name must be printable, without a colon; rename it")
+    return path, name, source
 
 
 def _defined(op: str, path: Path, sha256: str, source: str) -> dict[str, Any]:

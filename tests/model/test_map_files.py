@@ -186,7 +186,7 @@ def test_nothing_is_run_but_the_file_that_a_caller_names(mine, tmp_path, monkeyp
     monkeypatch.setattr(map_files, "_read", {})
     own.parameters.structure.cache_clear()
     monkeypatch.chdir(run)
-    (changed := tmp_path / "changed.py").write_text(f"{mine.read_text()}\n# another")
+    (changed := tmp_path / "changed.py").write_text(f"{mine.read_text()}\nopen({str(ran)!r}, 'w').close()\n")
     for folder in (run, tmp_path / "model"):
         with pytest.raises(
             ValueError, match=rf"the map mine.py:{name}:\w{{8}} is of a file, .*; give --feature-map mine"
