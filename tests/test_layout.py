@@ -16,7 +16,7 @@ SURFACE = {  # what is importable from the top of each package
 # Each room may import those before it, none after it; a file of a package's top level is a room of its own.
 ROOMS = {
     "pallas": "checked dependence feature_map numerics segments block_sizes batching step_cache checks final_state "
-    "reference chunked hopper tpu ops __init__ tools __main__",
+    "reference chunked hopper tpu ops sharded __init__ tools __main__",
     "rattn_eqx": "data.files data.programs model data tasks training.config inference evaluation training weights "
     "ablation figures conversion __init__ pretrain interrupt console arguments commands __main__",
 }
