@@ -20,7 +20,7 @@ from rattn_eqx.figures.pair_map import FUTURE, PairMap
 SHADES, FUTURE_CODE, NEGATIVE_CODE, WINDOW_CODE, RESIDUAL_CODE, LAST_CODE = 64, 0, 1, 2, 66, 129
 NEGATIVE = "#000000"
 WIDTH, HEIGHT = 905, 390  # pixels: what a notebook of JupyterLab has beside its file browser, on a screen of 1366 x 768
-MOST_LABELS, MOST_TOLD = 48, 128  # tokens, up to which the row below has letters, and each pair its number
+MOST_TOLD = 128  # tokens, up to which each pair has its number under the mouse
 HOVER = "query %{y}, key %{x}"
 ARC_LEVELS = ((0.5, 1.0, 2.5), (0.2, 0.6, 1.6), (0.05, 0.35, 0.9))  # share of the row's largest, opacity, line width
 
@@ -68,19 +68,17 @@ def _shades(colour: str) -> list[str]:
 
 def legend() -> str:
     """What the colours mean, as HTML."""
-    bar = lambda colours: f'<span style="display:inline-block;width:48px;height:9px;background:{colours}"></span>'
+    bar = lambda colours: f'<span style="display:inline-block;width:40px;height:9px;background:{colours}"></span>'
     fade = lambda colour: bar(f"linear-gradient(90deg,{','.join(_shades(colour)[::9])})")
     parts = [f"{fade(BLUE)} window", f"{fade(BLACK)} softmax, residual", f"{fade(ORANGE)} φ, residual",
              f"{bar(NEGATIVE)} negative", f"{bar(FUTURE)} the future"]  # fmt: skip
-    return (
-        f'<div style="font-size:11px;line-height:1.3">{" &nbsp; ".join(parts)} &nbsp; shades: 1/8 to 8 times the mean '
-        "of the row. Click to choose a query.</div>"
-    )
+    parts.append("shades: 1/8 to 8 times the row's mean; a click chooses the query")
+    return f'<div style="font-size:11px;line-height:1.3">{" &nbsp; ".join(parts)}</div>'
 
 
 def arcs(query: int, keys: Bool[np.ndarray, "t"], height: float) -> tuple[np.ndarray, np.ndarray]:
     """One line from the query to each of the keys and back, in arcs of that height at the longest distance."""
-    turn = np.linspace(0, np.pi, 13)
+    turn = np.linspace(0, np.pi, 21)
     x, y = [np.array([float(query)])], [np.zeros(1)]
     for key in np.flatnonzero(keys):
         span = query - key
@@ -155,7 +153,8 @@ class LiveMap:
             self._say(titles, query)
             if self._is_new("view", view):
                 for number in (4, 5):
-                    self.widget.layout[_layout_axis("y", number)].showticklabels = view == "bars"
+                    axis, bars = self.widget.layout[_layout_axis("y", number)], view == "bars"
+                    axis.showticklabels, axis.ticks = bars, "outside" if bars else ""
             for pane, (found, weights, colour) in enumerate(panes):
                 far = found.feature_weights if weights is None else weights
                 self._set(pane, z=codes(found, weights), colorscale=colour_scale(colour))
@@ -194,7 +193,7 @@ class LiveMap:
         low = 0.44 if panes == 3 else 0.52
         wide, narrow = _domains(panes, 0.035), _domains(rows, 0.05)
         ticks: dict[str, Any] = {"tickmode": "auto"}
-        if length <= MOST_LABELS // rows:
+        if rows * length * (7 * max(map(len, labels)) + 2) <= WIDTH - 40:  # they fit below the row
             ticks = {"tickmode": "array", "tickvals": list(range(length)), "ticktext": list(labels)}
         layout, end = self.widget.layout, length - 0.5
         for number in range(6):

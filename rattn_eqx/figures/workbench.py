@@ -362,7 +362,7 @@ class Workbench:
         numbers = zip(letters, names, sides, strict=True)
         lines = [f"<b>{letter}{name}</b>: {in_words(side.found)}" for letter, name, side in numbers]
         said = "".join(f'<div style="color:#A50F15">{html.escape(x)}</div>' for x in self.sentences)
-        self.message.value = f'<div style="line-height:1.25;font-size:12px">{"<br>".join(lines)}{said}</div>'
+        self.message.value = f'<div style="line-height:1.25;font-size:11px">{"<br>".join(lines)}{said}</div>'
         self.line.value = self.as_python()
 
     def _of_source(self, length: int) -> list[str]:

@@ -139,7 +139,7 @@ def page():
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1366, "height": 768})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(180_000)
         yield page
         browser.close()
 
@@ -168,7 +168,7 @@ def said(page) -> str:
     return page.locator(".jp-OutputArea").first.inner_text()
 
 
-def wait_for(page, text: str, seconds: float = 60) -> None:
+def wait_for(page, text: str, seconds: float = 180) -> None:
     page.get_by_text(text).first.wait_for(timeout=1000 * seconds)
 
 
@@ -182,7 +182,7 @@ def fill(page, text: str, value: str) -> None:
 def open_workbench(page, address) -> None:
     page.goto(address)
     page.locator(".jp-NotebookPanel").wait_for()
-    page.get_by_text("Python 3 (ipykernel)").first.wait_for()
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     page.locator(f".js-plotly-plot .hm image, {ERRORS}").first.wait_for()
@@ -217,8 +217,9 @@ def test_a_model_two_heads_maps_of_a_file_and_what_is_exported(address, page, ke
     fill(page, "source", "model")
     wait_for(page, "layer 0, head 0, the model's own")
     fill(page, "text", "The miller keeps the key.")
-    page.locator(".js-plotly-plot .x5tick", has_text="T").first.wait_for()
-    letters = page.locator(".js-plotly-plot .x5tick").all_text_contents()
+    ticks = page.locator(".js-plotly-plot .x5tick text")
+    sync_api.expect(ticks).to_have_count(26, timeout=60_000)
+    letters = ticks.all_text_contents()
     assert "".join(letters) == "¶The␣miller␣keeps␣the␣key."
     control(page, "head").select_option("2")
     wait_for(page, "layer 0, head 2, the model's own")
