@@ -71,7 +71,8 @@ def arrange(widgets: Any, bench: Any) -> Any:
                 widgets.HTML("φ is chosen below. In Python: <code>workbench.add(\"sharper\", lambda x: …)</code>."),
             ]),
             widgets.VBox([
-                widgets.HBox([file, button("Export", lambda: bench._export(file.value), 80)]),
+                widgets.HBox([file, button("Export", lambda: bench._export(file.value), 80),
+                              bench.written]),
                 bench.line,
             ]),
             widgets.VBox([

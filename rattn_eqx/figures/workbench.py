@@ -177,7 +177,7 @@ class Workbench:
 
     def _build(self, widgets: ModuleType) -> None:
         self.controls: dict[str, Any] = controls.make(widgets, list(self._maps))
-        self.message = widgets.HTML()
+        self.message, self.written = widgets.HTML(), widgets.HTML()
         self.line = widgets.Text(description="as Python", layout={"width": "890px"})
         self.live = LiveMap(lambda query: self.set(query=query))
         self.training = TrainingPanel(widgets, self._config)
@@ -390,7 +390,7 @@ class Workbench:
     def _fail(self, error: Exception) -> None:
         self.error = f"{type(error).__name__}: {error}"
         self.message.value = (
-            f'<div class="workbench-error" style="color:#A50F15;line-height:1.25;white-space:pre-wrap">'
+            f'<div class="workbench-error" style="color:#A50F15;line-height:1.25;font-size:11px;white-space:pre-wrap">'
             f"{html.escape(self.error)}\n<b>The picture is still the one before.</b></div>"
         )
 
@@ -406,8 +406,8 @@ class Workbench:
         self._draw()
 
     def _export(self, path: str) -> None:
-        written = self.export(path)
-        self.message.value = f"<div>written: {html.escape(str(written))}</div>" + self.message.value
+        self.written.value = ""
+        self.written.value = f"written: {html.escape(str(self.export(path)))}"
 
     def _press(self, act: Callable[[], object]) -> None:
         """What a button does; what goes wrong is said."""
