@@ -89,6 +89,25 @@ def arcs(query: int, keys: Bool[np.ndarray, "t"], height: float) -> tuple[np.nda
     return np.concatenate(x).astype(np.float32), np.concatenate(y).astype(np.float32)
 
 
+def _row(found: PairMap, query: int, view: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """x and y of the parts of a query's row: bars of the window, of the residual branch, dots of softmax, six arcs."""
+    near, far = found.in_window[query], found.in_state[query]
+    of_window, of_map, exact = (
+        x[query].astype(np.float32) for x in (found.window_weights, found.feature_weights, found.softmax_weights)
+    )
+    if view == "bars":
+        parts = enumerate(((near, of_window), (far, of_map), (far, exact)))
+        return {part: (np.flatnonzero(keys).astype(np.int32), shares[keys]) for part, (keys, shares) in parts}
+    lines = {}
+    for first, shares, height in ((3, of_window, 1.0), (6, of_map, -1.0)):
+        sizes = np.abs(shares)
+        most, above = sizes.max(initial=0), np.inf
+        for level, (least, _, _) in enumerate(ARC_LEVELS):
+            keys = (sizes >= least * most) & (sizes < above) & (sizes > 0)
+            lines[first + level], above = arcs(query, keys, height), least * most
+    return lines
+
+
 class LiveMap:
     """One `plotly` figure widget with up to four maps of pairs above, and one or two pictures of a query's row below.
 
@@ -163,30 +182,12 @@ class LiveMap:
                     self._set(pane, customdata=shares, hovertemplate=HOVER + ": %{customdata:.3f}<extra></extra>")
                 else:
                     self._set(pane, hovertemplate=HOVER + "<extra></extra>")
-            for row, side in enumerate(sides):
-                self._row(4 + 9 * row, side.found, query, view)
             self._set(3, visible=len(panes) == 4)
-            for trace in range(4, 22):
-                self._set(trace, visible=((trace - 4) % 9 < 3) == (view == "bars") and trace < 4 + 9 * rows)
-
-    def _row(self, first: int, found: PairMap, query: int, view: str) -> None:
-        near, far = found.in_window[query], found.in_state[query]
-        weights = (found.window_weights[query], found.feature_weights[query])
-        if view == "bars":
-            for trace, (keys, shares) in enumerate(zip((near, far), weights, strict=True)):
-                at = np.flatnonzero(keys).astype(np.int32)
-                self._set(first + trace, x=at, y=shares[keys].astype(np.float32))
-            exact = found.softmax_weights[query][far].astype(np.float32)
-            self._set(first + 2, x=np.flatnonzero(far).astype(np.int32), y=exact)
-            return
-        for branch, (shares, height) in enumerate(zip(weights, (1.0, -1.0), strict=True)):
-            sizes = np.abs(shares)
-            most, above = sizes.max(initial=0), np.inf
-            for level, (least, _, _) in enumerate(ARC_LEVELS):
-                keys = (sizes >= least * most) & (sizes < above) & (sizes > 0)
-                above = least * most
-                x, y = arcs(query, keys, height)
-                self._set(first + 3 + 3 * branch + level, x=x, y=y)
+            for row in range(2):
+                parts = _row(sides[row].found, query, view) if row < rows else {}
+                for part in range(9):  # empty, not hidden: what is shown anew, plotly tells of at length
+                    x, y = parts.get(part, (np.zeros(0, np.int32), np.zeros(0, np.float32)))
+                    self._set(4 + 9 * row + part, x=x, y=y)
 
     def _arrange(self, panes: int, rows: int, length: int, labels: Sequence[str]) -> None:
         """Places of the panes, their ranges and labels."""

@@ -54,6 +54,12 @@ def test_arcs_go_from_the_query_to_the_keys_that_are_told():
     assert x[np.argmin(y)] == pytest.approx(7), "the longest is the deepest"
 
 
+def shown(live) -> list[int]:
+    """The traces in which something is drawn."""
+    has = lambda trace: len(trace.z if trace.type == "heatmap" else trace.x) > 0
+    return [number for number, trace in enumerate(live.widget.data) if trace.visible is not False and has(trace)]
+
+
 def picture(live):
     return [(x.visible, x.z if x.type == "heatmap" else (x.x, x.y)) for x in live.widget.data]
 
@@ -63,7 +69,7 @@ def test_the_row_is_the_querys_and_each_side_has_its_own(view):
     live, labels = live_map.LiveMap(print), [f"t{i}" for i in range(20)]
     one, other = (live_map.Side(name, found(name)) for name in ("relu", "exp"))
     live.show([one, other], labels, 15, view)
-    visible = [number for number, trace in enumerate(live.widget.data) if trace.visible is not False]
+    visible = shown(live)
     parts = range(3) if view == "bars" else range(3, 9)
     assert visible == [0, 1, 2, 3, *(4 + part for part in parts), *(13 + part for part in parts)]
     for pane, weights in ((1, one.found.feature_weights), (3, other.found.feature_weights)):
@@ -82,7 +88,7 @@ def test_the_row_is_the_querys_and_each_side_has_its_own(view):
         assert near.min() >= 10
         assert far.min() < 10
     live.show([one], labels, 15, view)
-    assert [number for number, trace in enumerate(live.widget.data) if trace.visible is not False][-1] < 13
+    assert shown(live)[-1] < 13
 
 
 def test_only_what_has_changed_is_sent():
