@@ -139,7 +139,11 @@ def test_a_head_is_the_models(folder):
     bench.set(head=2, compare=True, other_layer=1, other_head=3, other_map="relu")
     assert same(bench.sides[0].found, expected)
     assert bench.sides[1].where == "layer 1, head 3"
-    assert np.array_equal(bench.sides[1].found.in_window, expected.in_window)
+    head = head_inputs(drawn(CONFIG, size=0.5), TOKENS, 1, 3)
+    options = dict(q_window=head.q_window, k_window=head.k_window, sink=head.sink)
+    assert same(
+        bench.sides[1].found, pair_map.pair_map(head.q, head.k, head.v, window=5, feature_map=maps.relu, **options)
+    )
     assert bench.live.widget.layout.xaxis5.ticktext[:5] == ("¶", "T", "h", "e", "␣")
     bench.source = RANDOM
     assert OWN not in bench.controls["feature_map"].options
