@@ -16,12 +16,8 @@ import time
 from pathlib import Path
 
 import pytest
-from small_model import drawn
 
 from rattn_eqx.ablation.rows import read_rows
-from rattn_eqx.data.tokenizers import ByteTokenizer
-from rattn_eqx.model.config import ModelConfig
-from rattn_eqx.weights import own
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[browser]'")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -30,6 +26,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the path"),
 ]
 
+ROOT = Path(__file__).parents[2]
 CELL = """from rattn_eqx.figures.workbench import Workbench
 
 workbench = Workbench()
@@ -38,10 +35,6 @@ SETTINGS = {  # every cell stays in the page, seen or not; nothing is asked of t
     "notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
     "apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false", "checkForUpdates": False},
 }
-MODEL = ModelConfig(
-    vocabulary_size=258, model_width=32, num_layers=3, num_heads=4, num_kv_heads=2, head_size=16, feed_forward_width=32,
-    window=8, pattern=("local", "local", "global"), feature_map="learned",
-)  # fmt: skip
 MAPS = """import jax.numpy as jnp
 
 
@@ -85,7 +78,7 @@ WATCH = """() => {
 
 @pytest.fixture
 def folder(tmp_path):
-    """A notebook of one cell, a model with a byte tokenizer and a file of maps beside it."""
+    """A notebook of one cell, the shipped model and a file of maps beside it."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}}
@@ -93,7 +86,7 @@ def folder(tmp_path):
     notebook = {"cells": [cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
     (folder / "workbench.ipynb").write_text(json.dumps(notebook), "utf-8")
     (folder / "mine.py").write_text(MAPS, "utf-8")
-    own.save(drawn(MODEL, size=0.3), folder / "model", tokenizer=ByteTokenizer())
+    (folder / "model").symlink_to(ROOT / "data" / "models" / "rattention_256")
     return folder
 
 
@@ -221,6 +214,11 @@ def test_a_model_two_heads_maps_of_a_file_and_what_is_exported(address, page, ke
     sync_api.expect(ticks).to_have_count(26, timeout=60_000)
     letters = ticks.all_text_contents()
     assert "".join(letters) == "¶The␣miller␣keeps␣the␣key."
+    wait_for(page, "The window, 256, is beyond the 26 tokens: the residual branch has no pair.")
+    readout = page.locator(".widget-slider", has=page.get_by_text("window", exact=True)).locator(".widget-readout")
+    readout.fill("8")
+    readout.press("Enter")
+    wait_for(page, "In the model, the window of layer 0 is 256.")
     control(page, "head").select_option("2")
     wait_for(page, "layer 0, head 2, the model's own")
     keep("model")
