@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from rattn_eqx.ablation.rows import without_nonfinite
 from rattn_eqx.data import files
@@ -37,13 +38,17 @@ def write(path: Path, sides: Sequence[Side], labels: Sequence[str], settings: di
     return path
 
 
+def figure(side: Side) -> Figure:
+    """The static figure of a side."""
+    where = f"{side.where}, " if side.where else ""
+    title = f"{where}φ = {side.name}, W = {side.found.window}, T = {len(side.found.in_window)}"
+    return pair_map.draw(side.found, title)
+
+
 def _png(sides: Sequence[Side], labels: Sequence[str], settings: dict[str, Any]) -> bytes:
     from PIL import Image
 
-    title = lambda side: (
-        f"{f'{side.where}, ' if side.where else ''}φ = {side.name}, W = {side.found.window}, T = {len(labels)}"
-    )
-    pictures = [Image.open(io.BytesIO(pair_map.png(pair_map.draw(side.found, title(side)), 100))) for side in sides]
+    pictures = [Image.open(io.BytesIO(pair_map.png(figure(side), 100))) for side in sides]
     whole = Image.new("RGB", (pictures[0].width, sum(x.height for x in pictures)))
     top = 0
     for picture in pictures:

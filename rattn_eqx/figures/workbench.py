@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
 from pallas.feature_map import FeatureMap, Hedgehog, named
 from rattn_eqx.data.tokenizers import Tokenizer
 from rattn_eqx.evaluation.heads import Head, attention_inputs, read_head
 from rattn_eqx.figures import controls, pair_map
 from rattn_eqx.figures.controls import OF_TEXT, RANDOM
-from rattn_eqx.figures.exports import write
+from rattn_eqx.figures.exports import figure, write
 from rattn_eqx.figures.live_map import LiveMap, Side
 from rattn_eqx.figures.names import shown
 from rattn_eqx.figures.training_panel import TrainingPanel
@@ -165,6 +166,10 @@ class Workbench:
         if used:
             given.append("maps={" + ", ".join(f"{name!r}: {text}" for name, text in used.items()) + "}")
         return f"Workbench({', '.join([*given, *(f'{name}={getattr(self, name)!r}' for name in names)])})"
+
+    def figure(self) -> Figure:
+        """The static figure of what is drawn, of A if there are two sides: `pair_map.draw`."""
+        return figure(self.sides[0])
 
     def export(self, path: Path | str) -> Path:
         """Write what is drawn: .png, the static figure of each side; .csv, a row for each pair; .json, settings too.

@@ -1,6 +1,7 @@
 """The workbench without a browser: what it draws is what its controls say, of random vectors and of a model."""
 
 import csv
+import io
 import json
 from typing import Any
 
@@ -273,6 +274,10 @@ def test_exports_are_what_is_drawn(folder, tmp_path):
     assert [side["distance"] for side in content["sides"]] == pytest.approx([a.distance, b.distance])
     picture = matplotlib.image.imread(bench.export(tmp_path / "head.png"))
     assert picture.shape[:2] == (2 * 740, 1200)
+    title = "layer 0, head 0, φ = the model's own, W = 5, T = 26"
+    assert bench.figure().get_suptitle() == title
+    alone = matplotlib.image.imread(io.BytesIO(pair_map.png(pair_map.draw(a, title), 100)))
+    np.testing.assert_allclose(picture[:740], alone[..., :3], atol=1e-6)
     for name, said in (("head.txt", "must end in .png, .csv, .json; got 'head.txt'"), ("head.csv", "exists already")):
         with pytest.raises(ValueError, match=said):
             bench.export(tmp_path / name)
