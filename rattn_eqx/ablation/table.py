@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr, stdtrit  # the normal distribution, quantiles of Student's t
+from scipy.special import ndtr, ndtri, stdtrit  # the normal distribution, its quantiles, those of Student's t
 
 SHARES = ("exact", "accuracy")  # metrics that lie in [0, 1]
 
@@ -109,6 +109,19 @@ def bootstrap(numbers: list[float]) -> tuple[float, float]:
     means = np.mean(np.asarray(numbers, float)[drawn], axis=1)
     low, high = np.quantile(means, [tail, 1 - tail], method="inverted_cdf")
     return float(low), float(high)
+
+
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """95% interval of a share of independent answers (Wilson, 1927): of one model, where there are no seeds to compare.
+
+    >>> [round(x, 3) for x in (*wilson(8, 10), *wilson(32, 32))]
+    [0.49, 0.943, 0.893, 1.0]
+    """
+    z = float(ndtri(0.975))
+    share, more = right / of, z * z / of
+    half = z * ((share * (1 - share) + more / 4) / of) ** 0.5
+    middle = share + more / 2
+    return max((middle - half) / (1 + more), 0.0), min((middle + half) / (1 + more), 1.0)
 
 
 def mean_and_half_width(numbers: list[float]) -> tuple[float, float]:

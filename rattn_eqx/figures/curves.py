@@ -216,7 +216,7 @@ def by_length(rows: dict[str, list[dict[str, Any]]], trained: int) -> Figure:
         style: dict[str, Any] = {"color": colour, "linestyle": dashes, "marker": "osD^v"[number % 5]}
         style["markersize"] = 9 - 2 * (number % 4)  # what lies on another is seen
         axes.plot(lengths, [values.mean() if len(values) else np.nan for values in seen], label=label(name), **style)
-        _dots(axes, [length * 1.03 ** (number - len(rows) / 2) for length in lengths], seen, colour)
+        _dots(axes, [length * 1.03 ** (number - (len(rows) - 1) / 2) for length in lengths], seen, colour)
     axes.axvline(trained, color=BLACK, linestyle="--", linewidth=1, label="length of training")
     axes.set(xlabel="length of the test, in tokens", ylabel="share of answers right", xscale="log", ylim=(-0.03, 1.05))
     ticks_at(axes.xaxis, lengths, lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}")
