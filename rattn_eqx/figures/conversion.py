@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from rattn_eqx.figures.curves import ticks_at
-from rattn_eqx.figures.names import BLACK, BLUE, ORANGE, label, legend
+from rattn_eqx.figures.names import BLACK, BLUE, GREY, ORANGE, label, legend
 
 Row = dict[str, Any]
 COLOURS = {"full": BLACK, "window": BLUE, "rattention": ORANGE}
@@ -25,7 +25,7 @@ def lost_shares(rows: Sequence[Row]) -> Figure:
     by_step.set(xlabel="step of the transfer", ylabel="lost share of a layer's output, mean", ylim=(0, None))
     names = [name for name in rows[-1] if name.startswith("layer ")]
     tenth = max(1, len(rows) // 10)
-    for part, colour, when in ((rows[:tenth], BLUE, "first"), (rows[-tenth:], ORANGE, "last")):
+    for part, colour, when in ((rows[:tenth], GREY, "first"), (rows[-tenth:], ORANGE, "last")):
         shares = [np.mean([np.nan if row[name] is None else row[name] for row in part]) for name in names]
         place = np.arange(len(names)) + (0.2 if when == "last" else -0.2)
         by_layer.bar(place, shares, width=0.4, color=colour, label=f"{when} {tenth} steps")

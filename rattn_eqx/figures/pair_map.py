@@ -23,7 +23,7 @@ from pallas.checked import checked
 from pallas.checks import check_feature_map
 from pallas.feature_map import FeatureMap, as_pair
 from pallas.numerics import accumulation_dtype
-from rattn_eqx.figures.names import BLUE, ORANGE, PLAIN, shown
+from rattn_eqx.figures.names import BLACK, BLUE, ORANGE, PLAIN, shown
 
 GREY, FUTURE = "#777777", "#F2F2F2"
 
@@ -403,7 +403,7 @@ def _draw_collisions(axes: Axes, found: PairMap) -> None:
     _title(axes, f"value read back by its own key: median cosine {np.median(found.recall):.2f}")
     for values, colour, name in (
         (found.collisions, ORANGE, f"φ: median {np.median(found.collisions):.2f}"),
-        (found.softmax_collisions, BLUE, f"softmax: median {np.median(found.softmax_collisions):.2f}"),
+        (found.softmax_collisions, BLACK, f"softmax: median {np.median(found.softmax_collisions):.2f}"),
     ):
         axes.plot(np.arange(n), values, ".", color=colour, label=name)
     axes.axhline(1 - 1 / n, color=GREY, linestyle=":", linewidth=1, label=f"all {n} alike: {1 - 1 / n:.2f}")
