@@ -1,5 +1,6 @@
 """Train this map: its trials, its lines in the file, its curves, its two guesses, and that it can be stopped."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from rattn_eqx.ablation.grids import grids, product, quick
+from rattn_eqx.ablation.layer import NO_DEPARTURES
 from rattn_eqx.ablation.rows import append_rows, read_rows
 from rattn_eqx.ablation.run import run_trial
 from rattn_eqx.ablation.table import table
@@ -20,7 +22,16 @@ import ipywidgets as widgets
 from rattn_eqx.figures import training_panel
 from rattn_eqx.figures.training_panel import TrainingPanel, guesses, trials
 
-STEPS = 8
+STEPS = 4
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """One layer, no convolution: what takes the time is to compile."""
+    (trial,) = quick()
+    model = dataclasses.replace(trial.model, num_layers=1)
+    one = dataclasses.replace(trial, model=model, departures=NO_DEPARTURES, test_samples=8)
+    monkeypatch.setattr(training_panel, "quick", lambda: [one])
 
 
 def test_the_trials_are_those_of_ablate():
@@ -49,6 +60,7 @@ def test_guesses_are_what_is_got_by_guessing():
 
 
 @pytest.mark.standard_dtype_promotion
+@pytest.mark.usefixtures("small")
 def test_lines_and_curves(tmp_path):
     out = tmp_path / "mine.jsonl"
     (relu,) = [trial for name, trial in trials("exp", STEPS).items() if name == "relu"]
@@ -84,7 +96,8 @@ def test_lines_and_curves(tmp_path):
 
 
 @pytest.mark.standard_dtype_promotion
-def test_it_stops(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("small")
+def test_it_stops(tmp_path):
     out = tmp_path / "mine.jsonl"
     panel = TrainingPanel(widgets, lambda: "softmax")
     panel.controls["steps"].value, panel.controls["out"].value = 100_000, str(out)
