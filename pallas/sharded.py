@@ -21,6 +21,7 @@ from pallas.block_sizes import BlockSizes
 from pallas.checked import checked
 from pallas.checks import check_attention, check_states
 from pallas.feature_map import FeatureMap, as_pair, softmax
+from pallas.numerics import accumulation_dtype
 
 BLOCK = 2048  # keys whose features are in memory at once
 
@@ -217,7 +218,7 @@ def _state_before(
 
 def _summed(k: Array, v: Array, counts: Bool[Array, "t"], feature_map: FeatureMap) -> Float[Array, "kv f dv"]:
     """The sum of phi(k)^T v over the keys that count, block by block."""
-    wide = jnp.float64 if jnp.float64 in (k.dtype, v.dtype) else jnp.float32
+    wide = accumulation_dtype(k, v)
     phi = as_pair(feature_map)[1]
     spare = -len(k) % BLOCK if len(k) > BLOCK else 0
     blocks = [jnp.pad(x, [(0, spare), *[(0, 0)] * (x.ndim - 1)]) for x in (k, v, counts)]

@@ -6,6 +6,7 @@ and 64 of the residual branch, from an eighth of the mean weight of the row's br
 
 import dataclasses
 import functools
+import html
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -218,7 +219,7 @@ class LiveMap:
         """Titles of the panes in the order of their axes, and the line at the query."""
         for number, title in enumerate(titles):
             if self._is_new(("title", number), title):
-                self.widget.layout.annotations[number].text = _escaped(title)
+                self.widget.layout.annotations[number].text = html.escape(title, quote=False)  # plotly reads tags
         if self._is_new("query", query):
             for shape in self.widget.layout.shapes:
                 shape.update(y0=query, y1=query)
@@ -250,10 +251,6 @@ def _axis(letter: str, number: int) -> str:
 
 def _layout_axis(letter: str, number: int) -> str:
     return f"{letter}axis" if number == 0 else f"{letter}axis{number + 1}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")  # plotly reads tags
 
 
 def _layout() -> dict[str, Any]:

@@ -220,7 +220,7 @@ class Workbench:
 
     def _offer_maps(self) -> None:
         """The maps that may be chosen; where the one that was is gone, the first."""
-        options = ([OWN] if self._model is not None and self._own_map() else []) + list(self._maps)
+        options = ([OWN] if self._own_map() else []) + list(self._maps)
         for name in ("feature_map", "other_map"):
             value = self.controls[name].value
             self._quietly(name, options=options, value=value if value in options else options[0])
